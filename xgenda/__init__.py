@@ -1,0 +1,75 @@
+"""xgenda: generative data assimilation and downscaling for xarray.
+
+>>> import xgenda
+>>> analysis = background.genda.assimilate(obs, members=16)     # doctest: +SKIP
+>>> fine = coarse.genda.downscale(members=8)                    # doctest: +SKIP
+>>> model = xgenda.train(ds, start="t2m-north-america")         # doctest: +SKIP
+
+Importing xgenda registers the accessor ``.genda`` and nothing more: torch and dask are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xgenda import accessor as _accessor  # registers .genda
+
+if TYPE_CHECKING:
+    from xgenda import errors, tutorial
+    from xgenda.assimilation import assimilate, innovations
+    from xgenda.downscaling import downscale
+    from xgenda.models.gaussian import gaussian_prior
+    from xgenda.models.generative import GenerativeModel
+    from xgenda.models.loading import load_model
+    from xgenda.models.store import list_models
+    from xgenda.training.loop import train
+    from xgenda.verification import verify
+
+#: Public name -> module that defines it.
+_WHERE = {
+    "assimilate": "xgenda.assimilation",
+    "innovations": "xgenda.assimilation",
+    "downscale": "xgenda.downscaling",
+    "train": "xgenda.training.loop",
+    "verify": "xgenda.verification",
+    "gaussian_prior": "xgenda.models.gaussian",
+    "GenerativeModel": "xgenda.models.generative",
+    "load_model": "xgenda.models.loading",
+    "list_models": "xgenda.models.store",
+}
+_MODULES = ("errors", "tutorial", "plotting")
+
+__all__ = [
+    "GenerativeModel",
+    "__version__",
+    "assimilate",
+    "downscale",
+    "errors",
+    "gaussian_prior",
+    "innovations",
+    "list_models",
+    "load_model",
+    "train",
+    "tutorial",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from xgenda.metadata import package_version
+
+        return package_version()
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"xgenda.{name}")
+    raise AttributeError(f"module 'xgenda' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+del _accessor

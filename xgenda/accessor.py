@@ -1,0 +1,93 @@
+"""The accessor ``.genda`` on Dataset and DataArray: it stores the object and forwards, nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+if TYPE_CHECKING:
+    import os
+
+    from xgenda.models.generative import GenerativeModel
+    from xgenda.observations.containers import ErrorLike, Observations
+
+    ModelLike = GenerativeModel | str | os.PathLike[str] | None
+
+
+@xr.register_dataset_accessor("genda")
+@xr.register_dataarray_accessor("genda")
+class GendaAccessor:
+    """Generative data assimilation and downscaling.
+
+    Each method is the function of the same name with the Dataset as its first argument.
+    """
+
+    def __init__(self, obj: xr.Dataset | xr.DataArray) -> None:
+        self._obj = obj
+
+    def assimilate(
+        self,
+        obs: Observations,
+        *,
+        model: ModelLike = None,
+        error: ErrorLike = None,
+        members: int = 16,
+        seed: int | None = None,
+        guidance: str = "auto",
+        sampler: str = "auto",
+        steps: int | None = None,
+        window: Any = None,
+        background_check: float | None | str = "auto",
+        batch_size: int | None = None,
+        device: str = "auto",
+        progress: bool | None = None,
+    ) -> xr.Dataset:
+        """Return an ensemble of the states that fit the observations; see `xgenda.assimilate`."""
+        from xgenda.assimilation import assimilate
+
+        return assimilate(
+            self._obj, obs, model=model, error=error, members=members, seed=seed, guidance=guidance, sampler=sampler, steps=steps,
+            window=window, background_check=background_check, batch_size=batch_size, device=device, progress=progress,
+        )  # fmt: skip
+
+    def innovations(
+        self,
+        obs: Observations,
+        *,
+        model: ModelLike = None,
+        error: ErrorLike = None,
+        window: Any = None,
+        background_check: float | None | str = "auto",
+    ) -> xr.Dataset:
+        """Return observation minus background with quality codes; see `xgenda.innovations`."""
+        from xgenda.assimilation import innovations
+
+        return innovations(self._obj, obs, model=model, error=error, window=window, background_check=background_check)
+
+    def downscale(
+        self,
+        *,
+        model: ModelLike = None,
+        target: xr.Dataset | None = None,
+        members: int = 16,
+        seed: int | None = None,
+        sampler: str = "auto",
+        steps: int | None = None,
+        batch_size: int | None = None,
+        device: str = "auto",
+        progress: bool | None = None,
+    ) -> xr.Dataset:
+        """Return the fine ensemble behind a coarse field; see `xgenda.downscale`."""
+        from xgenda.downscaling import downscale
+
+        return downscale(
+            self._obj, model=model, target=target, members=members, seed=seed, sampler=sampler, steps=steps, batch_size=batch_size,
+            device=device, progress=progress,
+        )  # fmt: skip
+
+    def verify(self, truth: Any, *, error: ErrorLike = None, dims: str | list[str] | None = None) -> xr.Dataset:
+        """Return scores of this ensemble against a truth or observations; see `xgenda.verify`."""
+        from xgenda.verification import verify
+
+        return verify(self._obj, truth, error=error, dims=dims)

@@ -1,0 +1,85 @@
+"""Lay a function over the blocks of a (chunked) Dataset: the only place that knows about dask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xgenda.errors import ChunkingError
+
+
+def is_chunked(arrays: Sequence[xr.DataArray]) -> bool:
+    """Whether any of the arrays is a dask array."""
+    return any(a.chunks is not None for a in arrays)
+
+
+def check_core_chunks(arrays: Sequence[xr.DataArray], dims: Sequence[str], argument: str = "ds") -> None:
+    """Refuse core dimensions in several chunks, and print the call to type."""
+    for array in arrays:
+        split = [d for d in dims if d in array.dims and array.chunks is not None and len(array.chunksizes[d]) > 1]
+        if split:
+            call = ", ".join(f"{d}=-1" for d in split)
+            raise ChunkingError(
+                f"{argument}[{array.name!r}] is split along {', '.join(map(repr, split))} into "
+                f"{' x '.join(str(len(array.chunksizes[d])) for d in split)} chunks, and each analysis needs whole fields. "
+                f"Type: {argument}.chunk({call})"
+            )
+        if array.chunks is not None and any(np.isnan(c) for sizes in array.chunks for c in sizes):
+            raise ChunkingError(f"{argument}[{array.name!r}] has chunks of unknown size; type {argument}.compute_chunk_sizes()")
+
+
+def lay(
+    function: Callable[..., np.ndarray],
+    payload: Any,
+    arrays: Sequence[xr.DataArray],
+    *,
+    time: str | None,
+    horizontal: tuple[str, str],
+    output: tuple[int, int, int, int],
+    dtype: np.dtype[Any],
+) -> Any:
+    """Apply `function` block by block along time.
+
+    Parameters
+    ----------
+    function
+        ``function(index, *fields, payload=...)``: `index` (t,) are positions along the whole time axis, fields are (t, ny, nx);
+        returns (t, *output).
+    payload
+        Passed on; one shared task where the arrays are chunked.
+    arrays
+        Fields with dimensions `time` (if any) and `horizontal`, in any order.
+    time, horizontal
+        Names of dimensions.
+    output
+        Sizes of the trailing axes of the result: members, variables, rows, columns.
+    dtype
+        Of the result.
+
+    Returns
+    -------
+    array
+        Shape (times, *output); a numpy array, or a dask array with nothing computed.
+    """
+    ordered = [a.transpose(*([time] if time else []), *horizontal) for a in arrays]
+    plain = [a.data if time else a.data[None] for a in ordered]
+    length = plain[0].shape[0]
+    if not is_chunked(arrays):
+        return function(np.arange(length), *plain, payload=payload).astype(dtype, copy=False)
+    import dask
+    import dask.array as da
+
+    chunks = next(a.chunks[0] for a in plain if hasattr(a, "chunks"))
+    blocks = [da.asarray(a).rechunk((chunks, -1, -1)) for a in plain]
+    index = da.arange(length, chunks=(chunks,), dtype=np.int64)
+    shared = dask.delayed(payload, pure=True, traverse=False)
+    operands: list[Any] = [index, "t"]
+    for block in blocks:
+        operands += [block, "tyx"]
+    return da.blockwise(
+        function, "tmvrc", *operands, payload=shared, dtype=dtype, concatenate=True,
+        new_axes=dict(zip("mvrc", output, strict=True)), meta=np.empty((0,) * 5, dtype=dtype),
+    )  # fmt: skip

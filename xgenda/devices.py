@@ -1,0 +1,123 @@
+"""Device and thread count, micro-batches with out-of-memory recovery, and the per-process cache of models."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from xgenda.errors import ChecksumError, OptionError
+
+if TYPE_CHECKING:
+    from xgenda.models.generative import GenerativeModel
+
+Item = TypeVar("Item")
+_locks: dict[str, threading.RLock] = {}
+_guard = threading.Lock()
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device for 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises
+    ------
+    OptionError
+        If there is no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(f"device={device!r} is not accepted; choose 'auto', 'cpu' or 'cuda'.") from None
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise OptionError(
+            f"device={device!r} was asked for, and torch sees {torch.cuda.device_count() if torch.cuda.is_available() else 'no'} "
+            f"GPU here. Type device='cpu', or install a build of torch for your GPU."
+        )
+    if found.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={device!r} is not supported; double precision is needed: choose 'cpu' or 'cuda'.")
+    return found
+
+
+@contextlib.contextmanager
+def exclusive(device: torch.device, threads: int | None) -> Iterator[None]:
+    """Compute on `device`: one task at a time on a GPU; with `threads` torch threads on the CPU.
+
+    In dask tasks `threads` is 1: the scheduler brings the parallelism, and sums are then added up in the same order by every
+    scheduler and any number of workers, which makes their results equal to the bit.
+    """
+    with _guard:
+        lock = _locks.setdefault(str(device), threading.RLock())
+    before = torch.get_num_threads()
+    with lock if device.type != "cpu" else contextlib.nullcontext():
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            if threads is not None:
+                torch.set_num_threads(before)
+
+
+def in_batches(function: Callable[[list[Item]], Tensor], items: list[Item], size: int) -> Tensor:
+    """Apply `function` to batches of at most `size` items and concatenate; out of GPU memory halves the batch, with one warning."""
+    out: list[Tensor] = []
+    start = 0
+    while start < len(items):
+        try:
+            out.append(function(items[start : start + size]))
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = max(1, size // 2)
+            torch.cuda.empty_cache()
+            warnings.warn(f"The GPU ran out of memory; going on with batches of {size}. Pass batch_size={size}.", stacklevel=2)
+            continue
+        start += size
+    return torch.cat(out)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a dask task carries instead of a model: path and checksum, or the model itself where it was never saved."""
+
+    sha256: str
+    path: str | None = None
+    model: GenerativeModel | None = None
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        """Identify the model by its content."""
+        return ("xgenda.Handle", self.sha256)
+
+    def load(self) -> GenerativeModel:
+        """Return the model, read once per process."""
+        return self.model if self.model is not None else _load(self.path or "", self.sha256)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: str, sha256: str) -> GenerativeModel:
+    from xgenda.models.checkpoints import read_model
+    from xgenda.models.store import sha256_of
+
+    found = sha256_of(Path(path))
+    if found != sha256:
+        raise ChecksumError(
+            f"{path} has changed since this computation was set up: sha256 {found[:12]}, expected {sha256[:12]}. Call it again."
+        )
+    return read_model(Path(path), sha256)
+
+
+def handle_of(model: GenerativeModel) -> Handle:
+    """Return the handle of a model."""
+    if model.path is not None:
+        return Handle(model.sha256, str(model.path))
+    return Handle(model.sha256, None, model)

@@ -1,0 +1,1 @@
+"""Diffusion and Gaussian machinery on plain torch tensors."""

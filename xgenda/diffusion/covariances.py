@@ -1,0 +1,326 @@
+r"""Covariances of a gridded state: a kernel on the sphere, a localised sample, a low-rank factor plus a diagonal.
+
+The state vector of a field is its channels one after the other, each flattened rows first; its length is n. No covariance is
+stored as an n x n matrix: each gives blocks, its diagonal, and exact draws.
+
+Distances are great-circle distances d for the exponential kernel. The other kernels are positive definite on the sphere only
+as functions of the chord 2 R sin(d / 2R) (Gneiting 2013, Bernoulli 19, 1327-1349), so that is what they get; at 1000 km the two
+differ by 0.1 %.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xgenda.diffusion.noise import NoiseStream
+from xgenda.errors import OptionError
+
+EARTH_RADIUS = 6_371_229.0
+DENSE_LIMIT = 6000  # cells; a dense factorisation beyond this takes minutes and gigabytes
+KERNELS = ("exponential", "matern32", "matern52", "gaussian")
+
+
+class Covariance(Protocol):
+    """What a Gaussian needs to know of its covariance S of a state of length `size`."""
+
+    @property
+    def size(self) -> int:
+        """Length n of the state."""
+        ...
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        ...
+
+    def diagonal(self) -> Tensor:
+        """Return the variances, shape (n,)."""
+        ...
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one N(0, S) vector per sample of `noise`, shape (samples, n)."""
+        ...
+
+
+class SphereKernel:
+    """A correlation function of distance between the cells of a grid.
+
+    Parameters
+    ----------
+    latitude, longitude
+        Axes of a rectilinear grid in degrees, shapes (ny,) and (nx,).
+    kind
+        'exponential', 'matern32', 'matern52', 'gaussian', or 'gaspari-cohn'.
+    length
+        Length scale in metres; for 'gaspari-cohn' the distance at which the taper reaches zero.
+    around
+        Number of columns of this spacing around the whole circle, if that is a whole number. Then exact draws cost a Fourier
+        transform along longitude and one small eigenproblem per zonal wavenumber, because the covariance of any field that is
+        isotropic on the sphere is block-circulant in longitude.
+    """
+
+    def __init__(self, latitude: Tensor, longitude: Tensor, kind: str, length: float, around: int | None = None) -> None:
+        self.kind, self.length, self.around = kind, float(length), around
+        self.shape = (len(latitude), len(longitude))
+        self.size = self.shape[0] * self.shape[1]
+        self._axes = (latitude.double(), longitude.double())
+        self._positions = _unit_vectors(*_mesh(*self._axes))
+        self._root: Tensor | None = None
+
+    def correlation(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the correlation of cells, shape (rows, columns)."""
+        return self._of_chord(_chord(self._positions[rows], self._positions[columns]))
+
+    def _of_chord(self, chord: Tensor) -> Tensor:
+        if self.kind == "exponential":
+            distance = 2 * EARTH_RADIUS * torch.asin((chord / 2).clamp(max=1.0))
+            return torch.exp(-distance / self.length)
+        scaled = EARTH_RADIUS * chord / self.length
+        if self.kind == "matern32":
+            return (1 + math.sqrt(3) * scaled) * torch.exp(-math.sqrt(3) * scaled)
+        if self.kind == "matern52":
+            return (1 + math.sqrt(5) * scaled + 5 / 3 * scaled**2) * torch.exp(-math.sqrt(5) * scaled)
+        if self.kind == "gaussian":
+            return torch.exp(-0.5 * scaled**2)
+        return gaspari_cohn(scaled)
+
+    def draw(self, noise: NoiseStream, fields: int = 1) -> Tensor:
+        """Draw `fields` independent fields per sample with this correlation, shape (samples, fields, size), float64."""
+        if self._root is None:
+            self._root = self._circulant_root() if self.around else self._dense_root()
+        ny, nx = self.shape
+        if not self.around:
+            white = noise.normal(fields, self.size, dtype=torch.float64)
+            return white @ self._root.T
+        white = noise.normal(fields, ny, self.around, dtype=torch.float64)
+        spectrum = torch.fft.rfft(white, dim=-1)
+        root = self._root.to(spectrum.dtype)
+        shaped = torch.einsum("mij,sfjm->sfim", root, spectrum)
+        field = torch.fft.irfft(shaped, n=self.around, dim=-1)[..., :nx]
+        return field.reshape(len(noise), fields, self.size)
+
+    def _circulant_root(self) -> Tensor:
+        assert self.around is not None
+        latitude, longitude = self._axes
+        turn = torch.arange(self.around, dtype=torch.float64) * (360.0 / self.around)
+        first = _unit_vectors(latitude, torch.zeros_like(latitude))
+        everywhere = _unit_vectors(*_mesh(latitude, turn))
+        lags = self._of_chord(_chord(first, everywhere)).reshape(len(latitude), len(latitude), self.around)
+        spectrum = torch.fft.rfft(lags, dim=-1).real.permute(2, 0, 1)
+        return _root_of(spectrum)
+
+    def _dense_root(self) -> Tensor:
+        if self.size > DENSE_LIMIT:
+            raise OptionError(
+                f"Draws from a covariance function on {self.size} cells need evenly spaced longitudes that divide the circle "
+                f"(or at most {DENSE_LIMIT} cells). Interpolate to such a grid first."
+            )
+        everything = torch.arange(self.size)
+        return _root_of(self.correlation(everything, everything))
+
+
+def gaspari_cohn(scaled: Tensor) -> Tensor:
+    """Taper of Gaspari and Cohn (1999, Q. J. R. Meteorol. Soc. 125, eq. 4.10), of distance over the radius where it is zero."""
+    r = 2 * scaled
+    near = -(r**5) / 4 + r**4 / 2 + 5 / 8 * r**3 - 5 / 3 * r**2 + 1
+    safe = r.clamp(min=1.0)
+    far = safe**5 / 12 - safe**4 / 2 + 5 / 8 * safe**3 + 5 / 3 * safe**2 - 5 * safe + 4 - 2 / (3 * safe)
+    return torch.where(r < 1, near, torch.where(r < 2, far, torch.zeros_like(r)))
+
+
+def _mesh(latitude: Tensor, longitude: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = torch.meshgrid(latitude, longitude, indexing="ij")
+    return a.reshape(-1), b.reshape(-1)
+
+
+def _unit_vectors(latitude: Tensor, longitude: Tensor) -> Tensor:
+    phi, lam = torch.deg2rad(latitude), torch.deg2rad(longitude)
+    return torch.stack([phi.cos() * lam.cos(), phi.cos() * lam.sin(), phi.sin()], -1)
+
+
+def _chord(a: Tensor, b: Tensor) -> Tensor:
+    # the matrix-product form of the distance loses half the digits near zero
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _root_of(matrix: Tensor) -> Tensor:
+    """Return a root L with L L^T = matrix for (a batch of) symmetric positive semi-definite matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+
+
+class KernelCovariance:
+    """S = std_i c(d_ij) std_j within each channel, and no covariance between channels.
+
+    Parameters
+    ----------
+    kernels
+        One per channel, all on the same grid.
+    std
+        Standard deviations, shape (channels, cells).
+    """
+
+    def __init__(self, kernels: list[SphereKernel], std: Tensor) -> None:
+        self.kernels, self.std = kernels, std.double()
+        self.size = std.numel()
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        cells = self.kernels[0].size
+        out = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        for c, kernel in enumerate(self.kernels):
+            i, j = (torch.nonzero(index // cells == c)[:, 0] for index in (rows, columns))
+            if len(i) and len(j):
+                a, b = rows[i] % cells, columns[j] % cells
+                out[i[:, None], j] = self.std[c, a, None] * kernel.correlation(a, b) * self.std[c, b]
+        return out
+
+    def diagonal(self) -> Tensor:
+        """Return the variances."""
+        return (self.std**2).reshape(-1)
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one field per sample."""
+        fields = [kernel.draw(noise)[:, 0] * std for kernel, std in zip(self.kernels, self.std, strict=True)]
+        return torch.cat(fields, -1)
+
+
+class LocalisedSample:
+    """S = inflation * (X^T X / (N - 1)) o T: a sample covariance under a Gaspari-Cohn taper T of horizontal distance.
+
+    Exact draws need no factor of S: sum_k x_k o t_k / sqrt(N - 1), with t_k ~ N(0, T) independent, has this covariance.
+
+    Parameters
+    ----------
+    anomalies
+        Sample minus its mean, shape (N, n).
+    taper
+        Kernel of kind 'gaspari-cohn'.
+    inflation
+        Factor on the variance.
+    """
+
+    def __init__(self, anomalies: Tensor, taper: SphereKernel, inflation: float = 1.0) -> None:
+        self.scaled = anomalies.double() * math.sqrt(inflation / (len(anomalies) - 1))
+        self.taper = taper
+        self.size = anomalies.shape[1]
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        cells = self.taper.size
+        return (self.scaled[:, rows].T @ self.scaled[:, columns]) * self.taper.correlation(rows % cells, columns % cells)
+
+    def diagonal(self) -> Tensor:
+        """Return the variances."""
+        return (self.scaled**2).sum(0)
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one field per sample."""
+        channels = self.size // self.taper.size
+        out = []
+        for s in range(len(noise)):  # a sample at a time: N fields each are plenty of memory
+            tapered = self.taper.draw(_Single(noise, s), fields=len(self.scaled))[0]
+            out.append((self.scaled * tapered.repeat(1, channels)).sum(0))
+        return torch.stack(out)
+
+
+class _Single(NoiseStream):
+    """One sample of a stream, sharing its generator."""
+
+    def __init__(self, stream: NoiseStream, index: int) -> None:
+        self._generators = [stream._generators[index]]
+
+
+class LowRank:
+    """S = F F^T + diag(d).
+
+    Parameters
+    ----------
+    factor
+        F, shape (n, r).
+    residual
+        d, shape (n,), not negative.
+    """
+
+    def __init__(self, factor: Tensor, residual: Tensor) -> None:
+        self.factor, self.residual = factor.double(), residual.double()
+        self.size = len(residual)
+        self._cache: dict[float, Conditional] = {}
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        same = rows[:, None] == columns
+        return self.factor[rows] @ self.factor[columns].T + torch.where(same, self.residual[columns], 0.0)
+
+    def diagonal(self) -> Tensor:
+        """Return the variances."""
+        return (self.factor**2).sum(1) + self.residual
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one field per sample."""
+        modes = noise.normal(self.factor.shape[1], dtype=torch.float64)
+        return modes @ self.factor.T + self.residual.sqrt() * noise.normal(self.size, dtype=torch.float64)
+
+    def given_noise(self, sigma: float) -> Conditional:
+        r"""Return the covariance of x given x + sigma e, C = (S^-1 + sigma^-2 I)^-1, as a diagonal plus a low rank.
+
+        With D = d + sigma^2 and M = (I + F^T D^-1 F)^-1 (Woodbury), every term is positive, so nothing cancels:
+        C = diag(sigma^2 d / D) + (sigma^2 / D) F M F^T (sigma^2 / D).
+        """
+        if sigma not in self._cache:
+            if len(self._cache) > 256:
+                self._cache.clear()
+            total = self.residual + sigma**2
+            inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])
+            upper = torch.linalg.cholesky(inner)
+            half = torch.linalg.solve_triangular(upper, self.factor.T, upper=False).T
+            weight = sigma**2 / total
+            self._cache[sigma] = Conditional(weight * self.residual, weight[:, None] * half, sigma)
+        return self._cache[sigma]
+
+    @classmethod
+    def of(cls, covariance: Covariance) -> LowRank:
+        """Factorise any covariance of moderate size exactly.
+
+        Raises
+        ------
+        OptionError
+            If it is too large for a dense eigenproblem.
+        """
+        if isinstance(covariance, LowRank):
+            return covariance
+        if covariance.size > DENSE_LIMIT:
+            raise OptionError(
+                f"A denoiser of this covariance needs a dense eigenproblem of {covariance.size} cells (limit {DENSE_LIMIT}); "
+                f"use a low-rank one: gaussian_prior(ds, covariance='eof')"
+            )
+        everything = torch.arange(covariance.size)
+        return cls(_root_of(covariance.block(everything, everything)), torch.zeros(covariance.size))
+
+
+class Conditional:
+    """C = diag(a) + B B^T, the covariance of the state given a noisy copy of it with noise `sigma`."""
+
+    def __init__(self, diagonal: Tensor, factor: Tensor, sigma: float) -> None:
+        self.diagonal, self.factor, self.sigma = diagonal, factor, sigma
+        self.variance = diagonal + (factor**2).sum(1)
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def parts(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and B in the dtype and on the device of `like`."""
+        key = (like.dtype, like.device)
+        if key not in self._cast:
+            self._cast[key] = (self.diagonal.to(like), self.factor.to(like))
+        return self._cast[key]
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return C v for vectors (..., n)."""
+        a, b = self.parts(vector)
+        return a * vector + (vector @ b) @ b.T
+
+    def shrink(self, vector: Tensor) -> Tensor:
+        """Return S (S + sigma^2 I)^-1 v = C v / sigma^2: the best linear estimate of the state from a noisy one."""
+        return self.multiply(vector) / self.sigma**2

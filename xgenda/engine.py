@@ -1,0 +1,256 @@
+"""The engine: lay one batched posterior sampler over a (chunked) Dataset. The only place where arrays become tensors at inference."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from xgenda import chunking, metadata
+from xgenda.devices import Handle, exclusive, resolve_device
+from xgenda.errors import OptionError, StateError
+from xgenda.grids import Grid, Orientation
+from xgenda.models.generative import PointEvidence, Request, SamplingOptions
+from xgenda.observations.operators import Located
+from xgenda.observations.quality import Quality, background_check
+from xgenda.scaling import cycle_basis
+
+IMPLAUSIBLE = 20.0  # standard deviations from the training climate: surely other units or a fill value
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Everything that a block needs beside its own fields; travels to workers once.
+
+    Attributes
+    ----------
+    handle
+        The model.
+    grid, orientation
+        Of the input fields.
+    factors
+        (scale, offset) per variable from the user's units to the model's.
+    names
+        Variable names, for messages.
+    labels, basis
+        Time label (t,) and climatology basis (t, k) of every time.
+    located
+        Observations of all times, or None.
+    threshold
+        Of the background check, or None.
+    members, seed, options, device
+        See `Request`.
+    output
+        Orientation and shape of the result.
+    """
+
+    handle: Handle
+    grid: Grid
+    orientation: Orientation
+    factors: tuple[tuple[float, float], ...]
+    names: tuple[str, ...]
+    labels: np.ndarray
+    basis: np.ndarray
+    located: Located | None
+    threshold: float | None
+    members: tuple[int, ...]
+    seed: int
+    options: SamplingOptions
+    device: str
+    output: Orientation
+    check: bool
+    progress: bool | None
+    threads: int | None
+
+
+def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
+    """Compute one block of times; returns (t, members, variables, rows, columns) in the user's units and order."""
+    job = payload
+    device = resolve_device(job.device)
+    with exclusive(device, job.threads):
+        model = job.handle.load()
+        total = model.work(len(index), len(job.members), job.options)
+        with progress_bar(total, job.progress) as advance:
+            request = _request(job, index, fields, device, advance)
+            if job.located is not None and job.threshold is not None:
+                codes = recheck(job, request)
+                request = _with_evidence(request, _evidence(codes, len(index)))
+            values = model.posterior(request)
+    spec = model.spec
+    shape = (spec.grid or job.grid).shape
+    out = values.numpy().reshape(len(index), len(job.members), spec.channels, *shape)
+    if not np.isfinite(out).all():
+        raise StateError(
+            f"The sampler returned values that are not finite at time {job.labels[int(index[np.argwhere(~np.isfinite(out))[0][0]])]} "
+            f"with guidance={job.options.guidance!r}. Use guidance='auto', more steps, or larger observation errors."
+        )
+    for c, (scale, offset) in enumerate(job.factors):
+        if (scale, offset) != (1.0, 0.0):
+            out[:, :, c] = (out[:, :, c] - offset) / scale
+    return job.output.from_model(out)
+
+
+def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
+    """Return prior mean and standard deviation at all times, for checks outside of a sampling run."""
+    index = np.arange(len(job.labels))
+    request = _request(job, index, fields, torch.device("cpu"), lambda _: None)
+    mean, deviation = job.handle.load().prior_moments(request)
+    return mean, deviation, request
+
+
+def recheck(job: Job, request: Request, *, start: int | None = None) -> Located:
+    """Return the observations of the block with the codes of the background check."""
+    model = job.handle.load()
+    assert job.located is not None and job.threshold is not None
+    located = _between(job, request)
+    mean, deviation = model.prior_moments(request)
+    return located.with_code(background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold))
+
+
+def background_codes(located: Located, mean: np.ndarray, deviation: np.ndarray, threshold: float) -> np.ndarray:
+    """Return quality codes after the background check; `mean` and `deviation` are (t, channels * cells)."""
+    code = located.table.code.copy()
+    fine = code <= Quality.PASSIVE
+    for t in np.unique(located.time_index[fine]):
+        rows = np.flatnonzero(fine & (located.time_index == t))
+        operator = located.operator.select(rows)
+        sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
+        bad = background_check(located.table.value[rows], sigma, operator(mean[t]), operator(deviation[t]), threshold)
+        code[rows[bad]] = Quality.BACKGROUND
+    return code
+
+
+def _between(job: Job, request: Request) -> Located:
+    assert job.located is not None
+    return job.located.between(*request_span(job, request))
+
+
+def request_span(job: Job, request: Request) -> tuple[int, int]:
+    """Return the positions of the block's first time and one past its last; blocks are contiguous."""
+    first = int(np.flatnonzero(job.labels == request.labels[0])[0])
+    return first, first + len(request.labels)
+
+
+def _request(job: Job, index: np.ndarray, fields: tuple[np.ndarray, ...], device: torch.device, advance: Callable[[int], None]) -> Request:
+    model = job.handle.load()
+    where = f" at {job.labels[index[0]]}" if len(index) == 1 else ""
+    channels = []
+    for name, field, (scale, offset) in zip(job.names, fields, job.factors, strict=True):
+        if job.check:
+            metadata.check_values(np.asarray(field), name, where=where)
+        channels.append(job.orientation.to_model(np.asarray(field)).astype(np.float64) * scale + offset)
+    values = np.stack(channels, 1)
+    climatology = None
+    if model.spec.scaling is not None:
+        grid = model.spec.grid or job.grid
+        mean = model.spec.scaling.climatology(job.basis[index])
+        climatology = torch.as_tensor(np.broadcast_to(mean, (len(index), model.spec.channels, *grid.shape)).copy()).flatten(2)
+    if job.check:
+        _check_plausible(job, values, model.spec)
+    located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
+    return Request(
+        job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(located, len(index)),
+        [str(job.labels[i]) for i in index], job.members, job.seed, job.options, device, advance,
+    )  # fmt: skip
+
+
+def _check_plausible(job: Job, values: np.ndarray, spec: Any) -> None:
+    if spec.scaling is None or not spec.scaling.is_affine:
+        return
+    mean, std = spec.scaling.mean[0].mean((1, 2)), spec.scaling.std.mean((1, 2)) + spec.scaling.mean[0].std((1, 2))
+    for c, name in enumerate(job.names):
+        found = float(values[:, c].mean())
+        if abs(found - mean[c]) > IMPLAUSIBLE * std[c]:
+            raise StateError(
+                f"ds[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {mean[c]:.5g} {spec.variables[c].units or ''}. "
+                f"Other units? Set the true ones: ds[{name!r}].attrs['units'] = 'degC'"
+            )
+
+
+def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
+    out = []
+    for t in range(times):
+        if located is None:
+            operator, value, error = np.zeros((0, 1), dtype=np.int64), np.zeros(0), np.zeros(0)
+            out.append(PointEvidence(torch.as_tensor(operator), torch.as_tensor(operator).double(), torch.as_tensor(value), torch.as_tensor(error)))
+            continue
+        now = located.at(t).used()
+        out.append(
+            PointEvidence(
+                torch.as_tensor(now.operator.indices), torch.as_tensor(now.operator.weights),
+                torch.as_tensor(now.table.value), torch.as_tensor(now.table.error**2),
+            )  # fmt: skip
+        )
+    return out
+
+
+def _with_evidence(request: Request, evidence: list[PointEvidence]) -> Request:
+    import dataclasses
+
+    return dataclasses.replace(request, evidence=evidence)
+
+
+def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int]) -> Any:
+    """Lay `run` over the blocks; returns (t, members, variables, rows, columns), a numpy or dask array."""
+    import dataclasses
+
+    lazy = chunking.is_chunked(arrays)
+    if lazy:
+        job = dataclasses.replace(job, progress=False, threads=1)
+    dtype = np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind == "f"))
+    return chunking.lay(
+        run, job, arrays, time=time, horizontal=(layout.latitude, layout.longitude),
+        output=(len(job.members), len(arrays), *shape), dtype=dtype,
+    )  # fmt: skip
+
+
+def check_members(members: object) -> tuple[int, ...]:
+    """Return member numbers 0 to members - 1."""
+    from xgenda.errors import check_count
+
+    return tuple(range(check_count("members", members)))
+
+
+def check_seed(seed: object) -> int:
+    """Return the seed, or draw one; it is recorded in the result either way."""
+    import numbers
+    import secrets
+
+    if seed is None:
+        return secrets.randbits(31)
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise OptionError(f"seed={seed!r} is not accepted; give a whole number or None, for example seed=0.")
+    return int(seed)
+
+
+class progress_bar:
+    """A tqdm bar in notebooks and terminals, silent elsewhere; ``progress=True`` or ``False`` decides."""
+
+    def __init__(self, total: int, progress: bool | None, description: str = "sampling") -> None:
+        self.total, self.progress, self.description = total, progress, description
+
+    def __enter__(self) -> Callable[[int], None]:
+        """Return the function to call with finished units of work."""
+        from tqdm.std import tqdm
+
+        bar = tqdm
+        if "ipykernel" in sys.modules:
+            import importlib.util
+
+            if importlib.util.find_spec("ipywidgets"):  # without it the notebook bar only warns
+                from tqdm.notebook import tqdm as bar  # type: ignore[assignment]
+        self.bar = bar(total=self.total, desc=self.description, disable=None if self.progress is None else not self.progress, leave=False)
+
+        def advance(n: int) -> None:
+            self.bar.update(n)
+
+        return advance
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar."""
+        self.bar.close()

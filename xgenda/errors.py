@@ -1,0 +1,116 @@
+"""Every error that xgenda raises on purpose, grouped by what a caller would do about it.
+
+::
+
+    GendaError
+    +-- CoordinateError        (ValueError)   a coordinate is missing, ambiguous or unusable
+    +-- GridError              (ValueError)   the grid is not the one that is needed
+    +-- UnitsError             (ValueError)   units are missing, unknown or incompatible
+    +-- StateError             (ValueError)   the fields hold values that cannot be used
+    +-- ChunkingError          (ValueError)   dask chunks need another layout
+    +-- ObservationError       (ValueError)   the observations cannot be used as they are
+    +-- OptionError            (ValueError)   a keyword has a value that is not accepted
+    +-- ModelNotFoundError     (KeyError)     no model of that name, or none that fits
+    +-- ChecksumError          (ValueError)   a file is not the one that was registered
+    +-- CheckpointError        (ValueError)   a model file cannot be read
+    +-- OutputExistsError      (FileExistsError)
+    +-- MissingDependencyError (ImportError)  an optional package is not installed
+
+A message says which argument is wrong, what was found, what would be accepted, and the line to type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GendaError(Exception):
+    """Base class of all errors raised by xgenda."""
+
+
+class CoordinateError(GendaError, ValueError):
+    """A coordinate is missing, ambiguous or unusable."""
+
+
+class GridError(GendaError, ValueError):
+    """The grid of the data is not the one that is needed."""
+
+
+class UnitsError(GendaError, ValueError):
+    """Units are missing, unknown, or cannot be converted."""
+
+
+class StateError(GendaError, ValueError):
+    """The fields hold values that cannot be used (NaN, infinity, fill values)."""
+
+
+class ChunkingError(GendaError, ValueError):
+    """The dask chunks need another layout."""
+
+
+class ObservationError(GendaError, ValueError):
+    """The observations cannot be used as they are."""
+
+
+class OptionError(GendaError, ValueError):
+    """A keyword has a value that is not accepted."""
+
+
+class ModelNotFoundError(GendaError, KeyError):
+    """No model has that name, or none fits the data."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class ChecksumError(GendaError, ValueError):
+    """A file is not the one that was registered."""
+
+
+class CheckpointError(GendaError, ValueError):
+    """A model file cannot be read."""
+
+
+class OutputExistsError(GendaError, FileExistsError):
+    """An output already exists and overwriting was not asked for."""
+
+
+class MissingDependencyError(GendaError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+def did_you_mean(found: object, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(str(found), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_choice(argument: str, found: object, choices: Iterable[str]) -> str:
+    """Return `found` if it is one of `choices`, else raise an `OptionError` that lists them."""
+    choices = list(choices)
+    if not isinstance(found, str) or found not in choices:
+        raise OptionError(
+            f"{argument}={found!r} is not accepted; choose one of {', '.join(map(repr, choices))}."
+            + did_you_mean(found, choices)
+        )
+    return found
+
+
+def check_count(argument: str, found: object, minimum: int = 1) -> int:
+    """Return `found` as an int of at least `minimum`, else raise an `OptionError`."""
+    import numbers
+
+    if isinstance(found, bool) or not isinstance(found, numbers.Integral) or int(found) < minimum:
+        raise OptionError(
+            f"{argument}={found!r} is not accepted; it must be a whole number of at least {minimum}, "
+            f"for example {argument}={max(minimum, 8)}."
+        )
+    return int(found)
+
+
+def missing_dependency(package: str, extra: str, purpose: str) -> MissingDependencyError:
+    """Build the error that names the extra to install."""
+    return MissingDependencyError(
+        f"{purpose} needs the package {package!r}, which is not installed. Install it with: pip install 'xgenda[{extra}]'"
+    )

@@ -1,0 +1,151 @@
+"""`LinearMap`: rows of (indices, weights), the one sparse object of the library: interpolation, block means, regridding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+from xgenda.errors import GridError
+from xgenda.grids import TOLERANCE, Grid
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A linear map y = A x whose row i is ``sum_j weights[i, j] * x[indices[i, j]]``.
+
+    Gather form rather than a sparse tensor: it runs in numpy and torch alike, and both kinds of automatic
+    differentiation go through it. Rows shorter than the longest are padded with weight zero.
+
+    Parameters
+    ----------
+    indices
+        Shape (rows, k), int64, into the flattened source.
+    weights
+        Shape (rows, k), float64.
+    size
+        Length of the flattened source.
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.indices), self.size
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Apply to an array (..., size); returns (..., rows). NaN goes through where its weight is not zero."""
+        gathered = np.asarray(values)[..., self.indices]
+        return np.asarray(np.where(self.weights == 0, 0, gathered * self.weights).sum(-1))
+
+    def adjoint(self, values: np.ndarray) -> np.ndarray:
+        """Apply the transpose to an array (..., rows); returns (..., size)."""
+        values = np.asarray(values)
+        flat = values.reshape(-1, values.shape[-1])
+        return np.asarray((self.to_sparse().T @ flat.T).T.reshape(*values.shape[:-1], self.size))
+
+    def select(self, rows: np.ndarray) -> LinearMap:
+        """Keep some rows (index or boolean array)."""
+        return LinearMap(self.indices[rows], self.weights[rows], self.size)
+
+    def shifted(self, offset: np.ndarray | int, size: int) -> LinearMap:
+        """Return the same map on a longer source in which this one starts at `offset` (a number, or one per row)."""
+        return LinearMap(self.indices + np.reshape(offset, (-1, 1)), self.weights, size)
+
+    def to_sparse(self) -> scipy.sparse.csr_array:
+        """Return the map as a scipy CSR array."""
+        rows = np.repeat(np.arange(len(self.indices)), self.indices.shape[1])
+        entries = (self.weights.ravel(), (rows, self.indices.ravel()))
+        return scipy.sparse.coo_array(entries, shape=self.shape).tocsr()
+
+
+def concatenate(maps: list[LinearMap]) -> LinearMap:
+    """Stack the rows of several maps of one source."""
+    width = max((m.indices.shape[1] for m in maps), default=1)
+    pad = [((0, 0), (0, width - m.indices.shape[1])) for m in maps]
+    return LinearMap(
+        np.concatenate([np.pad(m.indices, p) for m, p in zip(maps, pad, strict=True)]),
+        np.concatenate([np.pad(m.weights, p) for m, p in zip(maps, pad, strict=True)]),
+        maps[0].size,
+    )
+
+
+def identity(size: int) -> LinearMap:
+    """Return the identity on `size` cells."""
+    return LinearMap(np.arange(size)[:, None], np.ones((size, 1)), size)
+
+
+def bilinear(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """Build bilinear interpolation from a grid to points.
+
+    Parameters
+    ----------
+    grid
+        Source grid.
+    latitude, longitude
+        Points in degrees, shape (m,); longitudes in any convention.
+
+    Returns
+    -------
+    LinearMap
+        Shape (m, grid.size). Rows of points outside have weight zero.
+    numpy.ndarray
+        Shape (m,), True where the point lies within the hull of the cell centres (across the seam where the grid is periodic).
+        Points outside are never snapped to the edge.
+    """
+    ny, nx = grid.shape
+    row, fy, inside_y = _bracket(grid.latitude, np.asarray(latitude, dtype=float))
+    located = grid.locate(longitude)
+    axis = np.append(grid.longitude, grid.longitude[0] + 360.0) if grid.periodic else grid.longitude
+    column, fx, inside_x = _bracket(axis, located)
+    inside = inside_y & inside_x
+    row1, column1 = np.minimum(row + 1, ny - 1), (column + 1) % nx if grid.periodic else np.minimum(column + 1, nx - 1)
+    indices = np.stack([row * nx + column, row * nx + column1, row1 * nx + column, row1 * nx + column1], -1)
+    weights = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1)
+    weights[~inside] = 0.0
+    return LinearMap(np.where(weights == 0, indices[:, :1], indices), weights, grid.size), inside
+
+
+def _bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return lower index, fraction and whether inside, for ascending `axis`; within a rounding error of a node, the node."""
+    step = np.diff(axis).mean() if len(axis) > 1 else 1.0
+    slack = TOLERANCE * step
+    inside = np.isfinite(values) & (values >= axis[0] - slack) & (values <= axis[-1] + slack)
+    if len(axis) == 1:
+        return np.zeros(len(values), dtype=np.int64), np.zeros(len(values)), inside
+    safe = np.clip(np.where(inside, values, axis[0]), axis[0], axis[-1])
+    lower = np.clip(np.searchsorted(axis, safe, side="right") - 1, 0, len(axis) - 2)
+    fraction = (safe - axis[lower]) / (axis[lower + 1] - axis[lower])
+    # float32 coordinates miss a node by 1e-6 of a cell: such a point is the node
+    fraction = np.where(fraction < 1e-5, 0.0, np.where(fraction > 1 - 1e-5, 1.0, fraction))
+    return lower.astype(np.int64), fraction, inside
+
+
+def block_mean(grid: Grid, factor: int) -> LinearMap:
+    """Build plain means over blocks of `factor` x `factor` cells, as ``ds.coarsen(...).mean()`` takes them.
+
+    Returns
+    -------
+    LinearMap
+        Shape (grid.size / factor**2, grid.size), rows in the order of ``grid.coarsened(factor)``.
+    """
+    ny, nx = grid.coarsened(factor).shape
+    cells = np.arange(grid.size).reshape(ny, factor, nx, factor).transpose(0, 2, 1, 3).reshape(ny * nx, factor**2)
+    return LinearMap(cells.astype(np.int64), np.full(cells.shape, 1.0 / factor**2), grid.size)
+
+
+def bilinear_between(source: Grid, target: Grid) -> LinearMap:
+    """Build bilinear interpolation between grids; beyond the source's outermost centres the edge value is held."""
+    latitude, longitude = target.points()
+    latitude = np.clip(latitude, source.latitude[0], source.latitude[-1])
+    if not source.periodic:
+        located = longitude - 360.0 * np.round((longitude - source.longitude.mean()) / 360.0)
+        longitude = np.clip(located, source.longitude[0], source.longitude[-1])
+    out, inside = bilinear(source, latitude, longitude)
+    if not inside.all():
+        raise GridError("The target grid could not be located in the source grid.")
+    return out

@@ -1,0 +1,331 @@
+"""Find what the data are: coordinates through CF, variables, units, time labels; and carry metadata to the result."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cf_xarray  # noqa: F401  (registers the .cf accessor)
+import numpy as np
+import xarray as xr
+
+from xgenda.errors import CoordinateError, OptionError, StateError, UnitsError, did_you_mean
+
+LATITUDE_NAMES = ("latitude", "lat", "nav_lat", "y_lat")
+LONGITUDE_NAMES = ("longitude", "lon", "nav_lon", "x_lon")
+TIME_NAMES = ("time", "valid_time")
+MEMBER_NAMES = ("member", "number", "realization", "ensemble", "ensemble_member")
+
+#: CF names of what xgenda writes: one table, used everywhere.
+MEMBER_ATTRS = {"standard_name": "realization", "long_name": "ensemble member"}
+KEPT_ENCODING = ("zlib", "complevel", "shuffle", "_FillValue", "units", "calendar")
+
+#: Values that stand for "missing" in files that do not say so. Exact values only: a physical value never equals them by chance.
+SENTINELS = (-9999.0, 9999.0, -99999.0, 99999.0, -888888.0, -999.0, 1e20, 9.969209968386869e36)
+LARGEST_PLAUSIBLE = 1e15
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the coordinates of a Dataset: `latitude` and `longitude` are dimensions of a rectilinear grid."""
+
+    latitude: str
+    longitude: str
+    time: str | None
+    member: str | None
+
+
+def as_dataset(obj: object, argument: str = "ds") -> xr.Dataset:
+    """Return `obj` as a Dataset; a named DataArray is accepted, anything else is refused with the line to type."""
+    if isinstance(obj, xr.Dataset):
+        return obj
+    if isinstance(obj, xr.DataArray):
+        if obj.name is None:
+            raise OptionError(f"{argument} is a DataArray without a name. Name the variable: {argument}.rename('t2m')")
+        return obj.to_dataset()
+    raise OptionError(
+        f"{argument} is a {type(obj).__module__}.{type(obj).__name__}; an xarray Dataset is needed. "
+        f"For a table type xarray.Dataset.from_dataframe(df); for a DataTree node type tree['/node'].to_dataset()."
+    )
+
+
+def _find(ds: xr.Dataset, key: str, names: Iterable[str]) -> str | None:
+    """Return the one coordinate that CF attributes, then usual names, identify as `key`."""
+    try:
+        found = list(dict.fromkeys(str(n) for n in ds.cf.coordinates.get(key, [])))
+    except Exception:  # cf-xarray raises on odd attributes; the names still tell
+        found = []
+    if len(found) > 1:
+        on_dims = [n for n in found if n in ds.dims]
+        found = on_dims if len(on_dims) == 1 else found
+    if len(found) > 1:
+        raise CoordinateError(
+            f"Several coordinates look like {key}: {', '.join(map(repr, found))}. Keep one: ds.drop_vars({found[1]!r})"
+        )
+    if found:
+        return found[0]
+    for name in names:
+        if name in ds.variables:
+            return name
+    return None
+
+
+def find_member(ds: xr.Dataset) -> str | None:
+    """Return the name of the ensemble dimension, or None."""
+    for name in ds.dims:
+        if name in MEMBER_NAMES or (name in ds.coords and ds[name].attrs.get("standard_name") == "realization"):
+            return str(name)
+    return None
+
+
+def find_time(ds: xr.Dataset) -> str | None:
+    """Return the name of the time coordinate (a dimension, or a scalar), or None."""
+    return _find(ds, "time", TIME_NAMES)
+
+
+def find_layout(ds: xr.Dataset, argument: str = "ds") -> Layout:
+    """Find latitude, longitude, time and member of a gridded Dataset.
+
+    Raises
+    ------
+    CoordinateError
+        If latitude or longitude is missing, ambiguous, not one-dimensional, or holds NaN.
+    """
+    names = {}
+    for key, usual in (("latitude", LATITUDE_NAMES), ("longitude", LONGITUDE_NAMES)):
+        name = _find(ds, key, usual)
+        if name is None:
+            raise CoordinateError(
+                f"{argument} has no {key} coordinate (found: {', '.join(map(str, ds.coords)) or 'none'}). "
+                f"Assign one: {argument}.assign_coords({key}=(dim, values)), "
+                f"or mark yours: {argument}['name'].attrs['standard_name'] = {key!r}"
+            )
+        coordinate = ds[name]
+        if name not in ds.dims:
+            if coordinate.ndim == 0:
+                raise CoordinateError(
+                    f"{argument}: {key} coordinate {name!r} is a scalar; a grid needs it as a dimension: "
+                    f"{argument}.expand_dims({name!r})"
+                )
+            raise CoordinateError(
+                f"{argument}: {key} coordinate {name!r} has dimensions {coordinate.dims}; this version works on grids "
+                f"with one-dimensional latitude and longitude. Interpolate to such a grid first."
+            )
+        values = coordinate.values
+        if values.dtype.kind not in "fiu" or not np.isfinite(values.astype(float)).all():
+            raise CoordinateError(f"{argument}: {key} coordinate {name!r} holds values that are not finite numbers.")
+        names[key] = name
+    return Layout(names["latitude"], names["longitude"], find_time(ds), find_member(ds))
+
+
+def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argument: str = "ds") -> None:
+    """Refuse variables that lack a horizontal dimension or have one that is not handled."""
+    known = {layout.latitude, layout.longitude, layout.time, layout.member}
+    for name in variables:
+        dims = ds[name].dims
+        for needed in (layout.latitude, layout.longitude):
+            if needed not in dims:
+                raise CoordinateError(f"{argument}[{name!r}] has dimensions {dims} and lacks {needed!r}.")
+        extra = [d for d in dims if d not in known]
+        if extra:
+            raise CoordinateError(
+                f"{argument}[{name!r}] has the extra dimension {extra[0]!r} of size {ds.sizes[extra[0]]}; "
+                f"select one entry: {argument}.isel({extra[0]}=0)"
+            )
+        if ds[name].dtype.kind not in "fiu":
+            raise StateError(
+                f"{argument}[{name!r}] has dtype {ds[name].dtype}; real numbers are needed: "
+                f"{argument}[{name!r}].astype('float32')"
+            )
+        if ds[name].dtype.kind in "iu" and "scale_factor" in ds[name].attrs:
+            raise StateError(
+                f"{argument}[{name!r}] still carries scale_factor: it is packed. Open the file with "
+                f"xarray.open_dataset(..., mask_and_scale=True) or decode it: xarray.decode_cf({argument})"
+            )
+
+
+def data_variables(ds: xr.Dataset, layout: Layout) -> list[str]:
+    """Return the names of the variables on the horizontal grid (bounds and grid mappings are left out)."""
+    return [
+        str(n)
+        for n, v in ds.data_vars.items()
+        if layout.latitude in v.dims and layout.longitude in v.dims and v.dtype.kind in "fiuO"
+    ]
+
+
+def match_variable(ds: xr.Dataset, name: str, standard_name: str | None, argument: str = "ds") -> str:
+    """Return the variable of `ds` called `name`, else the only one with that `standard_name`."""
+    if name in ds.data_vars:
+        return name
+    if standard_name:
+        found = [str(n) for n, v in ds.data_vars.items() if v.attrs.get("standard_name") == standard_name]
+        if len(found) == 1:
+            return found[0]
+        if len(found) > 1:
+            raise OptionError(
+                f"{argument}: {', '.join(map(repr, found))} all have standard_name {standard_name!r}, and the model "
+                f"needs one for {name!r}. Keep one: {argument}.drop_vars({found[1]!r})"
+            )
+    known = [str(n) for n in ds.data_vars]
+    raise OptionError(
+        f"{argument} lacks the variable {name!r}"
+        + (f" (or one with standard_name {standard_name!r})" if standard_name else "")
+        + f"; it has {', '.join(map(repr, known)) or 'none'}."
+        + did_you_mean(name, known)
+        + f" Rename yours: {argument}.rename({{{(known or ['yours'])[0]!r}: {name!r}}})"
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def unit_factors(found: str, wanted: str) -> tuple[float, float]:
+    """Return (scale, offset) with ``wanted = scale * found + offset``.
+
+    Raises
+    ------
+    UnitsError
+        If a unit is unknown or the two measure different things.
+    """
+    if found == wanted:
+        return 1.0, 0.0
+    from cf_xarray.units import units as registry  # pint with UDUNITS spelling
+
+    def read(text: str) -> Any:
+        try:
+            return registry.parse_units(text)
+        except Exception as error:
+            raise UnitsError(
+                f"The units {text!r} are not known; use UDUNITS spelling, for example 'K', 'degC', 'hPa', 'm s-1'."
+            ) from error
+
+    source, target = read(found), read(wanted)
+    try:
+        zero, one = (registry.Quantity(v, source).to(target).magnitude for v in (0.0, 1.0))
+    except Exception as error:
+        raise UnitsError(
+            f"Units {found!r} cannot be converted to {wanted!r}. Set the true ones: ds['name'].attrs['units'] = {wanted!r}"
+        ) from error
+    return float(one - zero), float(zero)
+
+
+def convert_units(array: xr.DataArray, wanted: str | None) -> xr.DataArray:
+    """Return `array` in the units `wanted` (lazily for dask); without units in its attrs it is taken as it is."""
+    found = array.attrs.get("units")
+    if wanted is None or found is None or found == wanted:
+        return array
+    scale, offset = unit_factors(str(found), wanted)
+    if (scale, offset) == (1.0, 0.0):
+        return array
+    out: xr.DataArray = array * array.dtype.type(scale) + array.dtype.type(offset)
+    return out.assign_attrs(array.attrs, units=wanted)
+
+
+def check_values(values: np.ndarray, name: str, argument: str = "ds", where: str = "") -> None:
+    """Refuse NaN, infinity and finite fill values, naming the variable, how many, and the remedy.
+
+    Parameters
+    ----------
+    values
+        Array of any shape, in memory.
+    name
+        Variable name for the message.
+    """
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = int(values.size - np.count_nonzero(finite))
+        what = "NaN" if np.isnan(values).any() else "infinity"
+        first = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise StateError(
+            f"{argument}[{name!r}]{where} holds {what} in {bad} of {values.size} cells ({100 * bad / values.size:.2g} %), "
+            f"first at index {first}. Fill or crop them first: {argument}.fillna(...) or {argument}.dropna(...)"
+        )
+    wide = values.astype(np.float64, copy=False)
+    fill = np.abs(wide) > LARGEST_PLAUSIBLE
+    for sentinel in SENTINELS:
+        fill |= wide == sentinel
+    if fill.any():
+        count, first_value = int(np.count_nonzero(fill)), float(values[fill][0])
+        raise StateError(
+            f"{argument}[{name!r}]{where} holds {first_value:.6g} in {count} of {values.size} cells "
+            f"({100 * count / values.size:.2g} %), which looks like a fill value. Mask and fill them: "
+            f"{argument}.where({argument}[{name!r}] != {first_value:.6g})"
+        )
+
+
+def time_labels(time: xr.DataArray | None, size: int = 1) -> np.ndarray:
+    """Return one string per time, the same for equal instants whatever the dtype, unit or chunking.
+
+    Labels key the random numbers, so that a result depends on the time and not on its place in the array. Without a time
+    coordinate the label is the position.
+    """
+    if time is None:
+        return np.array([f"#{i}" for i in range(size)])
+    values = np.atleast_1d(time.values)
+    if values.dtype.kind == "M":
+        if np.isnat(values).any():
+            raise CoordinateError(f"The time coordinate {time.name!r} holds NaT. Drop those: ds.dropna({time.name!r})")
+        return np.datetime_as_string(values.astype("datetime64[ns]"))
+    if values.dtype.kind == "O":
+        return np.array([f"{v.isoformat()}[{getattr(v, 'calendar', '')}]" for v in values])
+    raise CoordinateError(
+        f"The time coordinate {time.name!r} has dtype {values.dtype}; decode it: xarray.decode_cf(ds), "
+        f"or ds.assign_coords({time.name}=pandas.to_datetime(ds[{str(time.name)!r}]))"
+    )
+
+
+def check_unique_times(labels: np.ndarray, argument: str = "ds") -> None:
+    """Refuse repeated times: they would share random numbers and observations."""
+    if len(np.unique(labels)) != len(labels):
+        values, counts = np.unique(labels, return_counts=True)
+        raise CoordinateError(
+            f"{argument} holds the time {values[counts > 1][0]} more than once. Keep the first: "
+            f"{argument}.drop_duplicates('time')"
+        )
+
+
+def carry_metadata(
+    result: xr.Dataset, source: xr.Dataset, variables: Iterable[str], *, call: str, provenance: Mapping[str, object]
+) -> xr.Dataset:
+    """Copy attrs and chosen encoding from `source`, append one line to ``history``, and add provenance attributes.
+
+    Parameters
+    ----------
+    result, source
+        New and original Dataset.
+    variables
+        Names, the same in both.
+    call
+        The call, for the CF ``history`` attribute.
+    provenance
+        Written as attributes ``xgenda_<key>``.
+    """
+    out = result.copy()
+    out.attrs = dict(source.attrs)
+    for name in variables:
+        out[name].attrs = dict(source[name].attrs)
+        out[name].encoding = {k: v for k, v in source[name].encoding.items() if k in KEPT_ENCODING[:4]}
+    for name in out.coords:
+        if name in source.coords:
+            out[name].attrs = dict(source[name].attrs)
+            out[name].encoding = {k: v for k, v in source[name].encoding.items() if k in KEPT_ENCODING}
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    line = f"{stamp}: xgenda {package_version()}: {call}"
+    out.attrs["history"] = f"{source.attrs['history']}\n{line}" if source.attrs.get("history") else line
+    out.attrs["xgenda_version"] = package_version()
+    for key, value in provenance.items():
+        if value is not None:
+            out.attrs[f"xgenda_{key}"] = value if isinstance(value, (int, float, str)) else str(value)
+    return out
+
+
+@functools.cache
+def package_version() -> str:
+    """Return the installed version of xgenda."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("xgenda")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Models: descriptions, Gaussian and diffusion priors, checkpoints, the store."""

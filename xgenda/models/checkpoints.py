@@ -1,0 +1,120 @@
+"""Model files: safetensors with the description in the header. No code is ever run by reading one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xgenda.errors import CheckpointError, OutputExistsError
+from xgenda.models.spec import ModelSpec
+from xgenda.models.store import sha256_of
+from xgenda.scaling import Scaling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xgenda.models.generative import GenerativeModel
+
+FORMAT = 1
+LARGEST_HEADER = 16 * 2**20
+
+
+def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write `model` beside `path` and rename it into place."""
+    import torch
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')")
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"{target} exists. Choose another name, or replace it: model.save({str(target)!r}, overwrite=True)")
+    tensors = {k: v.detach().contiguous().cpu() for k, v in model.tensors().items()}
+    scaling = model.spec.scaling
+    if scaling is not None:
+        tensors["scaling.mean"] = torch.as_tensor(scaling.mean, dtype=torch.float32)
+        tensors["scaling.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, aside, metadata={"format": str(FORMAT), "xgenda": json.dumps(model.spec.to_dict())})
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    model.path, model.sha256 = target.resolve(), sha256_of(target)
+    return target
+
+
+def read_model(path: Path, sha256: str) -> GenerativeModel:
+    """Read a model file whose checksum is already known.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is truncated, foreign, from a newer version, or holds tensors that are not finite or not expected.
+    """
+    spec, tensors = read_tensors(path)
+    if spec.kind == "gaussian":
+        from xgenda.models.gaussian import GaussianModel as reader
+    elif spec.task == "downscale":
+        from xgenda.models.corrective import CorrectiveModel as reader  # type: ignore[assignment]
+    else:
+        from xgenda.models.diffusive import DiffusionModel as reader  # type: ignore[assignment]
+    try:
+        model = reader.from_tensors(spec, tensors)
+    except (KeyError, RuntimeError, TypeError) as problem:
+        raise CheckpointError(f"{path}: the tensors do not fit the description: {problem}") from problem
+    model.path, model.sha256 = path, sha256
+    return model
+
+
+def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Read description and tensors, checked."""
+    import torch
+    from safetensors import safe_open
+
+    try:
+        size = int.from_bytes(path.open("rb").read(8), "little")
+        if size > LARGEST_HEADER:
+            raise CheckpointError(f"{path} is no safetensors file (its header claims {size} bytes). Was it downloaded whole?")
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, Any] = dict(file.metadata() or {})
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a mapping)
+    except CheckpointError:
+        raise
+    except Exception as problem:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({problem}). It may be truncated; fetch it again."
+        ) from problem
+    if "xgenda" not in header:
+        raise CheckpointError(f"{path} is a safetensors file, but no xgenda model: its header has no 'xgenda' entry.")
+    if header.get("format") != str(FORMAT):
+        raise CheckpointError(f"{path} has format {header.get('format')}; this version reads {FORMAT}. Update xgenda.")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite.")
+    try:
+        data = json.loads(header["xgenda"])
+    except json.JSONDecodeError as problem:
+        raise CheckpointError(f"{path}: the model description is no valid JSON: {problem}") from problem
+    scaling = None
+    if data.get("scaling") is not None:
+        try:
+            mean, std = (tensors.pop(f"scaling.{k}").double().numpy() for k in ("mean", "std"))
+        except KeyError as problem:
+            raise CheckpointError(f"{path}: the tensor {problem} is missing.") from problem
+        scaling = Scaling.from_dict(data["scaling"], mean, std)
+    return ModelSpec.from_dict(data, scaling), tensors
+
+
+def content_hash(model: GenerativeModel) -> str:
+    """Return a checksum of a model that was never saved, from its description and tensors."""
+    digest = hashlib.sha256(json.dumps(model.spec.to_dict(), sort_keys=True, default=str).encode())
+    tensors = dict(model.tensors())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    if model.spec.scaling is not None:
+        digest.update(model.spec.scaling.mean.tobytes() + model.spec.scaling.std.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,466 @@
+"""`gaussian_prior`: a zero-training prior in closed form, from a sample or from a covariance function."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from xgenda import metadata
+from xgenda.diffusion.covariances import (
+    EARTH_RADIUS,
+    KERNELS,
+    Covariance,
+    KernelCovariance,
+    LocalisedSample,
+    LowRank,
+    SphereKernel,
+)
+from xgenda.diffusion.denoisers import GaussianDenoiser
+from xgenda.diffusion.gaussian import GaussianPosterior
+from xgenda.diffusion.noise import NoiseStream
+from xgenda.errors import GridError, OptionError, StateError, check_choice, did_you_mean
+from xgenda.grids import Grid, grid_of
+from xgenda.models.checkpoints import content_hash
+from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
+from xgenda.models.spec import ModelSpec, VariableSpec
+from xgenda.scaling import Scaling, cycle_basis, fit_scaling
+
+SAMPLE_KINDS = ("localized", "eof")
+INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
+RANKS = (2, 5, 10, 20, 40, 80)
+RADII = 8
+PROBES = 150  # observed and predicted cells of one cross-validation fold
+
+
+class GaussianModel(GenerativeModel):
+    """A Gaussian prior: exact posterior members, mean and variance, and the exact denoiser.
+
+    Use `gaussian_prior` to make one.
+
+    Parameters
+    ----------
+    spec
+        ``options['covariance']`` names the kind; the scaling, where there is one, standardises with one standard deviation per
+        variable.
+    arrays
+        'anomalies' (localized), 'factor' and 'residual' (eof), in standardised units; nothing for a covariance function.
+    """
+
+    def __init__(self, spec: ModelSpec, arrays: Mapping[str, Tensor]) -> None:
+        self.spec, self.arrays = spec, dict(arrays)
+        self._covariances: dict[tuple[bytes, bytes], Covariance] = {}
+        self.sha256 = content_hash(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the factorisations behind: a worker makes its own."""
+        return {**self.__dict__, "_covariances": {}}
+
+    def covariance(self, grid: Grid | None = None) -> Covariance:
+        """Return the covariance of the state on `grid` (by default the model's own), in standardised units."""
+        grid = grid or self.spec.grid
+        if grid is None:
+            raise OptionError("This prior fits any grid; say which: model.covariance(grid)")
+        key = (grid.latitude.tobytes(), grid.longitude.tobytes())
+        if key not in self._covariances:
+            self._covariances = {key: self._build(grid)}
+        return self._covariances[key]
+
+    def _build(self, grid: Grid) -> Covariance:
+        options = self.spec.options
+        kind = options["covariance"]
+        if kind == "eof":
+            return LowRank(self.arrays["factor"], self.arrays["residual"])
+        if kind == "localized":
+            return LocalisedSample(self.arrays["anomalies"], kernel_on(grid, "gaspari-cohn", options["radius"]), options["inflation"])
+        names = [v.name for v in self.spec.variables]
+        kernels = [kernel_on(grid, kind, options["length_scale"][n]) for n in names]
+        std = torch.tensor([options["std"][n] for n in names], dtype=torch.float64)
+        return KernelCovariance(kernels, std[:, None].expand(-1, grid.size))
+
+    def denoiser(self, grid: Grid | None = None) -> GaussianDenoiser:
+        """Return the exact denoiser of the standardised anomaly, N(0, S), for use in the diffusion machinery."""
+        low_rank = LowRank.of(self.covariance(grid))
+        return GaussianDenoiser(torch.zeros(low_rank.size), low_rank)
+
+    def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
+        """Accept 'auto' and 'exact' only: the posterior is drawn in closed form."""
+        check_choice("guidance", guidance, ("auto", "exact"))
+        check_choice("sampler", sampler, ("auto", "exact"))
+        return SamplingOptions("exact", "exact", 0, 0)
+
+    def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation in physical units."""
+        mean, std = self._mean(request), self._std(request.grid)
+        deviation = self.covariance(request.grid).diagonal().sqrt().reshape(self.spec.channels, -1) * std
+        return mean, deviation.expand_as(mean)
+
+    def _mean(self, request: Request) -> Tensor:
+        if self.spec.needs_background or request.climatology is None:
+            return request.fields
+        return request.climatology
+
+    def _std(self, grid: Grid) -> Tensor:
+        scaling = self.spec.scaling
+        if scaling is None:
+            return torch.ones(self.spec.channels, grid.size, dtype=torch.float64)
+        return torch.as_tensor(scaling.std).double().expand(self.spec.channels, *grid.shape).flatten(1)
+
+    def posterior(self, request: Request) -> Tensor:
+        """Draw exact members; times with the same network share one factorisation."""
+        covariance, std = self.covariance(request.grid), self._std(request.grid).reshape(-1)
+        mean = self._mean(request).flatten(1)
+        out = torch.empty(len(request.labels), len(request.members), covariance.size, dtype=torch.float64)
+        for times in _same_network(request.evidence):
+            solver = self._condition(covariance, request.evidence[times[0]], std)
+            for t in times:
+                noise = NoiseStream([(request.seed, request.labels[t], m) for m in request.members])
+                if solver is None:
+                    z = covariance.draw(noise)
+                else:
+                    value = request.evidence[t].value.double() - _observe(request.evidence[t], mean[t])
+                    z = solver.draw(torch.zeros(covariance.size, dtype=torch.float64), value, noise)
+                out[t] = mean[t] + std * z
+                request.advance(1)
+        return out.reshape(len(request.labels), len(request.members), self.spec.channels, -1)
+
+    def moments(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return posterior mean and standard deviation in closed form, each shape (t, channels, cells)."""
+        covariance, std = self.covariance(request.grid), self._std(request.grid).reshape(-1)
+        mean = self._mean(request).flatten(1)
+        means, deviations = mean.clone(), torch.empty_like(mean)
+        for times in _same_network(request.evidence):
+            solver = self._condition(covariance, request.evidence[times[0]], std)
+            variance = covariance.diagonal() if solver is None else solver.variance()
+            for t in times:
+                deviations[t] = std * variance.clamp(min=0).sqrt()
+                if solver is not None:
+                    value = request.evidence[t].value.double() - _observe(request.evidence[t], mean[t])
+                    means[t] += std * solver.mean(torch.zeros(covariance.size, dtype=torch.float64), value)
+        shape = (len(request.labels), self.spec.channels, -1)
+        return means.reshape(shape), deviations.reshape(shape)
+
+    @staticmethod
+    def _condition(covariance: Covariance, evidence: PointEvidence, std: Tensor) -> GaussianPosterior | None:
+        if len(evidence.value) == 0:
+            return None
+        weights = evidence.weights.double() * std[evidence.indices]
+        return GaussianPosterior(covariance, evidence.indices, weights, evidence.variance)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the arrays in single precision."""
+        return {k: v.float() for k, v in self.arrays.items()}
+
+    @classmethod
+    def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> GaussianModel:
+        """Rebuild the model from stored tensors."""
+        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}}.get(spec.options["covariance"], set())
+        if set(tensors) != expected:
+            raise KeyError(f"expected tensors {sorted(expected)}, found {sorted(tensors)}")
+        return cls(spec, {k: v.double() for k, v in tensors.items()})
+
+
+def _observe(evidence: PointEvidence, state: Tensor) -> Tensor:
+    return (state[evidence.indices] * evidence.weights).sum(-1)
+
+
+def _same_network(evidence: Any) -> list[list[int]]:
+    """Group the times whose observations have the same places and errors."""
+    groups: dict[bytes, list[int]] = {}
+    for t, e in enumerate(evidence):
+        key = b"".join(x.numpy().tobytes() for x in (e.indices, e.weights, e.variance))
+        groups.setdefault(key, []).append(t)
+    return list(groups.values())
+
+
+def kernel_on(grid: Grid, kind: str, length: float) -> SphereKernel:
+    """Return a correlation function on a grid."""
+    return SphereKernel(torch.as_tensor(grid.latitude), torch.as_tensor(grid.longitude), kind, length, grid.longitude_count)
+
+
+def gaussian_prior(
+    ds: xr.Dataset | xr.DataArray,
+    *,
+    length_scale: float | Mapping[str, float] | None = None,
+    std: float | Mapping[str, float] | None = None,
+    covariance: str | None = None,
+    radius: float | None = None,
+    rank: int | None = None,
+    inflation: float | None = None,
+    climatology: str = "none",
+    mean: Literal["sample", "background"] = "sample",
+    folds: int = 5,
+) -> GaussianModel:
+    """Make a Gaussian prior that needs no training.
+
+    With `length_scale` and `std` it is a covariance function around the background that is later given to `assimilate`. Without
+    them the covariance is that of the sample in `ds`, along ``member`` (an ensemble) or ``time`` (a history): the sample
+    covariance under a Gaspari-Cohn taper ('localized') or its leading EOFs plus an uncorrelated residual ('eof').
+
+    Parameters
+    ----------
+    ds
+        The background (any Dataset of the variables to analyse), or the sample. Read into memory when it is the sample.
+    length_scale
+        Length of the covariance function in metres, for all variables or per variable.
+    std
+        Its standard deviation in the units of the variable: the error of the background.
+    covariance
+        'exponential' (default with `length_scale`; great-circle distance), 'matern32', 'matern52' or 'gaussian' (chordal
+        distance, without which they are not valid on a sphere); or 'localized' or 'eof' for a sample. None chooses between
+        the last two by cross-validation.
+    radius
+        Distance in metres at which the taper reaches zero. None: by cross-validation.
+    rank
+        Number of EOFs. None: by cross-validation.
+    inflation
+        Factor on the covariance. None: by cross-validation, because a sample that is also scored in sample is overconfident.
+    climatology
+        Part of the cycle to remove from a history before its covariance is taken: 'none', 'dayofyear', 'hour',
+        'dayofyear+hour'.
+    mean
+        Prior mean for a sample: that of the 'sample' (its climatology), or the 'background' given to `assimilate`.
+    folds
+        Blocks of consecutive times (or members) of the cross-validation.
+
+    Returns
+    -------
+    GaussianModel
+        Ready for ``ds.genda.assimilate(obs, model=...)``.
+
+    Raises
+    ------
+    OptionError
+        If only one of `length_scale` and `std` is given, or options of the two routes are mixed.
+    StateError
+        If the sample is too small or holds NaN.
+
+    Notes
+    -----
+    Each fold is withheld as a block; the Gaussian of the rest is conditioned on some cells of a withheld field, with a small
+    error, and predicts others. The mean logarithmic score of those predictions chooses. Blocks of consecutive times make the
+    choice honest for autocorrelated and trending data.
+
+    References
+    ----------
+    Gaspari, G. and Cohn, S. E. (1999), Construction of correlation functions in two and three dimensions, Q. J. R. Meteorol.
+    Soc. 125, 723-757, eq. 4.10.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> background = xgenda.tutorial.open_dataset("europe-t2m-forecast")
+    >>> prior = xgenda.gaussian_prior(background, length_scale=300e3, std=2.0)
+    >>> prior.spec.kind
+    'gaussian'
+    """
+    ds = metadata.as_dataset(ds)
+    layout = metadata.find_layout(ds)
+    names = metadata.data_variables(ds, layout)
+    if not names:
+        raise OptionError(f"ds has no variable on the dimensions {layout.latitude!r} and {layout.longitude!r}.")
+    variables = tuple(
+        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name"))) for n in names
+    )
+    check_choice("covariance", covariance or "localized", (*SAMPLE_KINDS, *KERNELS))
+    if length_scale is not None or std is not None or covariance in KERNELS:
+        stray = [k for k, v in {"radius": radius, "rank": rank, "inflation": inflation}.items() if v is not None]
+        if stray or covariance in SAMPLE_KINDS or mean != "sample" or climatology != "none":
+            raise OptionError(
+                f"{stray[0] if stray else 'covariance=' + repr(covariance)} belongs to a prior from a sample; leave out "
+                f"length_scale and std for that, or leave it out for a covariance function."
+            )
+        return _from_function(names, variables, covariance or "exponential", length_scale, std)
+    check_choice("mean", mean, ("sample", "background"))
+    return _from_sample(ds, layout, names, variables, covariance, radius, rank, inflation, climatology, mean, folds)
+
+
+def _per_variable(argument: str, value: float | Mapping[str, float] | None, names: list[str]) -> dict[str, float]:
+    if value is None:
+        raise OptionError(
+            f"{argument} is missing: a covariance function needs length_scale in metres and std in the units of the variable, "
+            f"for example gaussian_prior(ds, length_scale=300e3, std=2.0)."
+        )
+    given = {n: value for n in names} if not isinstance(value, Mapping) else dict(value)
+    for n in given:
+        if n not in names:
+            raise OptionError(f"{argument} names {n!r}, which ds does not have.{did_you_mean(n, names)}")
+    for n in names:
+        if n not in given:
+            raise OptionError(f"{argument} has no entry for {n!r}; add one: {argument}={{..., {n!r}: ...}}")
+        try:
+            positive = np.isfinite(float(given[n])) and float(given[n]) > 0  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            positive = False
+        if not positive:
+            raise OptionError(f"{argument}={given[n]!r} for {n!r} is not accepted; it must be a positive number.")
+    return {n: float(given[n]) for n in names}  # type: ignore[arg-type]
+
+
+def _from_function(
+    names: list[str],
+    variables: tuple[VariableSpec, ...],
+    kind: str,
+    length_scale: float | Mapping[str, float] | None,
+    std: float | Mapping[str, float] | None,
+) -> GaussianModel:
+    options = {"covariance": kind, "length_scale": _per_variable("length_scale", length_scale, names), "std": _per_variable("std", std, names)}
+    shown = ", ".join(f"{n}: {options['length_scale'][n] / 1e3:g} km, {options['std'][n]:g}" for n in names)
+    return GaussianModel(
+        ModelSpec(
+            f"gaussian-{kind}", "prior", "gaussian", variables, needs_background=True, options=options, licence="none",
+            training={"covariance": f"{kind} ({shown})"}, description="Covariance function around the background",
+        ),
+        {},
+    )  # fmt: skip
+
+
+def _from_sample(
+    ds: xr.Dataset,
+    layout: metadata.Layout,
+    names: list[str],
+    variables: tuple[VariableSpec, ...],
+    covariance: str | None,
+    radius: float | None,
+    rank: int | None,
+    inflation: float | None,
+    climatology: str,
+    mean: str,
+    folds: int,
+) -> GaussianModel:
+    grid, orientation = grid_of(ds, layout)
+    metadata.check_dims(ds, names, layout)
+    sample_dim, values, time = read_sample(ds, layout, names, orientation)
+    if len(values) < 2 * folds:
+        raise StateError(
+            f"ds has {len(values)} fields along {sample_dim!r}; a sample covariance with {folds}-fold cross-validation needs at "
+            f"least {2 * folds}. Give more, or use a covariance function: gaussian_prior(ds, length_scale=300e3, std=2.0)"
+        )
+    scaling = fit_scaling(values, time, names, cycle=climatology)
+    z = standardise(scaling, values, time)
+    kinds = SAMPLE_KINDS if covariance is None else (covariance,)
+    choices = list(_candidates(kinds, grid, z.shape, radius, rank, inflation))
+    scores = _cross_validate(z, grid, choices, folds) if len(choices) > 1 else {choices[0]: float("nan")}
+    best = max(scores, key=lambda c: scores[c])
+    options, arrays = _fit(z, *best)
+    training = {
+        "sample": f"{len(values)} fields along {sample_dim}",
+        "covariance": f"{best[0]}, {'radius %.0f km' % (best[1] / 1e3) if best[0] == 'localized' else 'rank %d' % best[1]}, inflation {best[2]:g}",
+        "cross_validation": f"best of {len(choices)} by log score over {folds} blocks" if len(choices) > 1 else "none: all options given",
+    }
+    spec = ModelSpec(
+        f"gaussian-{best[0]}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
+        licence="that of the sample", description="Covariance of a sample",
+    )  # fmt: skip
+    return GaussianModel(spec, arrays)
+
+
+def read_sample(ds: xr.Dataset, layout: metadata.Layout, names: list[str], orientation: Any) -> tuple[str, np.ndarray, xr.DataArray | None]:
+    """Return the sample dimension, the fields (n, channels, ny, nx) in memory and model order, and their times."""
+    horizontal = {layout.latitude, layout.longitude}
+    dims = [d for d in dict.fromkeys(str(d) for n in names for d in ds[n].dims) if d not in horizontal]
+    long = [d for d in dims if ds.sizes[d] > 1]
+    if len(long) != 1:
+        raise OptionError(
+            f"A sample needs one dimension (member or time) beside the horizontal ones; ds has {long or 'none'}. "
+            + (f"Select: ds.isel({long[1]}=0), or join them: ds.stack(sample={long})" if len(long) > 1 else
+               "For a single background give gaussian_prior(ds, length_scale=300e3, std=2.0).")
+        )  # fmt: skip
+    arrays = []
+    for n in names:
+        array = ds[n].squeeze([d for d in dims if d not in long and d in ds[n].dims]).transpose(long[0], layout.latitude, layout.longitude)
+        values = np.asarray(array.values)
+        metadata.check_values(values, n)
+        arrays.append(orientation.to_model(values))
+    time = ds[layout.time] if layout.time is not None and ds[layout.time].dims == (long[0],) else None
+    return long[0], np.stack(arrays, 1).astype(np.float64), time
+
+
+def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None) -> np.ndarray:
+    """Return standardised anomalies, shape (n, channels * cells)."""
+    return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
+
+
+Choice = tuple[str, float, float]
+
+
+def _candidates(
+    kinds: tuple[str, ...], grid: Grid, shape: tuple[int, ...], radius: float | None, rank: int | None, inflation: float | None
+) -> Iterator[Choice]:
+    latitude, longitude = (np.radians(a) for a in grid.points())
+    extent = EARTH_RADIUS * 2 * np.arcsin(np.sqrt(_haversine(latitude, longitude).max()))
+    inflations = INFLATIONS if inflation is None else (float(inflation),)
+    if "localized" in kinds:
+        radii = np.geomspace(extent / 12, extent * 2.5, RADII) if radius is None else [float(radius)]
+        yield from (("localized", float(r), i) for r, i in itertools.product(radii, inflations))
+    if "eof" in kinds:
+        ranks = [r for r in RANKS if r < 0.75 * shape[0]] if rank is None else [int(rank)]
+        yield from (("eof", float(r), i) for r, i in itertools.product(ranks, inflations))
+
+
+def _haversine(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    i = [0, latitude.argmax(), latitude.argmin(), longitude.argmax(), len(latitude) // 2]
+    dy, dx = latitude[i][:, None] - latitude, longitude[i][:, None] - longitude
+    return np.clip(np.sin(dy / 2) ** 2 + np.cos(latitude[i])[:, None] * np.cos(latitude) * np.sin(dx / 2) ** 2, 0, 1)
+
+
+def _fit(z: np.ndarray, kind: str, size: float, inflation: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    anomaly = z - z.mean(0)
+    if kind == "localized":
+        return {"covariance": kind, "radius": size, "inflation": inflation}, {"anomalies": torch.as_tensor(anomaly)}
+    low_rank = fit_eofs(anomaly, int(size), inflation)
+    return {"covariance": kind, "rank": int(size), "inflation": inflation}, {"factor": low_rank.factor, "residual": low_rank.residual}
+
+
+def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
+    """Return the leading EOFs of a sample plus the variance they leave, as an uncorrelated residual."""
+    scaled = anomaly * np.sqrt(inflation / (len(anomaly) - 1))
+    _, singular, modes = np.linalg.svd(scaled, full_matrices=False)
+    factor = modes[:rank].T * singular[:rank]
+    total = (scaled**2).sum(0)
+    residual = np.maximum(total - (factor**2).sum(1), 1e-6 * total)
+    return LowRank(torch.as_tensor(factor.copy()), torch.as_tensor(residual))
+
+
+def _cross_validate(z: np.ndarray, grid: Grid, choices: list[Choice], folds: int) -> dict[Choice, float]:
+    """Return the mean log score of each choice over blocks of consecutive fields."""
+    total = dict.fromkeys(choices, 0.0)
+    cells = z.shape[1] // grid.size
+    taper = kernel_on(grid, "gaspari-cohn", 1.0)
+    for k, block in enumerate(np.array_split(np.arange(len(z)), folds)):
+        rng = np.random.default_rng(k)
+        probe = rng.choice(z.shape[1], min(2 * PROBES, z.shape[1]), replace=False)
+        seen = len(probe) // 3
+        rest = np.setdiff1d(np.arange(len(z)), block)
+        centre = z[rest].mean(0)
+        anomaly, test = (z[rest] - centre)[:, probe], (z[block] - centre)[:, probe]
+        sample = anomaly.T @ anomaly / (len(rest) - 1)
+        place = torch.as_tensor(probe % (z.shape[1] // cells))
+        modes: dict[int, LowRank] = {}
+        for kind, size, inflation in choices:
+            if kind == "localized":
+                taper.length = size
+                matrix = sample * taper.correlation(place, place).numpy()
+            else:
+                if int(size) not in modes:
+                    modes[int(size)] = fit_eofs(z[rest] - centre, int(size))
+                index = torch.as_tensor(probe)
+                matrix = modes[int(size)].block(index, index).numpy()
+            total[kind, size, inflation] += _log_score(inflation * matrix, test, seen) / folds
+    return total
+
+
+def _log_score(matrix: np.ndarray, test: np.ndarray, seen: int, error: float = 0.3) -> float:
+    """Return the mean Gaussian log score of unseen entries given noisy seen ones; noise as large as a typical observation error."""
+    rng = np.random.default_rng(0)
+    value = test[:, :seen] + error * rng.standard_normal((len(test), seen))
+    inner = matrix[:seen, :seen] + error**2 * np.eye(seen)
+    gain = np.linalg.solve(inner, matrix[:seen, seen:]).T
+    mean = value @ gain.T
+    variance = np.maximum(np.diag(matrix)[seen:] - (gain * matrix[seen:, :seen]).sum(1), 1e-6)
+    return float(-0.5 * np.mean((test[:, seen:] - mean) ** 2 / variance + np.log(variance)))

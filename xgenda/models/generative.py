@@ -1,0 +1,159 @@
+"""`GenerativeModel`: what every prior offers to the engine, and what users see of it."""
+
+from __future__ import annotations
+
+import html
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xgenda.grids import Grid
+from xgenda.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import Tensor, device
+
+
+@dataclass(frozen=True, eq=False)
+class PointEvidence:
+    """The observations of one time, as tensors: rows of a `LinearMap` from the state, values and error variances."""
+
+    indices: Tensor
+    weights: Tensor
+    value: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What the engine asks of a model: an ensemble for a block of times.
+
+    Attributes
+    ----------
+    grid
+        Grid of `fields`.
+    fields
+        Background or coarse fields in model units, shape (t, channels, cells), float64.
+    climatology
+        Scaling mean of each time on the state grid, shape (t, channels, cells); None where the model has no scaling.
+    evidence
+        One per time.
+    labels
+        One time label per time.
+    members
+        Member numbers.
+    seed
+        With label and member, the key of the random numbers.
+    guidance, sampler, steps, batch_size
+        Options, resolved by `GenerativeModel.plan`.
+    device
+        Where to compute.
+    advance
+        Called with a number of finished units of work, `GenerativeModel.work` in all.
+    """
+
+    grid: Grid
+    fields: Tensor
+    climatology: Tensor | None
+    evidence: Sequence[PointEvidence]
+    labels: Sequence[str]
+    members: Sequence[int]
+    seed: int
+    options: SamplingOptions
+    device: device
+    advance: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample; every field is resolved, so that two equal ones give the same numbers."""
+
+    guidance: str
+    sampler: str
+    steps: int
+    batch_size: int
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class GenerativeModel(ABC):
+    """A prior (or a conditional model) with its description.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+        Variables, grid, scaling, provenance.
+    path : Path or None
+        The file it was read from; dask tasks then carry this and the checksum, never weights.
+    sha256 : str
+        Of that file, or of the content for a model that was never saved.
+    """
+
+    spec: ModelSpec
+    path: Path | None = None
+    sha256: str = ""
+
+    @abstractmethod
+    def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
+        """Resolve 'auto' and None, and refuse what this model cannot do."""
+
+    @abstractmethod
+    def posterior(self, request: Request) -> Tensor:
+        """Return members in model units, shape (t, members, channels, cells), float32 or float64, on the CPU."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything to store, by name."""
+
+    def work(self, times: int, members: int, options: SamplingOptions) -> int:
+        """Return the number of units of work that `posterior` reports."""
+        return times
+
+    def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the prior, each shape (t, channels, cells), for the background check."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the model to a safetensors file, whole or not at all.
+
+        Raises
+        ------
+        OutputExistsError
+            If `path` exists and `overwrite` is False.
+        """
+        from xgenda.models.checkpoints import save_model
+
+        return save_model(self, path, overwrite=overwrite)
+
+    def summary(self) -> dict[str, str]:
+        """Return what a user wants to know at a glance."""
+        spec = self.spec
+        rows: dict[str, Any] = {
+            "task": f"{spec.task} ({spec.kind})" + (f", x{spec.factor}" if spec.factor else ""),
+            "variables": ", ".join(f"{v.name} [{v.units or 'no units'}]" for v in spec.variables),
+            "grid": spec.grid.describe() if spec.grid is not None else "any",
+            **{str(k): v for k, v in spec.training.items() if not isinstance(v, (dict, list))},
+            "licence": spec.licence,
+            "file": f"{self.path} (sha256 {self.sha256[:12]})" if self.path else f"not saved (content {self.sha256[:12]})",
+        }
+        return {k: str(v) for k, v in rows.items()}
+
+    def __repr__(self) -> str:
+        """Return the summary as text."""
+        rows = self.summary()
+        width = max(map(len, rows))
+        return f"<xgenda.GenerativeModel {self.spec.name!r}>\n" + "\n".join(f"  {k:<{width}}  {v}" for k, v in rows.items())
+
+    def _repr_html_(self) -> str:
+        import xarray as xr
+
+        if xr.get_options()["display_style"] == "text":
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(v)}</td></tr>"
+            for k, v in self.summary().items()
+        )
+        return f"<b>xgenda.GenerativeModel</b> {html.escape(self.spec.name)}<table>{rows}</table>"

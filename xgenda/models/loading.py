@@ -1,0 +1,102 @@
+"""Names, paths and objects -> models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import xarray as xr
+
+from xgenda import metadata
+from xgenda.errors import GendaError, ModelNotFoundError, OptionError
+from xgenda.grids import Grid
+from xgenda.models.checkpoints import read_model
+from xgenda.models.generative import GenerativeModel
+from xgenda.models.store import find_file, registry
+
+
+def load_model(name_or_path: str | os.PathLike[str]) -> GenerativeModel:
+    """Return a model by its registered name, or from a file.
+
+    Parameters
+    ----------
+    name_or_path
+        A name of `list_models`, or the path of a ``.safetensors`` file written by ``model.save``. Files that are not bundled are
+        fetched once, checked against their SHA-256, and kept in the cache directory (environment variable ``XGENDA_CACHE``).
+
+    Returns
+    -------
+    GenerativeModel
+
+    Raises
+    ------
+    ModelNotFoundError
+        If there is no such name or file, or it cannot be fetched.
+    ChecksumError
+        If a fetched file is not the registered one.
+    CheckpointError
+        If the file is no xgenda model.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> xgenda.load_model("t2m-north-america").spec.task
+    'prior'
+    """
+    path, sha256 = find_file(name_or_path)
+    return read_model(Path(path), sha256)
+
+
+def choose_model(
+    model: GenerativeModel | str | os.PathLike[str] | None, ds: xr.Dataset, layout: metadata.Layout, grid: Grid, *, task: str
+) -> GenerativeModel:
+    """Return the model that a call asks for; None takes the one registered model that fits variables and grid.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If none or several fit; the message lists them and says what to type.
+    """
+    if isinstance(model, GenerativeModel):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return load_model(model)
+    if model is not None:
+        raise OptionError(
+            f"model={model!r} is not accepted; give a GenerativeModel, a registered name, or a path: model='t2m-north-america'"
+        )
+    candidates, reasons = [], []
+    for name, entry in registry().items():
+        if entry.task != task:
+            continue
+        try:
+            found = load_model(name)
+            _fits(found, ds, layout, grid)
+        except GendaError as problem:
+            reasons.append(f"  {name}: {problem}")
+        else:
+            candidates.append(found)
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        names = [c.spec.name for c in candidates]
+        raise ModelNotFoundError(f"Several registered models fit: {', '.join(names)}. Choose one: model={names[0]!r}")
+    if task == "prior":
+        advice = "Use a prior that needs no training: model=xgenda.gaussian_prior(ds, length_scale=300e3, std=2.0)"
+    else:
+        advice = "Train one: model=xgenda.train(fine_ds, task='downscale', factor=4)"
+    raise ModelNotFoundError("\n".join([f"No registered model for task {task!r} fits ds:", *(reasons or ["  (none registered)"]), advice]))
+
+
+def _fits(model: GenerativeModel, ds: xr.Dataset, layout: metadata.Layout, grid: Grid) -> None:
+    for v in model.spec.variables:
+        name = metadata.match_variable(ds, v.name, v.standard_name)
+        if v.units is not None and ds[name].attrs.get("units") is not None:
+            metadata.unit_factors(str(ds[name].attrs["units"]), v.units)
+    expected = model.spec.grid
+    if expected is not None and model.spec.factor:
+        expected = expected.coarsened(model.spec.factor)
+    if expected is not None and not expected.same_as(grid):
+        raise ModelNotFoundError(f"it works on the grid {expected.describe()}; ds has {grid.describe()}")
+
+

@@ -1,0 +1,129 @@
+"""A small U-Net for fields, after the layout of Song et al. (2021, arXiv 2011.13456), kept light enough for two CPU cores.
+
+Any grid size (padded to a multiple of the stride, cropped at the end), circular padding in longitude where the grid is periodic,
+group normalisation with adaptive scale and shift from the noise level, output initialised to zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class FieldConv(nn.Module):
+    """A 3 x 3 convolution that pads by the edge value in latitude, and circularly or by the edge value in longitude."""
+
+    def __init__(self, inputs: int, outputs: int, periodic: bool, stride: int = 1) -> None:
+        super().__init__()
+        self.periodic = periodic
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, outputs, ny / stride, nx / stride)."""
+        x = functional.pad(x, (1, 1, 0, 0), mode="circular" if self.periodic else "replicate")
+        out: Tensor = self.conv(functional.pad(x, (0, 0, 1, 1), mode="replicate"))
+        return out
+
+
+class Block(nn.Module):
+    """Two convolutions with a residual connection; the noise embedding scales and shifts between them."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, periodic: bool) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(min(8, inputs // 4), inputs), FieldConv(inputs, outputs, periodic)
+        self.norm2, self.conv2 = nn.GroupNorm(min(8, outputs // 4), outputs), FieldConv(outputs, outputs, periodic)
+        self.affine = nn.Linear(embedding, 2 * outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return (batch, outputs, ny, nx)."""
+        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv2(functional.silu(self.norm2(h) * (1 + scale) + shift))
+        out: Tensor = (self.skip(x) + h) / math.sqrt(2)
+        return out
+
+
+class UNet(nn.Module):
+    """U-Net F(x, noise label, condition).
+
+    Parameters
+    ----------
+    channels
+        Channels of the state (input and output).
+    condition_channels
+        Channels of the condition, concatenated to the input.
+    position
+        Number of learned static input channels on the grid `shape`, which tell the network where it is.
+    shape
+        Grid, needed for `position`.
+    width, multipliers
+        Channels of each level.
+    periodic
+        Whether longitude wraps.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int = 0,
+        *,
+        width: int = 32,
+        multipliers: tuple[int, ...] = (1, 2, 2),
+        position: int = 0,
+        shape: tuple[int, int] = (1, 1),
+        periodic: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stride = 2 ** (len(multipliers) - 1)
+        self.periodic = periodic
+        embedding = 4 * width
+        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2)))
+        self.embed = nn.Sequential(nn.Linear(2 * (width // 2), embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.position = nn.Parameter(0.1 * torch.randn(position, *shape)) if position else None
+        widths = [width * m for m in multipliers]
+        self.first = FieldConv(channels + condition_channels + position, width, periodic)
+        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        previous = width
+        for i, w in enumerate(widths):
+            self.down.append(Block(previous, w, embedding, periodic))
+            self.shrink.append(FieldConv(w, w, periodic, stride=2) if i < len(widths) - 1 else nn.Identity())
+            previous = w
+        self.middle = Block(previous, previous, embedding, periodic)
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for i, w in reversed(list(enumerate(widths))):
+            self.up.append(Block(previous + w, w, embedding, periodic))
+            self.grow.append(FieldConv(w, widths[i - 1], periodic) if i else nn.Identity())
+            previous = widths[i - 1] if i else w
+        self.norm, self.last = nn.GroupNorm(min(8, previous // 4), previous), FieldConv(previous, channels, periodic)
+        nn.init.zeros_(self.last.conv.weight)
+        nn.init.zeros_(self.last.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return F, of the shape of `x` (batch, channels, ny, nx); `label` (batch,), `condition` (batch, c, ny, nx)."""
+        angles = label[:, None] * self.frequencies
+        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], -1))
+        parts = [x] if condition is None else [x, condition]
+        if self.position is not None:
+            parts.append(self.position.expand(len(x), -1, -1, -1))
+        h, size = torch.cat(parts, 1), x.shape[-2:]
+        bottom, right = (-size[0]) % self.stride, (-size[1]) % self.stride
+        if bottom or right:
+            h = functional.pad(h, (0, right, 0, 0), mode="circular" if self.periodic else "replicate")
+            h = functional.pad(h, (0, 0, 0, bottom), mode="replicate")
+        h = self.first(h)
+        kept = []
+        for block, shrink in zip(self.down, self.shrink, strict=True):
+            h = block(h, embedding)
+            kept.append(h)
+            h = shrink(h)
+        h = self.middle(h, embedding)
+        for i, (block, grow) in enumerate(zip(self.up, self.grow, strict=True)):
+            h = block(torch.cat([h, kept.pop()], 1), embedding)
+            if i < len(self.up) - 1:
+                h = grow(functional.interpolate(h, scale_factor=2, mode="nearest"))
+        out: Tensor = self.last(functional.silu(self.norm(h)))
+        return out[..., : size[0], : size[1]]

@@ -1,0 +1,1 @@
+"""Observations: what users have, their quality, and their operators."""

@@ -1,0 +1,341 @@
+"""What users have -> one table of observations.
+
+Accepted: an xarray Dataset or pandas DataFrame along one dimension (latitude, longitude, time, one column per variable), a
+gridded Dataset with NaN where nothing was observed, or a list of these. All become one `Table`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from xgenda import metadata
+from xgenda.errors import ObservationError, UnitsError, did_you_mean
+from xgenda.observations.quality import Quality, gross_bounds, is_missing
+
+Observations = xr.Dataset | xr.DataArray | pd.DataFrame | list[Any] | None
+ErrorLike = float | Mapping[str, Any] | None
+
+#: Columns that describe an observation and are never a variable themselves.
+DESCRIPTIONS = (
+    *metadata.LATITUDE_NAMES,
+    *metadata.LONGITUDE_NAMES,
+    *metadata.TIME_NAMES,
+    *("station_id", "station", "platform", "height", "elevation", "altitude", "flag", "obs", "index", "id", "name"),
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One variable of the state, as far as observations need to know it."""
+
+    name: str
+    standard_name: str | None
+    units: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Observations in normal form: one entry per value, all arrays of one length.
+
+    Attributes
+    ----------
+    source, row
+        Which container of the input (0 for a single one) and which row (or flat cell) of it.
+    time
+        datetime64 or cftime; None where the source has no time.
+    latitude, longitude
+        Degrees.
+    variable
+        Index into the variables of the state.
+    value, error
+        In the units of the state; `error` is a standard deviation.
+    code
+        `Quality`, so far.
+    """
+
+    source: np.ndarray
+    row: np.ndarray
+    time: np.ndarray | None
+    latitude: np.ndarray
+    longitude: np.ndarray
+    variable: np.ndarray
+    value: np.ndarray
+    error: np.ndarray
+    code: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of values."""
+        return len(self.value)
+
+    def take(self, rows: np.ndarray) -> Table:
+        """Return some rows (index or boolean array)."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Table(**{k: None if v is None else v[rows] for k, v in fields.items()})
+
+    def with_code(self, code: np.ndarray) -> Table:
+        """Return the table with other quality codes."""
+        return dataclasses.replace(self, code=code)
+
+
+def read_observations(obs: Observations, wanted: list[Wanted], error: ErrorLike = None, argument: str = "obs") -> Table:
+    """Bring observations to normal form and give each its first quality code (missing, bounds, passive).
+
+    Parameters
+    ----------
+    obs
+        See the module. None and empty tables are fine.
+    wanted
+        The variables of the state.
+    error
+        Standard deviation in the units of the observation: a number, a mapping per variable (number or one per row), or
+        None where `obs` carries ``<name>_error`` or CF ancillary variables.
+
+    Raises
+    ------
+    ObservationError
+        Unknown variables, missing or impossible errors, no coordinates.
+    UnitsError
+        Units that cannot be converted to those of the state.
+    """
+    items = obs if isinstance(obs, (list, tuple)) else [obs]
+    if isinstance(error, Mapping):
+        unknown = [k for k in error if k not in {w.name for w in wanted}]
+        if unknown:
+            known = [w.name for w in wanted]
+            raise ObservationError(
+                f"error names {unknown[0]!r}, which is no variable of the state; it has {', '.join(map(repr, known))}."
+                + did_you_mean(unknown[0], known)
+            )
+    tables = [
+        _read_one(item, wanted, error, i, argument if len(items) == 1 else f"{argument}[{i}]")
+        for i, item in enumerate(items)
+        if item is not None
+    ]
+    if not tables:
+        return _empty()
+    timed = {t.time is not None for t in tables if len(t)}
+    if len(timed) == 2:
+        raise ObservationError(f"Some of the {argument} have a time coordinate and some have none; give it to all or none.")
+    tables = [t for t in tables if len(t)] or tables[:1]
+    joined = {f.name: [getattr(t, f.name) for t in tables] for f in dataclasses.fields(Table)}
+    return Table(**{k: None if v[0] is None else np.concatenate(v) for k, v in joined.items()})
+
+
+def _empty() -> Table:
+    none, zero = np.zeros(0), np.zeros(0, dtype=np.int64)
+    return Table(zero, zero, None, none, none, zero, none, none, np.zeros(0, dtype=np.uint8))
+
+
+def _as_xarray(item: Any, argument: str) -> xr.Dataset:
+    if isinstance(item, xr.DataArray) and item.name is not None:
+        return item.to_dataset()
+    if isinstance(item, xr.Dataset):
+        return item
+    if isinstance(item, pd.DataFrame):
+        frame = item.reset_index(drop=item.index.names == [None])
+        ds = xr.Dataset({str(c): ("obs", _column(frame[c], str(c), argument)) for c in frame.columns})
+        for name, column in ds.data_vars.items():  # pandas carries units in attrs, if at all
+            column.attrs.update(frame.attrs.get(name, {}) if isinstance(frame.attrs.get(name), dict) else {})
+        return ds
+    raise ObservationError(
+        f"{argument} is a {type(item).__module__}.{type(item).__name__}; give a pandas DataFrame or xarray Dataset with "
+        f"latitude, longitude, time and one column per variable, or a gridded Dataset with NaN where nothing was observed."
+    )
+
+
+def _column(series: Any, name: str, argument: str) -> np.ndarray:
+    values = series
+    if getattr(series.dtype, "tz", None) is not None:
+        values = series.dt.tz_convert("UTC").dt.tz_localize(None)
+    array = values.to_numpy()
+    if array.dtype.kind in "OUTS" and name not in DESCRIPTIONS and not name.endswith("_id"):
+        try:
+            return np.asarray(array, dtype=float)
+        except (TypeError, ValueError):
+            first = next((v for v in array if isinstance(v, str)), array[0])
+            raise ObservationError(
+                f"{argument}[{name!r}] holds text such as {first!r}; make it numeric: "
+                f"{argument}[{name!r}] = pandas.to_numeric({argument}[{name!r}], errors='coerce')"
+            ) from None
+    return np.asarray(array)
+
+
+def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, argument: str) -> Table:
+    ds = _as_xarray(item, argument)
+    coords = {}
+    for key, names in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES)):
+        name = metadata._find(ds, key, names)
+        if name is None:
+            raise ObservationError(
+                f"{argument} has no {key}; it has {', '.join(map(str, ds.variables))}. "
+                f"Name the column: {argument} = {argument}.rename({{'yours': {key!r}}})"
+            )
+        coords[key] = name
+    time = metadata.find_time(ds)
+    latitude, longitude = ds[coords["latitude"]], ds[coords["longitude"]]
+    gridded = latitude.ndim == longitude.ndim == 1 and latitude.dims != longitude.dims
+    names = _variables(ds, wanted, argument)
+    base = (latitude.dims[0], longitude.dims[0]) if gridded else tuple(map(str, latitude.dims))
+    if not gridded and (latitude.dims != longitude.dims or latitude.ndim > 1):
+        raise ObservationError(
+            f"{argument}: latitude has dimensions {latitude.dims} and longitude {longitude.dims}; a table along one "
+            f"dimension or a grid with one-dimensional latitude and longitude is needed."
+        )
+    time_dims = ds[time].dims if time is not None else ()
+    dims = tuple(dict.fromkeys((*map(str, time_dims), *map(str, base))))
+    parts = []
+    for code, name in names.items():
+        part = _read_variable(ds, name, wanted[code], dims, error, argument)
+        if part is not None:
+            parts.append((code, *part))
+    template = xr.Dataset({"row": (dims, np.arange(int(np.prod([ds.sizes[d] for d in dims]))).reshape([ds.sizes[d] for d in dims]))})
+    flat = {
+        "latitude": _spread(latitude, template, dims).astype(float),
+        "longitude": _spread(longitude, template, dims).astype(float),
+    }
+    stamps = _spread(_decoded(ds[time], argument), template, dims) if time is not None else None
+    row = template["row"].values.ravel()
+    if not parts:
+        return _empty()
+    columns: dict[str, list[np.ndarray]] = {k: [] for k in ("row", "latitude", "longitude", "variable", "value", "error", "code")}
+    times = []
+    for code, value, sigma, bounds in parts:
+        keep = np.isfinite(value) if gridded else np.ones(len(value), dtype=bool)  # NaN in a grid: nothing was observed there
+        quality = _first_codes(value, sigma, flat, stamps, bounds)
+        _check_errors(sigma, quality, value, wanted[code].name, argument)
+        for key, array in (
+            ("row", row), ("latitude", flat["latitude"]), ("longitude", flat["longitude"]), ("value", value),
+            ("error", sigma), ("code", quality), ("variable", np.full(len(value), code)),
+        ):  # fmt: skip
+            columns[key].append(array[keep])
+        times.append(None if stamps is None else stamps[keep])
+    return Table(
+        source=np.full(sum(map(len, columns["row"])), source),
+        time=None if stamps is None else np.concatenate([t for t in times if t is not None]),
+        **{k: np.concatenate(v) for k, v in columns.items()},
+    )
+
+
+def _variables(ds: xr.Dataset, wanted: list[Wanted], argument: str) -> dict[int, str]:
+    """Return index in the state -> name in the observations; anything that is not recognised is refused."""
+    found: dict[int, str] = {}
+    for i, w in enumerate(wanted):
+        named = [w.name] if w.name in ds.data_vars else []
+        named = named or [str(n) for n, v in ds.data_vars.items() if w.standard_name and v.attrs.get("standard_name") == w.standard_name]
+        if len(named) > 1:
+            raise ObservationError(f"{argument}: {' and '.join(map(repr, named))} both could be {w.name!r}; keep one.")
+        if named:
+            found[i] = named[0]
+    errors = {f"{n}_error" for n in found.values()}
+    ancillary = {a for n in found.values() for a in str(ds[n].attrs.get("ancillary_variables", "")).split()}
+    known = {*found.values(), *errors, *ancillary, *DESCRIPTIONS}
+    strange = [str(n) for n in ds.data_vars if n not in known and not str(n).endswith("_id") and ds[n].dtype.kind in "fiu"]
+    if strange or not found:
+        names = [w.name for w in wanted]
+        hint = f" Keep what the state has: {argument}[{list(found.values())!r}]" if found else did_you_mean((strange or [""])[0], names)
+        raise ObservationError(
+            f"{argument} holds {', '.join(map(repr, strange)) or 'no variable'}, which is not in the state; it has "
+            f"{', '.join(map(repr, names))}.{hint}"
+        )
+    return found
+
+
+def _spread(array: xr.DataArray, template: xr.Dataset, dims: tuple[str, ...]) -> np.ndarray:
+    plain = xr.DataArray(array.values, dims=array.dims)
+    return np.asarray(plain.broadcast_like(template["row"]).transpose(*dims).values.ravel())
+
+
+def _decoded(time: xr.DataArray, argument: str) -> xr.DataArray:
+    if time.dtype.kind in "MO":
+        return time
+    raise ObservationError(
+        f"{argument}: time has dtype {time.dtype}; decode it, for example pandas.to_datetime({argument}['time'], unit='s', utc=True)"
+    )
+
+
+def _read_variable(
+    ds: xr.Dataset, name: str, wanted: Wanted, dims: tuple[str, ...], error: ErrorLike, argument: str
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]] | None:
+    array = ds[name]
+    extra = [d for d in array.dims if d not in dims]
+    if extra:
+        raise ObservationError(f"{argument}[{name!r}] has the extra dimension {extra[0]!r}; select: {argument}.isel({extra[0]}=0)")
+    units = array.attrs.get("units")
+    scale, offset = 1.0, 0.0
+    if units is not None and wanted.units is not None:
+        try:
+            scale, offset = unit_conversion(str(units), wanted.units)
+        except UnitsError as problem:
+            raise UnitsError(f"{argument}[{name!r}]: {problem}") from problem
+    template = xr.Dataset({"row": (dims, np.zeros([ds.sizes[d] for d in dims]))})
+    value = _spread(array, template, dims).astype(float)
+    sigma = _error_of(ds, name, wanted, value, template, dims, error, argument)
+    missing = is_missing(value)
+    value = np.where(missing, np.nan, value * scale + offset)
+    return value, sigma * abs(scale), gross_bounds(wanted.standard_name, wanted.units)
+
+
+def unit_conversion(found: str, wanted: str) -> tuple[float, float]:
+    """Return (scale, offset) from the units of the observation to those of the state."""
+    return metadata.unit_factors(found, wanted)
+
+
+def _error_of(
+    ds: xr.Dataset, name: str, wanted: Wanted, value: np.ndarray, template: xr.Dataset, dims: tuple[str, ...], error: ErrorLike, argument: str
+) -> np.ndarray:
+    given: Any = error.get(wanted.name) if isinstance(error, Mapping) else error
+    if given is None:
+        column = f"{name}_error" if f"{name}_error" in ds else None
+        for ancillary in str(ds[name].attrs.get("ancillary_variables", "")).split():
+            if ancillary in ds and str(ds[ancillary].attrs.get("standard_name", "")).endswith("standard_error"):
+                column = ancillary
+        if column is None:
+            raise ObservationError(
+                f"{argument}[{name!r}] has no error, and none is invented. Give the standard deviation in the units of the "
+                f"observation: error={{{wanted.name!r}: 1.0}}, or a column {name + '_error'!r} in {argument}."
+            )
+        return _spread(ds[column], template, dims).astype(float)
+    if isinstance(given, xr.DataArray):
+        return _spread(given, template, dims).astype(float)
+    try:
+        array = np.asarray(given, dtype=float).ravel()
+    except (TypeError, ValueError):
+        raise ObservationError(
+            f"error={given!r} is no standard deviation; give a number or one number per observation: error={{{wanted.name!r}: 1.0}}"
+        ) from None
+    if array.size not in (1, value.size):
+        raise ObservationError(
+            f"error[{wanted.name!r}] has {array.size} values and {argument}[{name!r}] has {value.size}; give one number, or one each."
+        )
+    return np.broadcast_to(array, value.shape).astype(float)
+
+
+def _first_codes(
+    value: np.ndarray, sigma: np.ndarray, flat: Mapping[str, np.ndarray], stamps: np.ndarray | None, bounds: tuple[float, float]
+) -> np.ndarray:
+    code = np.zeros(len(value), dtype=np.uint8)
+    code[np.isposinf(sigma)] = Quality.PASSIVE
+    wild = (np.abs(flat["latitude"]) > 90) | (flat["longitude"] < -360) | (flat["longitude"] > 360)
+    code[(value < bounds[0]) | (value > bounds[1]) | wild] = Quality.BOUNDS
+    lost = ~np.isfinite(value) | ~np.isfinite(flat["latitude"]) | ~np.isfinite(flat["longitude"])
+    if stamps is not None and stamps.dtype.kind == "M":
+        lost |= np.isnat(stamps)
+    code[lost] = Quality.MISSING
+    return code
+
+
+def _check_errors(sigma: np.ndarray, code: np.ndarray, value: np.ndarray, name: str, argument: str) -> None:
+    bad = (np.isnan(sigma) | (sigma <= 0)) & (code != Quality.MISSING)
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        raise ObservationError(
+            f"The error of {argument}[{name!r}] is {sigma[first]:g} in {int(bad.sum())} of {len(sigma)} values, first at row "
+            f"{first}; a standard deviation must be positive (inf keeps an observation passive): error={{{name!r}: 1.0}}"
+        )

@@ -1,0 +1,184 @@
+"""From the table of observations to what one analysis time needs: values, errors and a `LinearMap` from the state.
+
+The state vector of one time is its channels one after the other, each flattened rows first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from xgenda.errors import ObservationError, OptionError
+from xgenda.grids import Grid
+from xgenda.maps import LinearMap, bilinear
+from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, read_observations
+from xgenda.observations.quality import Quality
+
+DEFAULT_WINDOW = np.timedelta64(6, "h")
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """Observations of all analysis times, sorted by time and then by place, with their operator.
+
+    Attributes
+    ----------
+    table
+        Sorted; the order does not depend on the order of the input.
+    time_index
+        Analysis time of each, -1 where it falls in no window; shape (m,).
+    operator
+        `LinearMap` from the state of that time (channels x cells) to each; zero rows where it cannot be computed.
+    """
+
+    table: Table
+    time_index: np.ndarray
+    operator: LinearMap
+
+    def at(self, time: int) -> Located:
+        """Return the observations of one analysis time, whatever their code."""
+        start, stop = np.searchsorted(self.time_index, [time, time + 1])
+        rows = np.arange(start, stop)
+        return Located(self.table.take(rows), self.time_index[rows], self.operator.select(rows))
+
+    def between(self, start: int, stop: int) -> Located:
+        """Return the observations of the analysis times start to stop - 1, numbered from 0."""
+        first, last = np.searchsorted(self.time_index, [start, stop])
+        rows = np.arange(first, last)
+        return Located(self.table.take(rows), self.time_index[rows] - start, self.operator.select(rows))
+
+    def used(self) -> Located:
+        """Return the observations that passed all checks so far."""
+        rows = np.flatnonzero(self.table.code == Quality.USED)
+        return Located(self.table.take(rows), self.time_index[rows], self.operator.select(rows))
+
+    def with_code(self, code: np.ndarray) -> Located:
+        """Return the same with other quality codes."""
+        return dataclasses.replace(self, table=self.table.with_code(code))
+
+
+def locate_observations(
+    obs: Observations,
+    wanted: list[Wanted],
+    grid: Grid,
+    times: xr.DataArray | None,
+    *,
+    error: ErrorLike = None,
+    window: object = None,
+    argument: str = "obs",
+) -> Located:
+    """Read observations, assign each to an analysis time, and build the interpolation from the state.
+
+    Parameters
+    ----------
+    obs, wanted, error
+        See `xgenda.observations.containers.read_observations`.
+    grid
+        Grid of the state.
+    times
+        Times of the state, or None.
+    window
+        Width of the time window around each analysis time, half-open: [t - w/2, t + w/2). A timedelta, a numpy
+        timedelta64 or a string such as '6h'. By default the spacing of `times`, and 6 h for a single time.
+    """
+    table = read_observations(obs, wanted, error, argument)
+    index = _assign_times(table, times, window, argument)
+    points, inside = bilinear(grid, np.nan_to_num(table.latitude, nan=1e9), np.nan_to_num(table.longitude, nan=1e9))
+    code = table.code.copy()
+    fine = code <= Quality.PASSIVE
+    code[fine & ~inside] = Quality.DOMAIN
+    code[fine & inside & (index < 0)] = Quality.WINDOW
+    _complain_if_all_outside(table, grid, fine, inside, index, argument)
+    table = table.with_code(code)
+    operator = points.shifted(table.variable * grid.size, grid.size * len(wanted))
+    # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
+    order = np.lexsort((table.row, table.source, table.error, table.value, table.longitude, table.latitude, table.variable, index))
+    return Located(table.take(order), index[order], operator.select(order))
+
+
+def _complain_if_all_outside(
+    table: Table, grid: Grid, fine: np.ndarray, inside: np.ndarray, index: np.ndarray, argument: str
+) -> None:
+    n = int(fine.sum())
+    if n < 5:
+        return
+    if (inside & fine).sum() < 0.2 * n:
+        _, swapped = bilinear(grid, table.longitude[fine], table.latitude[fine])
+        if swapped.sum() > 0.8 * n:
+            raise ObservationError(
+                f"{int((~inside & fine).sum())} of {n} {argument} lie outside the grid, and with latitude and longitude "
+                f"exchanged {int(swapped.sum())} lie inside. Did you swap them? "
+                f"{argument}.rename(latitude='longitude', longitude='latitude')"
+            )
+    if (index[fine] < 0).sum() > 0.9 * n:
+        first = table.time[fine][0] if table.time is not None else ""
+        raise ObservationError(
+            f"{int((index[fine] < 0).sum())} of {n} {argument} fall in no time window of the state (the first is at {first}). "
+            f"Is their time UTC? Select the right ones, or widen the window: window='12h'"
+        )
+
+
+def parse_window(window: object) -> np.timedelta64:
+    """Return a window width as a positive numpy timedelta64 in nanoseconds."""
+    import pandas as pd
+
+    try:
+        width = pd.Timedelta(window)  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        raise OptionError(f"window={window!r} is no time span; give for example window='6h'.") from None
+    if pd.isna(width) or width <= pd.Timedelta(0):
+        raise OptionError(f"window={window!r} must be positive; give for example window='6h'.")
+    return width.to_timedelta64().astype("timedelta64[ns]")
+
+
+def _assign_times(table: Table, times: xr.DataArray | None, window: object, argument: str) -> np.ndarray:
+    width = parse_window(window) if window is not None else None
+    count = 1 if times is None else times.size
+    if table.time is None or times is None:
+        if count > 1 and len(table):
+            raise ObservationError(
+                f"{argument} has no time and the state has {count} times. Give each observation its time, or select one: ds.isel(time=0)"
+            )
+        return np.zeros(len(table), dtype=np.int64)
+    stamps, moments = np.atleast_1d(times.values), table.time
+    if stamps.dtype.kind != moments.dtype.kind or (
+        stamps.dtype.kind == "O" and len(moments) and type(stamps.flat[0]) is not type(moments.flat[0])
+    ):
+        raise ObservationError(
+            f"The time of {argument} is {type(moments.flat[0]).__name__} and that of the state is {type(stamps.flat[0]).__name__}; "
+            f"use one calendar: {argument}.convert_calendar({str(times.dt.calendar)!r}, use_cftime={stamps.dtype.kind == 'O'})"
+        )
+    tick = 1 if stamps.dtype.kind == "M" else 1000  # nanoseconds in one count of _ticks
+    state, seen = _ticks(stamps, stamps), _ticks(moments, stamps)
+    order = np.argsort(state)
+    ordered = state[order]
+    if width is None:
+        gap = np.diff(ordered)
+        half = np.int64(gap.min() // 2) if len(gap) else _half(DEFAULT_WINDOW, tick)
+    else:
+        half = _half(width, tick)
+    right = np.clip(np.searchsorted(ordered, seen), 0, len(ordered) - 1)
+    left = np.clip(right - 1, 0, None)
+    nearest = np.where(np.abs(seen - ordered[left]) < np.abs(ordered[right] - seen), left, right)
+    distance = seen - ordered[nearest]
+    ok = (distance >= -half) & (distance < half) & (seen != np.iinfo(np.int64).min)
+    return np.where(ok, order[nearest], -1)
+
+
+def _half(width: np.timedelta64, tick: int) -> np.int64:
+    return np.int64(width.astype("timedelta64[ns]").astype(np.int64) // (2 * tick))
+
+
+def _ticks(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return times as integers: nanoseconds for datetime64, microseconds since the first of `reference` for cftime.
+
+    The years of climate calendars exceed what 64 bits of nanoseconds can count.
+    """
+    if values.dtype.kind == "M":
+        return values.astype("datetime64[ns]").astype(np.int64)
+    origin, step = reference.flat[0], datetime.timedelta(microseconds=1)
+    return np.array([(v - origin) // step for v in values.ravel()], dtype=np.int64)

@@ -1,0 +1,183 @@
+"""Standardise fields: transform, climatology, standard deviation; and back. Saved with the model.
+
+With t the transform (identity, or log(x + offset)) and b(time) a basis of harmonics,
+
+    z = (t(x) - sum_k b_k(time) mean_k) / std.
+
+The climatology is a least-squares fit of harmonics of the day of the year or of the hour, because a plain mean of the few
+samples that fall on one day is mostly noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from xgenda.errors import OptionError, StateError, check_choice
+
+Cycle = Literal["none", "dayofyear", "hour", "dayofyear+hour"]
+CYCLES = ("none", "dayofyear", "hour", "dayofyear+hour")
+TRANSFORMS = ("none", "log")
+HARMONICS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Standardisation of a stack of channels.
+
+    Parameters
+    ----------
+    mean
+        Climatology coefficients in transformed units, shape (k, channels, ny, nx) or (k, channels, 1, 1).
+    std
+        Standard deviation of the anomaly in transformed units, shape (channels, ny, nx) or (channels, 1, 1); positive.
+    cycle
+        Which harmonics `mean` holds.
+    transforms
+        One of 'none', 'log' per channel.
+    offsets
+        Per channel, in the units of the variable: log(x + offset).
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    cycle: Cycle = "none"
+    transforms: tuple[str, ...] = ()
+    offsets: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults for the transforms."""
+        channels = self.mean.shape[1]
+        object.__setattr__(self, "transforms", self.transforms or ("none",) * channels)
+        object.__setattr__(self, "offsets", self.offsets or (0.0,) * channels)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether no channel is log-transformed."""
+        return all(t == "none" for t in self.transforms)
+
+    def climatology(self, basis: np.ndarray) -> np.ndarray:
+        """Return the mean for each row of `basis` (from `cycle_basis`), shape (t, channels, ny, nx)."""
+        return np.asarray(np.tensordot(basis, self.mean, axes=(1, 0)))
+
+    def forward(self, values: np.ndarray, basis: np.ndarray) -> np.ndarray:
+        """Standardise an array (t, channels, ny, nx)."""
+        return np.asarray((self.transform(values) - self.climatology(basis)) / self.std)
+
+    def inverse(self, values: np.ndarray, basis: np.ndarray) -> np.ndarray:
+        """Undo `forward` for an array (t, channels, ny, nx)."""
+        out = values * self.std + self.climatology(basis)
+        for c, (name, offset) in enumerate(zip(self.transforms, self.offsets, strict=True)):
+            if name == "log":
+                out[:, c] = np.exp(out[:, c]) - offset
+        return np.asarray(out)
+
+    def transform(self, values: np.ndarray) -> np.ndarray:
+        """Apply the transforms only, to an array (t, channels, ny, nx)."""
+        out = np.array(values, dtype=np.float64)
+        for c, (name, offset) in enumerate(zip(self.transforms, self.offsets, strict=True)):
+            if name == "log":
+                if (out[:, c] + offset <= 0).any():
+                    raise StateError(
+                        f"Channel {c} is scaled by log(x + {offset:g}) and holds {out[:, c].min():.6g}; "
+                        f"clip it: ds.clip(min=0), or choose a larger offset."
+                    )
+                out[:, c] = np.log(out[:, c] + offset)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options, without the arrays, as JSON-serialisable values."""
+        return {"cycle": self.cycle, "transforms": list(self.transforms), "offsets": list(self.offsets)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> Scaling:
+        """Join the options written by `to_dict` and the two arrays."""
+        return cls(
+            mean, std, check_choice("cycle", data["cycle"], CYCLES), tuple(data["transforms"]), tuple(data["offsets"])  # type: ignore[arg-type]
+        )
+
+
+def cycle_basis(time: xr.DataArray | None, cycle: str, size: int = 1) -> np.ndarray:
+    """Return the harmonics of each time, shape (t, k); a column of ones for ``cycle='none'``.
+
+    Works for numpy datetimes and every cftime calendar.
+    """
+    if cycle == "none" or time is None:
+        if cycle != "none":
+            raise OptionError(f"climatology={cycle!r} needs a time coordinate.")
+        return np.ones((size, 1))
+    stamps = time if time.ndim else time.expand_dims(str(time.name))
+    columns = [np.ones(stamps.size)]
+    hour = (stamps.dt.hour + stamps.dt.minute / 60.0).values
+    if "dayofyear" in cycle:
+        length = {"360_day": 360.0, "noleap": 365.0, "365_day": 365.0, "all_leap": 366.0, "366_day": 366.0}
+        year = length.get(str(stamps.dt.calendar), 365.2425)
+        columns += _harmonics(((stamps.dt.dayofyear.values - 1) + hour / 24.0) / year)
+    if "hour" in cycle:
+        columns += _harmonics(hour / 24.0)
+    return np.stack(columns, -1).astype(np.float64)
+
+
+def _harmonics(phase: np.ndarray) -> list[np.ndarray]:
+    return [f(2 * np.pi * k * phase) for k in range(1, HARMONICS + 1) for f in (np.cos, np.sin)]
+
+
+def fit_scaling(
+    values: np.ndarray,
+    time: xr.DataArray | None,
+    names: list[str],
+    *,
+    cycle: str = "none",
+    transform: str | Mapping[str, str] = "none",
+    offset: float | Mapping[str, float] = 1e-3,
+    pointwise_std: bool = False,
+) -> Scaling:
+    """Fit a `Scaling` to training fields.
+
+    Parameters
+    ----------
+    values
+        Fields in physical units, shape (t, channels, ny, nx), finite.
+    time
+        Time of each sample; needed when `cycle` is not 'none'.
+    names
+        Channel names, for options given per variable and for messages.
+    cycle
+        'none', 'dayofyear', 'hour' or 'dayofyear+hour': which part of the climatology to remove.
+    transform
+        'none' or 'log', for all or per variable.
+    offset
+        Offset of the logarithm in the units of the variable, for all or per variable.
+    pointwise_std
+        One standard deviation per cell instead of one per variable.
+
+    Raises
+    ------
+    StateError
+        If a variable does not vary at all.
+    """
+    check_choice("climatology", cycle, CYCLES)
+    per = [transform.get(n, "none") if isinstance(transform, Mapping) else transform for n in names]
+    offsets = [float(offset.get(n, 1e-3)) if isinstance(offset, Mapping) else float(offset) for n in names]
+    for name in per:
+        check_choice("transform", name, TRANSFORMS)
+    basis = cycle_basis(time, cycle, len(values))
+    if len(values) < 2 * basis.shape[1]:
+        raise StateError(
+            f"{len(values)} times are too few to fit climatology={cycle!r} ({basis.shape[1]} coefficients); "
+            f"use climatology='none' or give more data."
+        )
+    blank = Scaling(np.zeros((1, len(names), 1, 1)), np.ones((len(names), 1, 1)), "none", tuple(per), tuple(offsets))
+    transformed = blank.transform(values)
+    mean = np.linalg.lstsq(basis, transformed.reshape(len(values), -1), rcond=None)[0].reshape(-1, *values.shape[1:])
+    anomaly = transformed - np.tensordot(basis, mean, axes=(1, 0))
+    axes = (0,) if pointwise_std else (0, 2, 3)
+    std = np.sqrt(np.mean(anomaly**2, axis=axes, keepdims=True))[0]
+    for c, name in enumerate(names):
+        if not (std[c] > 0).all() or std[c].max() < 1e-12 * max(1.0, float(np.abs(mean[:, c]).max())):
+            raise StateError(f"ds[{name!r}] does not vary, so it cannot be standardised; drop it: ds.drop_vars({name!r})")
+    return Scaling(mean, std, cycle, tuple(per), tuple(offsets))  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Training: samples, objectives, the loop."""

@@ -1,0 +1,81 @@
+"""Training samples: fields of a Dataset in model order, and blocks of consecutive times for cross-fitting and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from xgenda import metadata
+from xgenda.errors import OptionError, StateError
+from xgenda.grids import Grid, grid_of
+from xgenda.models.gaussian import read_sample
+from xgenda.models.spec import VariableSpec
+
+FEWEST = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Fields (n, channels, ny, nx) in physical units with what describes them."""
+
+    values: np.ndarray
+    time: xr.DataArray | None
+    grid: Grid
+    variables: tuple[VariableSpec, ...]
+    dimension: str
+
+    @property
+    def period(self) -> str:
+        """First and last time, for the description of the model."""
+        if self.time is None:
+            return f"{len(self.values)} fields along {self.dimension}"
+        stamps = self.time.values
+        first, last = min(stamps), max(stamps)
+        return f"{str(first)[:10]} to {str(last)[:10]}"
+
+
+def read_samples(ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None = None) -> Samples:
+    """Read training fields into memory and check them.
+
+    Raises
+    ------
+    OptionError
+        If a variable is missing or there is no sample dimension.
+    StateError
+        If the fields hold NaN or fill values, or are too few.
+    """
+    ds = metadata.as_dataset(ds)
+    layout = metadata.find_layout(ds)
+    names = metadata.data_variables(ds, layout) if variables is None else list(variables)
+    for name in names:
+        metadata.match_variable(ds, name, None)
+    if not names:
+        raise OptionError(f"ds has no variable on the dimensions {layout.latitude!r} and {layout.longitude!r}.")
+    metadata.check_dims(ds, names, layout)
+    grid, orientation = grid_of(ds, layout)
+    dimension, values, time = read_sample(ds, layout, names, orientation)
+    if len(values) < FEWEST:
+        raise StateError(
+            f"ds has {len(values)} fields along {dimension!r}; training needs at least {FEWEST}. With so few, a Gaussian prior is the "
+            f"better model: xgenda.gaussian_prior(ds)"
+        )
+    specs = tuple(
+        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name"))) for n in names
+    )
+    return Samples(values, time, grid, specs, dimension)
+
+
+def time_order(time: xr.DataArray | None, size: int) -> np.ndarray:
+    """Return indices that sort the samples by time, so that the same time of two runs falls into the same block."""
+    return np.arange(size) if time is None else np.argsort(time.values, kind="stable")
+
+
+def blocks(time: xr.DataArray | None, size: int, count: int) -> np.ndarray:
+    """Return the block number of each sample: `count` blocks of consecutive times."""
+    out = np.empty(size, dtype=np.int64)
+    for k, members in enumerate(np.array_split(time_order(time, size), count)):
+        out[members] = k
+    return out
