@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xarray as xr
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
 
-    ModelLike = GenerativeModel | str | os.PathLike[str] | None
+    ModelLike: TypeAlias = GenerativeModel | str | os.PathLike[str] | None
 
 
 @xr.register_dataset_accessor("genda")
@@ -38,7 +38,7 @@ class GendaAccessor:
         sampler: str = "auto",
         steps: int | None = None,
         window: Any = None,
-        background_check: float | None | str = "auto",
+        background_check: float | str | None = "auto",
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -58,7 +58,7 @@ class GendaAccessor:
         model: ModelLike = None,
         error: ErrorLike = None,
         window: Any = None,
-        background_check: float | None | str = "auto",
+        background_check: float | str | None = "auto",
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""
         from xgenda.assimilation import innovations

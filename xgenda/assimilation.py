@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from xgenda import chunking, engine, metadata
@@ -41,7 +42,7 @@ def assimilate(
     sampler: str = "auto",
     steps: int | None = None,
     window: Any = None,
-    background_check: float | None | str = "auto",
+    background_check: float | str | None = "auto",
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -135,7 +136,11 @@ def assimilate(
         )
     values = engine.lay(job, setup.arrays, setup.layout, setup.time, setup.grid.shape)
     lazy = chunking.is_chunked(setup.arrays)
-    counts = None if lazy else json.dumps(count_codes(_final_codes(setup, job).table.code if setup.located is not None else np.zeros(0)))
+    counts = (
+        None
+        if lazy
+        else json.dumps(count_codes(_final_codes(setup, job).table.code if setup.located is not None else np.zeros(0)))
+    )
     result = _wrap(ds, setup, values, member_numbers)
     provenance = {
         "model": setup.model.spec.name,
@@ -158,7 +163,7 @@ def innovations(
     model: ModelLike = None,
     error: ErrorLike = None,
     window: Any = None,
-    background_check: float | None | str = "auto",
+    background_check: float | str | None = "auto",
 ) -> xr.Dataset:
     """Return observation minus background (O-B) at every observation, with its quality code.
 
@@ -196,7 +201,12 @@ def innovations(
     code = located.table.code.copy()
     for t in np.unique(located.time_index[located.time_index >= 0]):
         rows = np.flatnonzero(located.time_index == t)
-        fields = [np.asarray((a.isel({setup.time: int(t)}) if setup.time else a).transpose(setup.layout.latitude, setup.layout.longitude)) for a in setup.arrays]
+        fields = [
+            np.asarray(
+                (a.isel({setup.time: int(t)}) if setup.time else a).transpose(setup.layout.latitude, setup.layout.longitude)
+            )
+            for a in setup.arrays
+        ]
         scaled = [setup.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
         inside = rows[located.operator.weights[rows].any(-1)]
         background[inside] = located.operator.select(inside)(np.stack(scaled).ravel())
@@ -206,7 +216,10 @@ def innovations(
             mean, deviation, _ = engine.moments(job, *(f[None] for f in fields))
             now = located.at(int(t))
             code[rows] = engine.background_codes(
-                Located(now.table, np.zeros(len(rows), dtype=np.int64), now.operator), mean.flatten(1).numpy(), deviation.flatten(1).numpy(), setup.threshold
+                Located(now.table, np.zeros(len(rows), dtype=np.int64), now.operator),
+                mean.flatten(1).numpy(),
+                deviation.flatten(1).numpy(),
+                setup.threshold,
             )
     order = np.lexsort((located.table.row, located.table.variable, located.table.source))
     table = located.table
@@ -244,7 +257,14 @@ class _Setup:
         variables: dict[str, str], arrays: list[xr.DataArray], factors: tuple[tuple[float, float], ...], labels: np.ndarray,
         located: Located | None, threshold: float | None,
     ) -> None:  # fmt: skip
-        self.ds, self.layout, self.time, self.grid, self.orientation, self.model = ds, layout, time, grid, orientation, model
+        self.ds, self.layout, self.time, self.grid, self.orientation, self.model = (
+            ds,
+            layout,
+            time,
+            grid,
+            orientation,
+            model,
+        )
         self.wanted, self.variables, self.arrays, self.factors, self.labels = wanted, variables, arrays, factors, labels
         self.located, self.threshold = located, threshold
 
@@ -267,7 +287,14 @@ def _at_time(job: engine.Job, t: int) -> engine.Job:
 
 
 def _setup(
-    ds: xr.Dataset, obs: Observations, model: ModelLike, error: ErrorLike, window: Any, check: float | None | str, *, any_model: bool = True
+    ds: xr.Dataset,
+    obs: Observations,
+    model: ModelLike,
+    error: ErrorLike,
+    window: Any,
+    check: float | str | None,
+    *,
+    any_model: bool = True,
 ) -> _Setup:
     layout = metadata.find_layout(ds)
     if layout.member is not None and ds.sizes[layout.member] > 0:
@@ -282,7 +309,9 @@ def _setup(
     chosen = choose_model(model, ds, layout, grid, task="prior") if any_model or model is not None else None
     if chosen is not None:
         if chosen.spec.task != "prior":
-            raise ModelNotFoundError(f"model={chosen.spec.name!r} is for {chosen.spec.task!r}; type ds.genda.{chosen.spec.task}(model=...)")
+            raise ModelNotFoundError(
+                f"model={chosen.spec.name!r} is for {chosen.spec.task!r}; type ds.genda.{chosen.spec.task}(model=...)"
+            )
         check_grid(chosen, grid)
         wanted = [Wanted(v.name, v.standard_name, v.units) for v in chosen.spec.variables]
     else:
@@ -302,7 +331,7 @@ def _setup(
     renamed = _rename_back(obs, variables)
     located = locate_observations(renamed, wanted, grid, times, error=_rename_error(error, variables), window=window)
     threshold = _threshold(check, chosen)
-    return _Setup(ds, layout, time, grid, orientation, chosen, wanted, {w: v for w, v in variables.items()}, arrays, factors, labels,
+    return _Setup(ds, layout, time, grid, orientation, chosen, wanted, variables, arrays, factors, labels,
                   located if len(located.table) else None, threshold)  # fmt: skip
 
 
@@ -316,9 +345,9 @@ def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
     if isinstance(obs, xr.Dataset):
         both = {o: n for o, n in names.items() if o in obs.data_vars and n not in obs.data_vars}
         return obs.rename({**both, **{f"{o}_error": f"{n}_error" for o, n in both.items() if f"{o}_error" in obs}})
-    if hasattr(obs, "columns"):
-        both = {o: n for o, n in names.items() if o in obs.columns and n not in obs.columns}  # type: ignore[union-attr]
-        return obs.rename(columns={**both, **{f"{o}_error": f"{n}_error" for o, n in both.items()}})  # type: ignore[union-attr]
+    if isinstance(obs, pd.DataFrame):
+        both = {o: n for o, n in names.items() if o in obs.columns and n not in obs.columns}
+        return obs.rename(columns={**both, **{f"{o}_error": f"{n}_error" for o, n in both.items()}})
     return obs
 
 
@@ -326,10 +355,10 @@ def _rename_error(error: ErrorLike, variables: dict[str, str]) -> ErrorLike:
     if not isinstance(error, dict):
         return error
     names = {theirs: ours for ours, theirs in variables.items()}
-    return {names.get(k, k): v for k, v in error.items()}
+    return {names.get(str(k), str(k)): v for k, v in error.items()}
 
 
-def _threshold(check: float | None | str, model: GenerativeModel | None) -> float | None:
+def _threshold(check: float | str | None, model: GenerativeModel | None) -> float | None:
     if check is None or model is None:
         return None
     if isinstance(check, str):
@@ -362,9 +391,14 @@ def _final_codes(setup: _Setup, job: engine.Job) -> Located:
     assert located is not None
     if setup.threshold is None:
         return located
-    fields = [a.transpose(*([setup.time] if setup.time else []), setup.layout.latitude, setup.layout.longitude).values for a in setup.arrays]
+    fields = [
+        a.transpose(*([setup.time] if setup.time else []), setup.layout.latitude, setup.layout.longitude).values
+        for a in setup.arrays
+    ]
     mean, deviation, _ = engine.moments(job, *(f if setup.time else f[None] for f in fields))
-    return located.with_code(engine.background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), setup.threshold))
+    return located.with_code(
+        engine.background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), setup.threshold)
+    )
 
 
 def _wrap(ds: xr.Dataset, setup: _Setup, values: Any, members: tuple[int, ...]) -> xr.Dataset:
@@ -374,9 +408,13 @@ def _wrap(ds: xr.Dataset, setup: _Setup, values: Any, members: tuple[int, ...]) 
             values[:, :, c] if setup.time else values[0, :, c],
             dims=([setup.time] if setup.time else []) + ["member", layout.latitude, layout.longitude],
         )
-        order = [d for d in setup.arrays[c].dims]
+        order = list(setup.arrays[c].dims)
         out[name] = array.transpose("member", *order)
-    kept = {str(n): v for n, v in ds.variables.items() if n not in out and (n in ds.coords or not {layout.latitude, layout.longitude} <= set(v.dims))}
+    kept = {
+        str(n): v
+        for n, v in ds.variables.items()
+        if n not in out and (n in ds.coords or not {layout.latitude, layout.longitude} <= set(v.dims))
+    }
     kept = {n: v for n, v in kept.items() if n in ds.coords or not set(v.dims) & {layout.member}}
     result = xr.Dataset(out, coords={n: v for n, v in kept.items() if n in ds.coords})
     result = result.assign({n: v for n, v in kept.items() if n not in ds.coords})

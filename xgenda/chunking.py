@@ -69,13 +69,13 @@ def lay(
     length = plain[0].shape[0]
     if not is_chunked(arrays):
         return function(np.arange(length), *plain, payload=payload).astype(dtype, copy=False)
-    import dask
     import dask.array as da
+    from dask.delayed import delayed
 
     chunks = next(a.chunks[0] for a in plain if hasattr(a, "chunks"))
     blocks = [da.asarray(a).rechunk((chunks, -1, -1)) for a in plain]
     index = da.arange(length, chunks=(chunks,), dtype=np.int64)
-    shared = dask.delayed(payload, pure=True, traverse=False)
+    shared = delayed(payload, pure=True, traverse=False)
     operands: list[Any] = [index, "t"]
     for block in blocks:
         operands += [block, "tyx"]

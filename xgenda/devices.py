@@ -1,25 +1,22 @@
-"""Device and thread count, micro-batches with out-of-memory recovery, and the per-process cache of models."""
+"""Device and thread count, and the per-process cache of models."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from xgenda.errors import ChecksumError, OptionError
 
 if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
 
-Item = TypeVar("Item")
 _locks: dict[str, threading.RLock] = {}
 _guard = threading.Lock()
 
@@ -66,24 +63,6 @@ def exclusive(device: torch.device, threads: int | None) -> Iterator[None]:
         finally:
             if threads is not None:
                 torch.set_num_threads(before)
-
-
-def in_batches(function: Callable[[list[Item]], Tensor], items: list[Item], size: int) -> Tensor:
-    """Apply `function` to batches of at most `size` items and concatenate; out of GPU memory halves the batch, with one warning."""
-    out: list[Tensor] = []
-    start = 0
-    while start < len(items):
-        try:
-            out.append(function(items[start : start + size]))
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = max(1, size // 2)
-            torch.cuda.empty_cache()
-            warnings.warn(f"The GPU ran out of memory; going on with batches of {size}. Pass batch_size={size}.", stacklevel=2)
-            continue
-        start += size
-    return torch.cat(out)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import importlib.util
+import numbers
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +18,11 @@ import xarray as xr
 
 from xgenda import chunking, metadata
 from xgenda.devices import Handle, exclusive, resolve_device
-from xgenda.errors import OptionError, StateError
+from xgenda.errors import OptionError, StateError, check_count
 from xgenda.grids import Grid, Orientation
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality, background_check
-from xgenda.scaling import cycle_basis
 
 IMPLAUSIBLE = 20.0  # standard deviations from the training climate: surely other units or a fill value
 
@@ -106,7 +110,8 @@ def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
 def recheck(job: Job, request: Request, *, start: int | None = None) -> Located:
     """Return the observations of the block with the codes of the background check."""
     model = job.handle.load()
-    assert job.located is not None and job.threshold is not None
+    assert job.located is not None
+    assert job.threshold is not None
     located = _between(job, request)
     mean, deviation = model.prior_moments(request)
     return located.with_code(background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold))
@@ -136,7 +141,9 @@ def request_span(job: Job, request: Request) -> tuple[int, int]:
     return first, first + len(request.labels)
 
 
-def _request(job: Job, index: np.ndarray, fields: tuple[np.ndarray, ...], device: torch.device, advance: Callable[[int], None]) -> Request:
+def _request(
+    job: Job, index: np.ndarray, fields: tuple[np.ndarray, ...], device: torch.device, advance: Callable[[int], None]
+) -> Request:
     model = job.handle.load()
     where = f" at {job.labels[index[0]]}" if len(index) == 1 else ""
     channels = []
@@ -177,28 +184,33 @@ def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
     for t in range(times):
         if located is None:
             operator, value, error = np.zeros((0, 1), dtype=np.int64), np.zeros(0), np.zeros(0)
-            out.append(PointEvidence(torch.as_tensor(operator), torch.as_tensor(operator).double(), torch.as_tensor(value), torch.as_tensor(error)))
+            out.append(
+                PointEvidence(
+                    torch.as_tensor(operator),
+                    torch.as_tensor(operator).double(),
+                    torch.as_tensor(value),
+                    torch.as_tensor(error),
+                )
+            )
             continue
         now = located.at(t).used()
         out.append(
             PointEvidence(
-                torch.as_tensor(now.operator.indices), torch.as_tensor(now.operator.weights),
-                torch.as_tensor(now.table.value), torch.as_tensor(now.table.error**2),
-            )  # fmt: skip
+                torch.as_tensor(now.operator.indices),
+                torch.as_tensor(now.operator.weights),
+                torch.as_tensor(now.table.value),
+                torch.as_tensor(now.table.error**2),
+            )
         )
     return out
 
 
 def _with_evidence(request: Request, evidence: list[PointEvidence]) -> Request:
-    import dataclasses
-
     return dataclasses.replace(request, evidence=evidence)
 
 
 def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int]) -> Any:
     """Lay `run` over the blocks; returns (t, members, variables, rows, columns), a numpy or dask array."""
-    import dataclasses
-
     lazy = chunking.is_chunked(arrays)
     if lazy:
         job = dataclasses.replace(job, progress=False, threads=1)
@@ -211,16 +223,11 @@ def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str
 
 def check_members(members: object) -> tuple[int, ...]:
     """Return member numbers 0 to members - 1."""
-    from xgenda.errors import check_count
-
     return tuple(range(check_count("members", members)))
 
 
 def check_seed(seed: object) -> int:
     """Return the seed, or draw one; it is recorded in the result either way."""
-    import numbers
-    import secrets
-
     if seed is None:
         return secrets.randbits(31)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -236,15 +243,15 @@ class progress_bar:
 
     def __enter__(self) -> Callable[[int], None]:
         """Return the function to call with finished units of work."""
-        from tqdm.std import tqdm
-
-        bar = tqdm
-        if "ipykernel" in sys.modules:
-            import importlib.util
-
-            if importlib.util.find_spec("ipywidgets"):  # without it the notebook bar only warns
-                from tqdm.notebook import tqdm as bar  # type: ignore[assignment]
-        self.bar = bar(total=self.total, desc=self.description, disable=None if self.progress is None else not self.progress, leave=False)
+        # the notebook bar without ipywidgets only warns
+        notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
+        bar = importlib.import_module("tqdm.notebook" if notebook else "tqdm.std").tqdm
+        self.bar = bar(
+            total=self.total,
+            desc=self.description,
+            disable=None if self.progress is None else not self.progress,
+            leave=False,
+        )
 
         def advance(n: int) -> None:
             self.bar.update(n)

@@ -91,8 +91,7 @@ def check_choice(argument: str, found: object, choices: Iterable[str]) -> str:
     choices = list(choices)
     if not isinstance(found, str) or found not in choices:
         raise OptionError(
-            f"{argument}={found!r} is not accepted; choose one of {', '.join(map(repr, choices))}."
-            + did_you_mean(found, choices)
+            f"{argument}={found!r} is not accepted; choose one of {', '.join(map(repr, choices))}." + did_you_mean(found, choices)
         )
     return found
 

@@ -92,13 +92,15 @@ class Grid:
         """Return cell areas in square metres, shape (ny, nx), from bounds half-way between centres."""
         edges = np.clip(_edges(self.latitude), -90.0, 90.0)
         bands = np.abs(np.diff(np.sin(np.radians(edges))))
-        widths = np.radians(np.full(len(self.longitude), 360.0 / len(self.longitude)) if self.periodic else np.diff(_edges(self.longitude)))
-        return EARTH_RADIUS**2 * bands[:, None] * widths[None, :]
+        widths = np.radians(
+            np.full(len(self.longitude), 360.0 / len(self.longitude)) if self.periodic else np.diff(_edges(self.longitude))
+        )
+        return np.asarray(EARTH_RADIUS**2 * bands[:, None] * widths[None, :])
 
     def locate(self, longitude: np.ndarray) -> np.ndarray:
         """Return `longitude` shifted by whole turns into the range that starts at the first column."""
         start = self.longitude[0] - TOLERANCE
-        return (np.asarray(longitude, dtype=float) - start) % 360.0 + start
+        return np.asarray((np.asarray(longitude, dtype=float) - start) % 360.0 + start)
 
     def same_as(self, other: Grid) -> bool:
         """Whether two grids have the same cells, to a thousandth of the spacing."""

@@ -52,7 +52,7 @@ def as_dataset(obj: object, argument: str = "ds") -> xr.Dataset:
     )
 
 
-def _find(ds: xr.Dataset, key: str, names: Iterable[str]) -> str | None:
+def find_coordinate(ds: xr.Dataset, key: str, names: Iterable[str]) -> str | None:
     """Return the one coordinate that CF attributes, then usual names, identify as `key`."""
     try:
         found = list(dict.fromkeys(str(n) for n in ds.cf.coordinates.get(key, [])))
@@ -83,7 +83,7 @@ def find_member(ds: xr.Dataset) -> str | None:
 
 def find_time(ds: xr.Dataset) -> str | None:
     """Return the name of the time coordinate (a dimension, or a scalar), or None."""
-    return _find(ds, "time", TIME_NAMES)
+    return find_coordinate(ds, "time", TIME_NAMES)
 
 
 def find_layout(ds: xr.Dataset, argument: str = "ds") -> Layout:
@@ -96,7 +96,7 @@ def find_layout(ds: xr.Dataset, argument: str = "ds") -> Layout:
     """
     names = {}
     for key, usual in (("latitude", LATITUDE_NAMES), ("longitude", LONGITUDE_NAMES)):
-        name = _find(ds, key, usual)
+        name = find_coordinate(ds, key, usual)
         if name is None:
             raise CoordinateError(
                 f"{argument} has no {key} coordinate (found: {', '.join(map(str, ds.coords)) or 'none'}). "
@@ -306,10 +306,10 @@ def carry_metadata(
     for name in variables:
         out[name].attrs = dict(source[name].attrs)
         out[name].encoding = {k: v for k, v in source[name].encoding.items() if k in KEPT_ENCODING[:4]}
-    for name in out.coords:
-        if name in source.coords:
-            out[name].attrs = dict(source[name].attrs)
-            out[name].encoding = {k: v for k, v in source[name].encoding.items() if k in KEPT_ENCODING}
+    for coordinate in out.coords:
+        if coordinate in source.coords:
+            out[coordinate].attrs = {**source[coordinate].attrs, **out[coordinate].attrs}
+            out[coordinate].encoding = {k: v for k, v in source[coordinate].encoding.items() if k in KEPT_ENCODING}
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     line = f"{stamp}: xgenda {package_version()}: {call}"
     out.attrs["history"] = f"{source.attrs['history']}\n{line}" if source.attrs.get("history") else line

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
@@ -97,7 +97,11 @@ class Scaling:
     def from_dict(cls, data: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> Scaling:
         """Join the options written by `to_dict` and the two arrays."""
         return cls(
-            mean, std, check_choice("cycle", data["cycle"], CYCLES), tuple(data["transforms"]), tuple(data["offsets"])  # type: ignore[arg-type]
+            mean,
+            std,
+            cast("Cycle", check_choice("cycle", data["cycle"], CYCLES)),
+            tuple(data["transforms"]),
+            tuple(data["offsets"]),
         )
 
 
@@ -180,4 +184,4 @@ def fit_scaling(
     for c, name in enumerate(names):
         if not (std[c] > 0).all() or std[c].max() < 1e-12 * max(1.0, float(np.abs(mean[:, c]).max())):
             raise StateError(f"ds[{name!r}] does not vary, so it cannot be standardised; drop it: ds.drop_vars({name!r})")
-    return Scaling(mean, std, cycle, tuple(per), tuple(offsets))  # type: ignore[arg-type]
+    return Scaling(mean, std, cast("Cycle", cycle), tuple(per), tuple(offsets))

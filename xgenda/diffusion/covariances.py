@@ -94,17 +94,19 @@ class SphereKernel:
         ny, nx = self.shape
         if not self.around:
             white = noise.normal(fields, self.size, dtype=torch.float64)
-            return white @ self._root.T
+            dense: Tensor = white @ self._root.T
+            return dense
         white = noise.normal(fields, ny, self.around, dtype=torch.float64)
         spectrum = torch.fft.rfft(white, dim=-1)
         root = self._root.to(spectrum.dtype)
         shaped = torch.einsum("mij,sfjm->sfim", root, spectrum)
         field = torch.fft.irfft(shaped, n=self.around, dim=-1)[..., :nx]
-        return field.reshape(len(noise), fields, self.size)
+        out: Tensor = field.reshape(len(noise), fields, self.size)
+        return out
 
     def _circulant_root(self) -> Tensor:
         assert self.around is not None
-        latitude, longitude = self._axes
+        latitude, _ = self._axes
         turn = torch.arange(self.around, dtype=torch.float64) * (360.0 / self.around)
         first = _unit_vectors(latitude, torch.zeros_like(latitude))
         everywhere = _unit_vectors(*_mesh(latitude, turn))
@@ -149,7 +151,8 @@ def _chord(a: Tensor, b: Tensor) -> Tensor:
 def _root_of(matrix: Tensor) -> Tensor:
     """Return a root L with L L^T = matrix for (a batch of) symmetric positive semi-definite matrices."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+    root: Tensor = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+    return root
 
 
 class KernelCovariance:

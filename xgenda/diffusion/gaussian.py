@@ -91,7 +91,8 @@ class GaussianPosterior:
         """Return the posterior covariance, shape (n, n); for small states."""
         rows = torch.arange(self.covariance.size)
         gain = torch.linalg.solve_triangular(self._factor, self._cross(rows).T, upper=False)
-        return self.covariance.block(rows, rows) - gain.T @ gain
+        out: Tensor = self.covariance.block(rows, rows) - gain.T @ gain
+        return out
 
     def draw(self, prior_mean: Tensor, values: Tensor, noise: NoiseStream) -> Tensor:
         """Draw exact members, one per sample of `noise`, shape (samples, n)."""

@@ -21,6 +21,7 @@ Nothing is shared between samples: losses, norms and the iterations of the solve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,9 @@ class Evidence:
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
         """Return per group the observed columns (c,) and the dense A restricted to them (m, c), for affine operators."""
         if self.log is not None:
-            raise OptionError("guidance='anchor' needs a linear operator, and a log-scaled variable makes it non-linear; use 'mmps'.")
+            raise OptionError(
+                "guidance='anchor' needs a linear operator, and a log-scaled variable makes it non-linear; use 'mmps'."
+            )
         out = []
         for index, weight in zip(self.indices, self.weights * self.std, strict=True):
             columns, place = torch.unique(index, return_inverse=True)
@@ -156,7 +159,11 @@ class _Mmps:
             x = x.detach().requires_grad_(True)
             clean = self.denoise(x, sigma)
             leaf = clean.detach().requires_grad_(True)
-            seen = self.evidence.observe(leaf.flatten(1), self.group)
+
+            def observe(state: Tensor) -> Tensor:
+                return self.evidence.observe(state.flatten(1), self.group)
+
+            seen = observe(leaf)
             error = self.error.to(x)
 
             def back(vector: Tensor) -> Tensor:
@@ -167,8 +174,8 @@ class _Mmps:
 
             def forth(state: Tensor) -> Tensor:
                 """Return R^-1/2 A' state, with A' the derivative of the operator at the denoised state."""
-                _, out = torch.func.jvp(lambda s: self.evidence.observe(s.flatten(1), self.group), (leaf.detach(),), (state,))
-                return out / error
+                pushed: tuple[Tensor, Tensor] = torch.func.jvp(observe, (leaf.detach(),), (state,))  # type: ignore[assignment]
+                return pushed[1] / error
 
             target = (self.evidence.value[self.group].to(x) - seen.detach()) / error
             solution = conjugate_gradients(lambda v: v + forth(back(v)), target, self.iterations)
@@ -192,7 +199,11 @@ class _Anchor:
             for (columns, dense), variance in zip(self.matrices, self.evidence.variance, strict=True):
                 where = columns.cpu()
                 observed = dense.cpu() @ given.factor[where]
-                inner = (dense.cpu() * given.diagonal[where]) @ dense.cpu().T + observed @ observed.T + torch.diag(variance.double().cpu())
+                inner = (
+                    (dense.cpu() * given.diagonal[where]) @ dense.cpu().T
+                    + observed @ observed.T
+                    + torch.diag(variance.double().cpu())
+                )
                 cross = given.factor @ observed.T
                 cross[where] += given.diagonal[where, None] * dense.cpu().T
                 factor = torch.linalg.cholesky(inner)
@@ -211,7 +222,7 @@ class _Anchor:
         return out.reshape(x.shape)
 
 
-def conjugate_gradients(multiply: object, target: Tensor, iterations: int) -> Tensor:
+def conjugate_gradients(multiply: Callable[[Tensor], Tensor], target: Tensor, iterations: int) -> Tensor:
     """Solve a symmetric positive definite system per row of `target` (batch, m) with a fixed number of iterations.
 
     A row that has converged, or whose curvature is not positive (a network's Jacobian need not be symmetric), stops there;
@@ -221,7 +232,7 @@ def conjugate_gradients(multiply: object, target: Tensor, iterations: int) -> Te
     direction, power = residual.clone(), (residual**2).sum(-1, keepdim=True)
     start = power.clone()
     for _ in range(iterations):
-        product = multiply(direction)  # type: ignore[operator]
+        product = multiply(direction)
         curvature = (direction * product).sum(-1, keepdim=True)
         alive = (curvature > 0) & (power > 1e-12 * start) & torch.isfinite(curvature)
         rate = torch.where(alive, power / torch.where(alive, curvature, 1.0), 0.0)

@@ -7,6 +7,7 @@ A sampler gets any denoiser, guided or not, and only ever asks it for the levels
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,11 @@ def network_calls(sampler: str, steps: int) -> int:
 
 
 def integrate(
-    denoise: Denoiser, start: Tensor, levels: list[float], sampler: str = "heun", progress: Callable[[], None] | None = None
+    denoise: Denoiser,
+    start: Tensor,
+    levels: list[float],
+    sampler: str = "heun",
+    progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Take `start`, noise at ``levels[0]``, to the last level.
 
@@ -54,7 +59,7 @@ def integrate(
     """
     check_choice("sampler", sampler, SAMPLERS)
     x = start
-    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+    for sigma, following in itertools.pairwise(levels):
         slope = (x - denoise(x, sigma)) / sigma
         ahead = x + (following - sigma) * slope
         if sampler == "heun" and following > 0:

@@ -29,9 +29,13 @@ def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrit
 
     target = Path(path)
     if target.suffix != ".safetensors":
-        raise CheckpointError(f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')")
+        raise CheckpointError(
+            f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')"
+        )
     if target.exists() and not overwrite:
-        raise OutputExistsError(f"{target} exists. Choose another name, or replace it: model.save({str(target)!r}, overwrite=True)")
+        raise OutputExistsError(
+            f"{target} exists. Choose another name, or replace it: model.save({str(target)!r}, overwrite=True)"
+        )
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.tensors().items()}
     scaling = model.spec.scaling
     if scaling is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xgenda.devices import in_batches
+from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.covariances import DENSE_LIMIT
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.noise import NoiseStream
@@ -26,7 +26,7 @@ from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.grids import Grid
 from xgenda.maps import bilinear_between, block_mean
 from xgenda.models.diffusive import BATCH, SIGMA_MIN, STEPS, anchor_tensors, build_network, read_anchor
-from xgenda.models.gaussian import kernel_on
+from xgenda.models.fitting import kernel_on
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
 
@@ -167,7 +167,13 @@ class CorrectiveModel(GenerativeModel):
             noise = NoiseStream([(request.seed, request.labels[t], m) for t, m in batch])
             x = self.sigma_max * noise.normal(*shape).to(request.device)
             with torch.no_grad():
-                x = integrate(lambda y, sigma: denoiser(y, sigma, given), x, levels, options.sampler, lambda: request.advance(len(batch)))
+                x = integrate(
+                    lambda y, sigma: denoiser(y, sigma, given),
+                    x,
+                    levels,
+                    options.sampler,
+                    lambda: request.advance(len(batch)),
+                )
             return x.cpu()
 
         residual = in_batches(sample, pairs, options.batch_size).double() * self.unit
@@ -193,10 +199,18 @@ class CorrectiveModel(GenerativeModel):
         networks: list[Any] = []
         for part in ("network", "regression"):
             built = build_network(spec.options[part])
-            built.load_state_dict({k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}, strict=True)
+            built.load_state_dict(
+                {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}, strict=True
+            )
             networks.append(built)
         stray = [k for k in tensors if not k.startswith(("network.", "regression."))]
         if stray or spec.grid is None or spec.factor is None:
             raise KeyError(f"unexpected tensors {stray}")
         blocks = torch.as_tensor(block_mean(spec.grid, spec.factor).to_sparse().toarray())
-        return cls(spec, CoarseMap(matrix, torch.block_diag(*[blocks] * spec.channels)), networks[1], spread, EDMDenoiser(networks[0], anchor))
+        return cls(
+            spec,
+            CoarseMap(matrix, torch.block_diag(*[blocks] * spec.channels)),
+            networks[1],
+            spread,
+            EDMDenoiser(networks[0], anchor),
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xgenda.devices import in_batches
+from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.covariances import LowRank
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.guidance import GUIDANCES, Evidence, guide
@@ -80,8 +80,11 @@ class DiffusionModel(GenerativeModel):
         def sample(batch: list[tuple[int, int]]) -> Tensor:
             times = sorted({t for t, _ in batch})
             group = torch.tensor([times.index(t) for t, _ in batch], device=request.device)
-            evidence = stack_evidence([request.evidence[t] for t in times], [self._affine(request, t, std) for t in times], self.scaling)
-            evidence = Evidence(**{k: None if v is None else v.to(request.device) for k, v in vars(evidence).items()})
+            evidence = stack_evidence(
+                [request.evidence[t] for t in times], [self._affine(request, t, std) for t in times], self.scaling
+            )
+            moved: dict[str, Any] = {k: None if v is None else v.to(request.device) for k, v in vars(evidence).items()}
+            evidence = Evidence(**moved)
             noise = NoiseStream([(request.seed, request.labels[t], m) for t, m in batch])
             x = self.sigma_max * noise.normal(*shape).to(request.device)
             guided = guide(denoiser, evidence, group, options.guidance, anchor=self.denoiser.anchor, **options.extra)  # type: ignore[arg-type]
@@ -168,10 +171,10 @@ def stack_evidence(items: list[PointEvidence], affine: list[tuple[Tensor, Tensor
         parts["variance"].append(torch.nn.functional.pad(e.variance.double(), pad[2:], value=1.0))
         parts["log"].append(logs[channel])
         parts["offset"].append(offsets[channel])
-    stacked: dict[str, Tensor | None] = {k: torch.stack(v) for k, v in parts.items()}
+    stacked: dict[str, Any] = {k: torch.stack(v) for k, v in parts.items()}
     if not logs.any():
         stacked["log"] = stacked["offset"] = None
-    return Evidence(**stacked)  # type: ignore[arg-type]
+    return Evidence(**stacked)
 
 
 def _grid(spec: ModelSpec) -> Any:

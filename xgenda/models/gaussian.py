@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -13,29 +12,24 @@ from torch import Tensor
 
 from xgenda import metadata
 from xgenda.diffusion.covariances import (
-    EARTH_RADIUS,
     KERNELS,
     Covariance,
     KernelCovariance,
     LocalisedSample,
     LowRank,
-    SphereKernel,
 )
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.noise import NoiseStream
-from xgenda.errors import GridError, OptionError, StateError, check_choice, did_you_mean
+from xgenda.errors import OptionError, StateError, check_choice, did_you_mean
 from xgenda.grids import Grid, grid_of
 from xgenda.models.checkpoints import content_hash
+from xgenda.models.fitting import candidates, cross_validate, fit_sample, kernel_on, read_sample, standardise
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
-from xgenda.scaling import Scaling, cycle_basis, fit_scaling
+from xgenda.scaling import fit_scaling
 
 SAMPLE_KINDS = ("localized", "eof")
-INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
-RANKS = (2, 5, 10, 20, 40, 80)
-RADII = 8
-PROBES = 150  # observed and predicted cells of one cross-validation fold
 
 
 class GaussianModel(GenerativeModel):
@@ -77,7 +71,9 @@ class GaussianModel(GenerativeModel):
         if kind == "eof":
             return LowRank(self.arrays["factor"], self.arrays["residual"])
         if kind == "localized":
-            return LocalisedSample(self.arrays["anomalies"], kernel_on(grid, "gaspari-cohn", options["radius"]), options["inflation"])
+            return LocalisedSample(
+                self.arrays["anomalies"], kernel_on(grid, "gaspari-cohn", options["radius"]), options["inflation"]
+            )
         names = [v.name for v in self.spec.variables]
         kernels = [kernel_on(grid, kind, options["length_scale"][n]) for n in names]
         std = torch.tensor([options["std"][n] for n in names], dtype=torch.float64)
@@ -178,11 +174,6 @@ def _same_network(evidence: Any) -> list[list[int]]:
     return list(groups.values())
 
 
-def kernel_on(grid: Grid, kind: str, length: float) -> SphereKernel:
-    """Return a correlation function on a grid."""
-    return SphereKernel(torch.as_tensor(grid.latitude), torch.as_tensor(grid.longitude), kind, length, grid.longitude_count)
-
-
 def gaussian_prior(
     ds: xr.Dataset | xr.DataArray,
     *,
@@ -265,7 +256,8 @@ def gaussian_prior(
     if not names:
         raise OptionError(f"ds has no variable on the dimensions {layout.latitude!r} and {layout.longitude!r}.")
     variables = tuple(
-        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name"))) for n in names
+        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name")))
+        for n in names
     )
     check_choice("covariance", covariance or "localized", (*SAMPLE_KINDS, *KERNELS))
     if length_scale is not None or std is not None or covariance in KERNELS:
@@ -280,13 +272,13 @@ def gaussian_prior(
     return _from_sample(ds, layout, names, variables, covariance, radius, rank, inflation, climatology, mean, folds)
 
 
-def _per_variable(argument: str, value: float | Mapping[str, float] | None, names: list[str]) -> dict[str, float]:
+def _per_variable(argument: str, value: Any, names: list[str]) -> dict[str, float]:
     if value is None:
         raise OptionError(
             f"{argument} is missing: a covariance function needs length_scale in metres and std in the units of the variable, "
             f"for example gaussian_prior(ds, length_scale=300e3, std=2.0)."
         )
-    given = {n: value for n in names} if not isinstance(value, Mapping) else dict(value)
+    given = dict.fromkeys(names, value) if not isinstance(value, Mapping) else dict(value)
     for n in given:
         if n not in names:
             raise OptionError(f"{argument} names {n!r}, which ds does not have.{did_you_mean(n, names)}")
@@ -294,12 +286,12 @@ def _per_variable(argument: str, value: float | Mapping[str, float] | None, name
         if n not in given:
             raise OptionError(f"{argument} has no entry for {n!r}; add one: {argument}={{..., {n!r}: ...}}")
         try:
-            positive = np.isfinite(float(given[n])) and float(given[n]) > 0  # type: ignore[arg-type]
+            positive = np.isfinite(float(given[n])) and float(given[n]) > 0
         except (TypeError, ValueError):
             positive = False
         if not positive:
             raise OptionError(f"{argument}={given[n]!r} for {n!r} is not accepted; it must be a positive number.")
-    return {n: float(given[n]) for n in names}  # type: ignore[arg-type]
+    return {n: float(given[n]) for n in names}
 
 
 def _from_function(
@@ -309,8 +301,9 @@ def _from_function(
     length_scale: float | Mapping[str, float] | None,
     std: float | Mapping[str, float] | None,
 ) -> GaussianModel:
-    options = {"covariance": kind, "length_scale": _per_variable("length_scale", length_scale, names), "std": _per_variable("std", std, names)}
-    shown = ", ".join(f"{n}: {options['length_scale'][n] / 1e3:g} km, {options['std'][n]:g}" for n in names)
+    lengths, deviations = _per_variable("length_scale", length_scale, names), _per_variable("std", std, names)
+    options = {"covariance": kind, "length_scale": lengths, "std": deviations}
+    shown = ", ".join(f"{n}: {lengths[n] / 1e3:g} km, {deviations[n]:g}" for n in names)
     return GaussianModel(
         ModelSpec(
             f"gaussian-{kind}", "prior", "gaussian", variables, needs_background=True, options=options, licence="none",
@@ -344,123 +337,19 @@ def _from_sample(
     scaling = fit_scaling(values, time, names, cycle=climatology)
     z = standardise(scaling, values, time)
     kinds = SAMPLE_KINDS if covariance is None else (covariance,)
-    choices = list(_candidates(kinds, grid, z.shape, radius, rank, inflation))
-    scores = _cross_validate(z, grid, choices, folds) if len(choices) > 1 else {choices[0]: float("nan")}
+    choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
+    scores = cross_validate(z, grid, choices, folds) if len(choices) > 1 else {choices[0]: float("nan")}
     best = max(scores, key=lambda c: scores[c])
-    options, arrays = _fit(z, *best)
+    options, arrays = fit_sample(z, *best)
     training = {
         "sample": f"{len(values)} fields along {sample_dim}",
-        "covariance": f"{best[0]}, {'radius %.0f km' % (best[1] / 1e3) if best[0] == 'localized' else 'rank %d' % best[1]}, inflation {best[2]:g}",
-        "cross_validation": f"best of {len(choices)} by log score over {folds} blocks" if len(choices) > 1 else "none: all options given",
+        "covariance": f"{best[0]}, {f'radius {best[1] / 1e3:.0f} km' if best[0] == 'localized' else f'rank {best[1]:.0f}'}, inflation {best[2]:g}",
+        "cross_validation": f"best of {len(choices)} by log score over {folds} blocks"
+        if len(choices) > 1
+        else "none: all options given",
     }
     spec = ModelSpec(
         f"gaussian-{best[0]}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
         licence="that of the sample", description="Covariance of a sample",
     )  # fmt: skip
     return GaussianModel(spec, arrays)
-
-
-def read_sample(ds: xr.Dataset, layout: metadata.Layout, names: list[str], orientation: Any) -> tuple[str, np.ndarray, xr.DataArray | None]:
-    """Return the sample dimension, the fields (n, channels, ny, nx) in memory and model order, and their times."""
-    horizontal = {layout.latitude, layout.longitude}
-    dims = [d for d in dict.fromkeys(str(d) for n in names for d in ds[n].dims) if d not in horizontal]
-    long = [d for d in dims if ds.sizes[d] > 1]
-    if len(long) != 1:
-        raise OptionError(
-            f"A sample needs one dimension (member or time) beside the horizontal ones; ds has {long or 'none'}. "
-            + (f"Select: ds.isel({long[1]}=0), or join them: ds.stack(sample={long})" if len(long) > 1 else
-               "For a single background give gaussian_prior(ds, length_scale=300e3, std=2.0).")
-        )  # fmt: skip
-    arrays = []
-    for n in names:
-        array = ds[n].squeeze([d for d in dims if d not in long and d in ds[n].dims]).transpose(long[0], layout.latitude, layout.longitude)
-        values = np.asarray(array.values)
-        metadata.check_values(values, n)
-        arrays.append(orientation.to_model(values))
-    time = ds[layout.time] if layout.time is not None and ds[layout.time].dims == (long[0],) else None
-    return long[0], np.stack(arrays, 1).astype(np.float64), time
-
-
-def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None) -> np.ndarray:
-    """Return standardised anomalies, shape (n, channels * cells)."""
-    return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
-
-
-Choice = tuple[str, float, float]
-
-
-def _candidates(
-    kinds: tuple[str, ...], grid: Grid, shape: tuple[int, ...], radius: float | None, rank: int | None, inflation: float | None
-) -> Iterator[Choice]:
-    latitude, longitude = (np.radians(a) for a in grid.points())
-    extent = EARTH_RADIUS * 2 * np.arcsin(np.sqrt(_haversine(latitude, longitude).max()))
-    inflations = INFLATIONS if inflation is None else (float(inflation),)
-    if "localized" in kinds:
-        radii = np.geomspace(extent / 12, extent * 2.5, RADII) if radius is None else [float(radius)]
-        yield from (("localized", float(r), i) for r, i in itertools.product(radii, inflations))
-    if "eof" in kinds:
-        ranks = [r for r in RANKS if r < 0.75 * shape[0]] if rank is None else [int(rank)]
-        yield from (("eof", float(r), i) for r, i in itertools.product(ranks, inflations))
-
-
-def _haversine(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    i = [0, latitude.argmax(), latitude.argmin(), longitude.argmax(), len(latitude) // 2]
-    dy, dx = latitude[i][:, None] - latitude, longitude[i][:, None] - longitude
-    return np.clip(np.sin(dy / 2) ** 2 + np.cos(latitude[i])[:, None] * np.cos(latitude) * np.sin(dx / 2) ** 2, 0, 1)
-
-
-def _fit(z: np.ndarray, kind: str, size: float, inflation: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    anomaly = z - z.mean(0)
-    if kind == "localized":
-        return {"covariance": kind, "radius": size, "inflation": inflation}, {"anomalies": torch.as_tensor(anomaly)}
-    low_rank = fit_eofs(anomaly, int(size), inflation)
-    return {"covariance": kind, "rank": int(size), "inflation": inflation}, {"factor": low_rank.factor, "residual": low_rank.residual}
-
-
-def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
-    """Return the leading EOFs of a sample plus the variance they leave, as an uncorrelated residual."""
-    scaled = anomaly * np.sqrt(inflation / (len(anomaly) - 1))
-    _, singular, modes = np.linalg.svd(scaled, full_matrices=False)
-    factor = modes[:rank].T * singular[:rank]
-    total = (scaled**2).sum(0)
-    residual = np.maximum(total - (factor**2).sum(1), 1e-6 * total)
-    return LowRank(torch.as_tensor(factor.copy()), torch.as_tensor(residual))
-
-
-def _cross_validate(z: np.ndarray, grid: Grid, choices: list[Choice], folds: int) -> dict[Choice, float]:
-    """Return the mean log score of each choice over blocks of consecutive fields."""
-    total = dict.fromkeys(choices, 0.0)
-    cells = z.shape[1] // grid.size
-    taper = kernel_on(grid, "gaspari-cohn", 1.0)
-    for k, block in enumerate(np.array_split(np.arange(len(z)), folds)):
-        rng = np.random.default_rng(k)
-        probe = rng.choice(z.shape[1], min(2 * PROBES, z.shape[1]), replace=False)
-        seen = len(probe) // 3
-        rest = np.setdiff1d(np.arange(len(z)), block)
-        centre = z[rest].mean(0)
-        anomaly, test = (z[rest] - centre)[:, probe], (z[block] - centre)[:, probe]
-        sample = anomaly.T @ anomaly / (len(rest) - 1)
-        place = torch.as_tensor(probe % (z.shape[1] // cells))
-        modes: dict[int, LowRank] = {}
-        for kind, size, inflation in choices:
-            if kind == "localized":
-                taper.length = size
-                matrix = sample * taper.correlation(place, place).numpy()
-            else:
-                if int(size) not in modes:
-                    modes[int(size)] = fit_eofs(z[rest] - centre, int(size))
-                index = torch.as_tensor(probe)
-                matrix = modes[int(size)].block(index, index).numpy()
-            total[kind, size, inflation] += _log_score(inflation * matrix, test, seen) / folds
-    return total
-
-
-def _log_score(matrix: np.ndarray, test: np.ndarray, seen: int, error: float = 0.3) -> float:
-    """Return the mean Gaussian log score of unseen entries given noisy seen ones; noise as large as a typical observation error."""
-    rng = np.random.default_rng(0)
-    value = test[:, :seen] + error * rng.standard_normal((len(test), seen))
-    inner = matrix[:seen, :seen] + error**2 * np.eye(seen)
-    gain = np.linalg.solve(inner, matrix[:seen, seen:]).T
-    mean = value @ gain.T
-    variance = np.maximum(np.diag(matrix)[seen:] - (gain * matrix[seen:, :seen]).sum(1), 1e-6)
-    return float(-0.5 * np.mean((test[:, seen:] - mean) ** 2 / variance + np.log(variance)))

@@ -48,7 +48,12 @@ def load_model(name_or_path: str | os.PathLike[str]) -> GenerativeModel:
 
 
 def choose_model(
-    model: GenerativeModel | str | os.PathLike[str] | None, ds: xr.Dataset, layout: metadata.Layout, grid: Grid, *, task: str
+    model: GenerativeModel | str | os.PathLike[str] | None,
+    ds: xr.Dataset,
+    layout: metadata.Layout,
+    grid: Grid,
+    *,
+    task: str,
 ) -> GenerativeModel:
     """Return the model that a call asks for; None takes the one registered model that fits variables and grid.
 
@@ -85,7 +90,9 @@ def choose_model(
         advice = "Use a prior that needs no training: model=xgenda.gaussian_prior(ds, length_scale=300e3, std=2.0)"
     else:
         advice = "Train one: model=xgenda.train(fine_ds, task='downscale', factor=4)"
-    raise ModelNotFoundError("\n".join([f"No registered model for task {task!r} fits ds:", *(reasons or ["  (none registered)"]), advice]))
+    raise ModelNotFoundError(
+        "\n".join([f"No registered model for task {task!r} fits ds:", *(reasons or ["  (none registered)"]), advice])
+    )
 
 
 def _fits(model: GenerativeModel, ds: xr.Dataset, layout: metadata.Layout, grid: Grid) -> None:
@@ -98,5 +105,3 @@ def _fits(model: GenerativeModel, ds: xr.Dataset, layout: metadata.Layout, grid:
         expected = expected.coarsened(model.spec.factor)
     if expected is not None and not expected.same_as(grid):
         raise ModelNotFoundError(f"it works on the grid {expected.describe()}; ds has {grid.describe()}")
-
-

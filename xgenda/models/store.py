@@ -170,9 +170,7 @@ def _fetched(entry: Entry) -> Path:
             f"{url} on another machine and copy it, under the name {path.name}, to {path.parent}"
         )
 
-    cache = pooch.create(
-        path=path.parent, base_url="", registry={path.name: f"sha256:{entry.sha256}"}, urls={path.name: url}
-    )
+    cache = pooch.create(path=path.parent, base_url="", registry={path.name: f"sha256:{entry.sha256}"}, urls={path.name: url})
     cache.retry_if_failed = _RETRIES
     try:
         cache.fetch(path.name, downloader=_Download(entry))

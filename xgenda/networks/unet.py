@@ -81,6 +81,7 @@ class UNet(nn.Module):
         self.stride = 2 ** (len(multipliers) - 1)
         self.periodic = periodic
         embedding = 4 * width
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2)))
         self.embed = nn.Sequential(nn.Linear(2 * (width // 2), embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
         self.position = nn.Parameter(0.1 * torch.randn(position, *shape)) if position else None

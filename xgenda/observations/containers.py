@@ -76,8 +76,9 @@ class Table:
 
     def take(self, rows: np.ndarray) -> Table:
         """Return some rows (index or boolean array)."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Table(**{k: None if v is None else v[rows] for k, v in fields.items()})
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        taken: dict[str, Any] = {k: None if v is None else v[rows] for k, v in fields.items()}
+        return Table(**taken)
 
     def with_code(self, code: np.ndarray) -> Table:
         """Return the table with other quality codes."""
@@ -124,8 +125,9 @@ def read_observations(obs: Observations, wanted: list[Wanted], error: ErrorLike 
     if len(timed) == 2:
         raise ObservationError(f"Some of the {argument} have a time coordinate and some have none; give it to all or none.")
     tables = [t for t in tables if len(t)] or tables[:1]
-    joined = {f.name: [getattr(t, f.name) for t in tables] for f in dataclasses.fields(Table)}
-    return Table(**{k: None if v[0] is None else np.concatenate(v) for k, v in joined.items()})
+    joined: dict[str, list[Any]] = {f.name: [getattr(t, f.name) for t in tables] for f in dataclasses.fields(Table)}
+    columns: dict[str, Any] = {k: None if v[0] is None else np.concatenate(v) for k, v in joined.items()}
+    return Table(**columns)
 
 
 def _empty() -> Table:
@@ -170,8 +172,8 @@ def _column(series: Any, name: str, argument: str) -> np.ndarray:
 def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, argument: str) -> Table:
     ds = _as_xarray(item, argument)
     coords = {}
-    for key, names in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES)):
-        name = metadata._find(ds, key, names)
+    for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES)):
+        name = metadata.find_coordinate(ds, key, usual)
         if name is None:
             raise ObservationError(
                 f"{argument} has no {key}; it has {', '.join(map(str, ds.variables))}. "
@@ -195,7 +197,9 @@ def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, ar
         part = _read_variable(ds, name, wanted[code], dims, error, argument)
         if part is not None:
             parts.append((code, *part))
-    template = xr.Dataset({"row": (dims, np.arange(int(np.prod([ds.sizes[d] for d in dims]))).reshape([ds.sizes[d] for d in dims]))})
+    template = xr.Dataset(
+        {"row": (dims, np.arange(int(np.prod([ds.sizes[d] for d in dims]))).reshape([ds.sizes[d] for d in dims]))}
+    )
     flat = {
         "latitude": _spread(latitude, template, dims).astype(float),
         "longitude": _spread(longitude, template, dims).astype(float),
@@ -228,7 +232,9 @@ def _variables(ds: xr.Dataset, wanted: list[Wanted], argument: str) -> dict[int,
     found: dict[int, str] = {}
     for i, w in enumerate(wanted):
         named = [w.name] if w.name in ds.data_vars else []
-        named = named or [str(n) for n, v in ds.data_vars.items() if w.standard_name and v.attrs.get("standard_name") == w.standard_name]
+        named = named or [
+            str(n) for n, v in ds.data_vars.items() if w.standard_name and v.attrs.get("standard_name") == w.standard_name
+        ]
         if len(named) > 1:
             raise ObservationError(f"{argument}: {' and '.join(map(repr, named))} both could be {w.name!r}; keep one.")
         if named:
@@ -239,7 +245,11 @@ def _variables(ds: xr.Dataset, wanted: list[Wanted], argument: str) -> dict[int,
     strange = [str(n) for n in ds.data_vars if n not in known and not str(n).endswith("_id") and ds[n].dtype.kind in "fiu"]
     if strange or not found:
         names = [w.name for w in wanted]
-        hint = f" Keep what the state has: {argument}[{list(found.values())!r}]" if found else did_you_mean((strange or [""])[0], names)
+        hint = (
+            f" Keep what the state has: {argument}[{list(found.values())!r}]"
+            if found
+            else did_you_mean((strange or [""])[0], names)
+        )
         raise ObservationError(
             f"{argument} holds {', '.join(map(repr, strange)) or 'no variable'}, which is not in the state; it has "
             f"{', '.join(map(repr, names))}.{hint}"
@@ -266,7 +276,9 @@ def _read_variable(
     array = ds[name]
     extra = [d for d in array.dims if d not in dims]
     if extra:
-        raise ObservationError(f"{argument}[{name!r}] has the extra dimension {extra[0]!r}; select: {argument}.isel({extra[0]}=0)")
+        raise ObservationError(
+            f"{argument}[{name!r}] has the extra dimension {extra[0]!r}; select: {argument}.isel({extra[0]}=0)"
+        )
     units = array.attrs.get("units")
     scale, offset = 1.0, 0.0
     if units is not None and wanted.units is not None:
@@ -288,7 +300,14 @@ def unit_conversion(found: str, wanted: str) -> tuple[float, float]:
 
 
 def _error_of(
-    ds: xr.Dataset, name: str, wanted: Wanted, value: np.ndarray, template: xr.Dataset, dims: tuple[str, ...], error: ErrorLike, argument: str
+    ds: xr.Dataset,
+    name: str,
+    wanted: Wanted,
+    value: np.ndarray,
+    template: xr.Dataset,
+    dims: tuple[str, ...],
+    error: ErrorLike,
+    argument: str,
 ) -> np.ndarray:
     given: Any = error.get(wanted.name) if isinstance(error, Mapping) else error
     if given is None:
@@ -318,7 +337,11 @@ def _error_of(
 
 
 def _first_codes(
-    value: np.ndarray, sigma: np.ndarray, flat: Mapping[str, np.ndarray], stamps: np.ndarray | None, bounds: tuple[float, float]
+    value: np.ndarray,
+    sigma: np.ndarray,
+    flat: Mapping[str, np.ndarray],
+    stamps: np.ndarray | None,
+    bounds: tuple[float, float],
 ) -> np.ndarray:
     code = np.zeros(len(value), dtype=np.uint8)
     code[np.isposinf(sigma)] = Quality.PASSIVE

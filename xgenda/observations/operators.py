@@ -10,6 +10,7 @@ import datetime
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from xgenda.errors import ObservationError, OptionError
@@ -96,7 +97,9 @@ def locate_observations(
     table = table.with_code(code)
     operator = points.shifted(table.variable * grid.size, grid.size * len(wanted))
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
-    order = np.lexsort((table.row, table.source, table.error, table.value, table.longitude, table.latitude, table.variable, index))
+    order = np.lexsort(
+        (table.row, table.source, table.error, table.value, table.longitude, table.latitude, table.variable, index)
+    )
     return Located(table.take(order), index[order], operator.select(order))
 
 
@@ -124,15 +127,15 @@ def _complain_if_all_outside(
 
 def parse_window(window: object) -> np.timedelta64:
     """Return a window width as a positive numpy timedelta64 in nanoseconds."""
-    import pandas as pd
-
     try:
-        width = pd.Timedelta(window)  # type: ignore[arg-type]
+        if not isinstance(window, (str, datetime.timedelta, np.timedelta64)):
+            raise TypeError
+        width = np.timedelta64(pd.Timedelta(window).value, "ns")
     except (ValueError, TypeError):
         raise OptionError(f"window={window!r} is no time span; give for example window='6h'.") from None
-    if pd.isna(width) or width <= pd.Timedelta(0):
+    if not width > np.timedelta64(0, "ns"):
         raise OptionError(f"window={window!r} must be positive; give for example window='6h'.")
-    return width.to_timedelta64().astype("timedelta64[ns]")
+    return width
 
 
 def _assign_times(table: Table, times: xr.DataArray | None, window: object, argument: str) -> np.ndarray:

@@ -50,7 +50,7 @@ BOUNDS: Mapping[str, tuple[float, float, str]] = {
 
 def gross_bounds(standard_name: str | None, units: str | None) -> tuple[float, float]:
     """Return the physical bounds of a variable in its own units; infinite when none are known."""
-    if standard_name not in BOUNDS or units is None:
+    if standard_name is None or standard_name not in BOUNDS or units is None:
         return -np.inf, np.inf
     lower, upper, known = BOUNDS[standard_name]
     scale, offset = unit_factors(known, units)

@@ -25,7 +25,7 @@ from xgenda.errors import CheckpointError, OptionError, OutputExistsError, State
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.corrective import CorrectiveModel, conditional_map, project_block_means
 from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
-from xgenda.models.gaussian import _candidates, _cross_validate, fit_eofs, standardise
+from xgenda.models.fitting import candidates, cross_validate, fit_eofs, standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec
@@ -172,7 +172,9 @@ def train(
     if task == "downscale":
         if start is not None:
             raise OptionError("start is not supported for task='downscale' yet; leave it out.")
-        model: GenerativeModel = _train_downscaler(samples, check_count("factor", factor, 2), climatology, anchor, width, optimiser, name, licence)
+        model: GenerativeModel = _train_downscaler(
+            samples, check_count("factor", factor, 2), climatology, anchor, width, optimiser, name, licence
+        )
     elif start is not None:
         model = _continue(samples, start, optimiser, name, licence)
     else:
@@ -204,7 +206,9 @@ class Optimiser:
     device: torch.device
     progress: bool | None
 
-    def fit(self, network: nn.Module, objective: Objective, rows: torch.Tensor, held: torch.Tensor, share: float, label: str) -> dict[str, Any]:
+    def fit(
+        self, network: nn.Module, objective: Objective, rows: torch.Tensor, held: torch.Tensor, share: float, label: str
+    ) -> dict[str, Any]:
         """Train `network` in place and leave the best averaged weights in it.
 
         Parameters
@@ -246,11 +250,13 @@ class Optimiser:
                 batch = objective.batch(order.pop(), generator)
                 loss = self._loss(network, batch)
                 if not torch.isfinite(loss):
-                    raise StateError(f"The {label} loss is not finite at step {step}. Lower learning_rate (now {self.learning_rate:g}).")
+                    raise StateError(
+                        f"The {label} loss is not finite at step {step}. Lower learning_rate (now {self.learning_rate:g})."
+                    )
                 for group in optimiser.param_groups:
                     group["lr"] = self.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, fraction)))
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimiser.step()
                 step += 1
@@ -273,7 +279,8 @@ class Optimiser:
     def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         condition = None if batch.condition is None else batch.condition.to(self.device)
         found = network(batch.x.to(self.device), batch.label.to(self.device), condition)
-        return (found - batch.target.to(self.device)).square().mean()
+        loss: torch.Tensor = (found - batch.target.to(self.device)).square().mean()
+        return loss
 
     @torch.no_grad()
     def _validate(self, network: nn.Module, batches: list[Batch]) -> float:
@@ -284,7 +291,13 @@ class Optimiser:
 
 
 def _train_prior(
-    samples: Samples, climatology: str, anchor: str | None, width: int, optimiser: Optimiser, name: str | None, licence: str
+    samples: Samples,
+    climatology: str,
+    anchor: str | None,
+    width: int,
+    optimiser: Optimiser,
+    name: str | None,
+    licence: str,
 ) -> DiffusionModel:
     names = [v.name for v in samples.variables]
     scaling = fit_scaling(samples.values, samples.time, names, cycle=climatology)
@@ -308,11 +321,17 @@ def _train_prior(
 
 
 def _continue(
-    samples: Samples, start: GenerativeModel | str | os.PathLike[str], optimiser: Optimiser, name: str | None, licence: str
+    samples: Samples,
+    start: GenerativeModel | str | os.PathLike[str],
+    optimiser: Optimiser,
+    name: str | None,
+    licence: str,
 ) -> DiffusionModel:
     before = start if isinstance(start, GenerativeModel) else load_model(start)
     if not isinstance(before, DiffusionModel):
-        raise OptionError(f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed.")
+        raise OptionError(
+            f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed."
+        )
     expected = [v.name for v in before.spec.variables]
     found = [v.name for v in samples.variables]
     if found != expected or before.spec.grid is None or not before.spec.grid.same_as(samples.grid):
@@ -330,7 +349,9 @@ def _continue(
     anchor = before.denoiser.anchor
     network = copy.deepcopy(before.denoiser.network).requires_grad_(True)
     states = torch.as_tensor(z, dtype=torch.float32).reshape(values.shape)
-    objective = Denoising(states, torch.as_tensor(fold), None if anchor is None else [anchor] * FOLDS, SIGMA_MIN, before.sigma_max)
+    objective = Denoising(
+        states, torch.as_tensor(fold), None if anchor is None else [anchor] * FOLDS, SIGMA_MIN, before.sigma_max
+    )
     report = optimiser.fit(network, objective, *_split(fold), 1.0, "fine-tuning the prior")
     training = _record(samples, optimiser, {"started_from": f"{before.spec.name} ({before.sha256[:12]})"}, report)
     spec = ModelSpec(
@@ -341,7 +362,14 @@ def _continue(
 
 
 def _train_downscaler(
-    samples: Samples, factor: int, climatology: str, anchor: str | None, width: int, optimiser: Optimiser, name: str | None, licence: str
+    samples: Samples,
+    factor: int,
+    climatology: str,
+    anchor: str | None,
+    width: int,
+    optimiser: Optimiser,
+    name: str | None,
+    licence: str,
 ) -> CorrectiveModel:
     names = [v.name for v in samples.variables]
     samples.grid.coarsened(factor)  # refuses a shape that is not a multiple
@@ -391,7 +419,7 @@ def _train_downscaler(
 def _fit_anchors(z: np.ndarray, samples: Samples, fold: np.ndarray) -> tuple[Any, Any, str]:
     """Return the anchor of all samples, one per fold fitted without it, and a note on the choice."""
     order = time_order(samples.time, len(z))
-    scores = _cross_validate(z[order], samples.grid, list(_candidates(("eof",), samples.grid, z.shape, None, None, None)), 5)
+    scores = cross_validate(z[order], samples.grid, list(candidates(("eof",), samples.grid, z.shape, None, None, None)), 5)
     _, rank, inflation = max(scores, key=lambda c: scores[c])
     anomaly = z - z.mean(0)
     crossed = [fit_eofs(z[fold != k] - z[fold != k].mean(0), int(rank), inflation) for k in range(FOLDS)]

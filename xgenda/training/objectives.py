@@ -49,7 +49,13 @@ class Denoising:
     """
 
     def __init__(
-        self, states: Tensor, fold: Tensor, anchors: list[LowRank] | None, sigma_min: float, sigma_max: float, condition: Tensor | None = None
+        self,
+        states: Tensor,
+        fold: Tensor,
+        anchors: list[LowRank] | None,
+        sigma_min: float,
+        sigma_max: float,
+        condition: Tensor | None = None,
     ) -> None:
         self.states, self.fold, self.anchors, self.condition = states, fold, anchors, condition
         self.levels = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), LEVELS, dtype=torch.float64).tolist()

@@ -11,7 +11,7 @@ import xarray as xr
 from xgenda import metadata
 from xgenda.errors import OptionError, StateError
 from xgenda.grids import Grid, grid_of
-from xgenda.models.gaussian import read_sample
+from xgenda.models.fitting import read_sample
 from xgenda.models.spec import VariableSpec
 
 FEWEST = 20
@@ -63,7 +63,8 @@ def read_samples(ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None 
             f"better model: xgenda.gaussian_prior(ds)"
         )
     specs = tuple(
-        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name"))) for n in names
+        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name")))
+        for n in names
     )
     return Samples(values, time, grid, specs, dimension)
 

@@ -1,0 +1,191 @@
+"""`verify`: scores of an ensemble against a truth or against observations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xgenda import metadata
+from xgenda.errors import OptionError
+from xgenda.grids import grid_of
+from xgenda.observations.containers import ErrorLike, Wanted
+from xgenda.observations.operators import locate_observations
+from xgenda.observations.quality import Quality
+
+#: Metric -> what to know about it; written to its attributes.
+METRICS: dict[str, dict[str, str]] = {
+    "rmse": {"long_name": "root mean square error of the ensemble mean", "orientation": "negative", "perfect": "0"},
+    "mae": {"long_name": "mean absolute error of the ensemble mean", "orientation": "negative", "perfect": "0"},
+    "bias": {"long_name": "ensemble mean minus truth", "perfect": "0"},
+    "crps": {"long_name": "fair continuous ranked probability score", "orientation": "negative", "perfect": "0",
+             "reference": "Ferro 2014, Q. J. R. Meteorol. Soc. 140, 1917-1923, eq. 6"},
+    "spread": {"long_name": "root mean ensemble variance, times (M + 1) / M, with the observation error where given"},
+    "spread_skill": {"long_name": "spread over rmse", "perfect": "1",
+                     "reference": "Fortin et al. 2014, J. Hydrometeorol. 15, 1708-1713, eq. 15"},
+    "chi2": {"long_name": "mean of squared error over predicted variance (M + 1) / M s^2 + r^2", "perfect": "1"},
+}  # fmt: skip
+
+
+def fair_crps(ensemble: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return the fair CRPS of members along the first axis; the absolute error for a single one.
+
+    Parameters
+    ----------
+    ensemble
+        Shape (members, ...).
+    truth
+        Shape (...).
+
+    Notes
+    -----
+    mean |x_i - y| - sum_ij |x_i - x_j| / (2 M (M - 1)); the double sum from the sorted members. Ferro 2014, eq. 6.
+    """
+    m = len(ensemble)
+    error = np.abs(ensemble - truth).mean(0)
+    if m < 2:
+        return np.asarray(error)
+    ranked = np.sort(ensemble, axis=0)
+    weight = 2 * np.arange(1, m + 1) - m - 1
+    spread = np.tensordot(weight, ranked, axes=(0, 0)) / (m * (m - 1))
+    return np.asarray(error - spread)
+
+
+def verify(
+    ensemble: xr.Dataset | xr.DataArray,
+    truth: Any,
+    *,
+    error: ErrorLike = None,
+    dims: str | Sequence[str] | None = None,
+) -> xr.Dataset:
+    """Score an ensemble (or a single field) against a truth on its grid, or against observations.
+
+    Parameters
+    ----------
+    ensemble
+        With or without ``member``; read when called.
+    truth
+        A Dataset on the same grid and times; or observations in any form that `xgenda.assimilate` takes, to which the
+        members are interpolated.
+    error
+        Standard deviation of the observation error: needed for observations that do not carry it. It enters spread and chi2, and
+        is drawn nowhere: the CRPS is that of the state.
+    dims
+        Dimensions to average over; all by default, weighted by cell area. For observations always all.
+
+    Returns
+    -------
+    xarray.Dataset
+        Each variable along ``metric``: rmse, mae, bias, crps (fair), spread, spread_skill, chi2. The ensemble scores are
+        NaN for a single field, but crps, which is then the mean absolute error.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> z = xgenda.tutorial.open_dataset("z500-ensemble")
+    >>> scores = z.isel(member=slice(1, None)).genda.verify(z.isel(member=0, drop=True))
+    >>> 0.5 < float(scores.z.sel(metric="spread_skill")) < 2
+    True
+    """
+    ds = metadata.as_dataset(ensemble, "ensemble")
+    layout = metadata.find_layout(ds, "ensemble")
+    gridded = False
+    if isinstance(truth, (xr.Dataset, xr.DataArray)):
+        reference = metadata.as_dataset(truth, "truth")
+        gridded = {layout.latitude, layout.longitude} <= set(reference.dims)
+    if not gridded:
+        return _verify_at_points(ds, layout, truth, error)
+    names = [n for n in metadata.data_variables(ds, layout) if n in reference]
+    if not names:
+        raise OptionError(
+            f"truth has none of the variables {metadata.data_variables(ds, layout)}; it has {list(reference.data_vars)}."
+        )
+    grid, orientation = grid_of(ds, layout, "ensemble")
+    area = xr.DataArray(orientation.from_model(grid.areas()), dims=(layout.latitude, layout.longitude))
+    over = None if dims is None else [dims] if isinstance(dims, str) else list(dims)
+    out = {}
+    for n in names:
+        members = ds[n] if layout.member is not None else ds[n].expand_dims("member")
+        given = metadata.convert_units(reference[n], ds[n].attrs.get("units"))
+        try:
+            members, given = xr.align(members, given, join="exact")
+        except ValueError as problem:
+            raise OptionError(f"truth[{n!r}] and the ensemble have different coordinates: {problem}") from problem
+        given = given.broadcast_like(members.isel({layout.member or "member": 0}, drop=True))
+        order = (layout.member or "member", *given.dims)
+        values = np.asarray(members.transpose(*order).values, dtype=float)
+        points = _point_scores(values, np.asarray(given.values, dtype=float), 0.0)
+        fields = {k: xr.DataArray(v, dims=given.dims, coords=given.coords) for k, v in points.items()}
+        out[n] = _aggregate(fields, area, over, len(values))
+    return _finish(out, ds)
+
+
+def _point_scores(members: np.ndarray, truth: np.ndarray, error: np.ndarray | float) -> dict[str, np.ndarray]:
+    m = len(members)
+    mean = members.mean(0)
+    variance = members.var(0, ddof=1) * (m + 1) / m + np.asarray(error) ** 2 if m > 1 else np.full(truth.shape, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        chi2 = (mean - truth) ** 2 / variance
+    return {
+        "square": (mean - truth) ** 2, "mae": np.abs(mean - truth), "bias": mean - truth, "crps": fair_crps(members, truth),
+        "variance": variance, "chi2": chi2,
+    }  # fmt: skip
+
+
+def _aggregate(
+    fields: dict[str, xr.DataArray], weights: xr.DataArray | None, over: list[str] | None, members: int
+) -> xr.DataArray:
+    def average(array: xr.DataArray) -> xr.DataArray:
+        use = array.dims if over is None else over
+        if weights is not None and set(weights.dims) & set(use):
+            weighted: xr.DataArray = array.weighted(weights).mean(use)
+            return weighted
+        return array.mean(use)
+
+    means = {k: average(v) for k, v in fields.items()}
+    rmse, spread = means["square"] ** 0.5, means["variance"] ** 0.5
+    table: dict[str, xr.DataArray] = {
+        "rmse": rmse, "mae": means["mae"], "bias": means["bias"], "crps": means["crps"],
+        "spread": spread, "spread_skill": spread / rmse, "chi2": means["chi2"],
+    }  # fmt: skip
+    joined: xr.DataArray = xr.concat([table[k] for k in METRICS], "metric")
+    return joined.assign_coords(metric=list(METRICS))
+
+
+def _finish(scores: dict[str, xr.DataArray], ds: xr.Dataset) -> xr.Dataset:
+    out = xr.Dataset(scores)
+    for n in scores:
+        out[n].attrs = {"units": ds[n].attrs.get("units", "1"), "comment": "spread_skill and chi2 have no unit"}
+    out["metric"].attrs = {k: v["long_name"] for k, v in METRICS.items()}
+    return out
+
+
+def _verify_at_points(ds: xr.Dataset, layout: metadata.Layout, obs: Any, error: ErrorLike) -> xr.Dataset:
+    names = metadata.data_variables(ds, layout)
+    wanted = [Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in names]
+    grid, orientation = grid_of(ds, layout, "ensemble")
+    times = ds[layout.time] if layout.time is not None else None
+    located = locate_observations(obs, wanted, grid, times, error=error, argument="truth").used()
+    count = 1 if layout.member is None else ds.sizes[layout.member]
+    seen = np.empty((count, len(located.table)))
+    for t in np.unique(located.time_index):
+        rows = np.flatnonzero(located.time_index == t)
+        stack = []
+        for n in names:
+            array = ds[n].isel({layout.time: int(t)}) if layout.time in ds[n].dims else ds[n]
+            order = ([layout.member] if layout.member is not None else []) + [layout.latitude, layout.longitude]
+            stack.append(orientation.to_model(np.asarray(array.transpose(*order).values, dtype=float)).reshape(count, -1))
+        seen[:, rows] = located.operator.select(rows)(np.concatenate(stack, -1))
+    out = {}
+    for i, n in enumerate(names):
+        rows = np.flatnonzero(located.table.variable == i)
+        if len(rows):
+            points = _point_scores(seen[:, rows], located.table.value[rows], located.table.error[rows])
+            out[n] = _aggregate({k: xr.DataArray(v, dims="obs") for k, v in points.items()}, None, None, count)
+    if not out:
+        raise OptionError(
+            f"No observation in truth can be compared: {np.count_nonzero(located.table.code == Quality.USED)} usable."
+        )
+    return _finish(out, ds)
