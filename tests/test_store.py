@@ -424,9 +424,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(remote, cache: Path) -> None:
 def test_a_damaged_file_in_the_cache_is_removed(remote, cache: Path) -> None:
     cache.mkdir()
     (cache / f"tiny-{SHA[:8]}.safetensors").write_bytes(b"y" * len(GOOD))
-    with pytest.raises(
-        ModelNotFoundError, match=r"answered 404.*The file in the cache had sha256 [0-9a-f]{64} and was removed"
-    ):
+    with pytest.raises(ModelNotFoundError, match=r"answered 404.*The file in the cache had sha256 [0-9a-f]{64} and was removed"):
         store.find_file("tiny", registry=remote("missing"))
     assert list(cache.iterdir()) == []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import numbers
 import os
 import warnings
 from typing import Any
@@ -78,8 +80,8 @@ def assimilate(
     steps
         Noise levels of the sampler.
     window
-        Width of the half-open time window around each analysis time, such as '6h'; by default the spacing of the times, and 6 h
-        for a single time.
+        Width of the half-open time window around each analysis time, such as '6h'; by default 1 h. An observation in several
+        windows goes to the nearest time.
     background_check
         Reject observations with abs(O - B) above this many sqrt(s_o**2 + s_b**2). 'auto': 4 where the prior is
         centred on a background, 10 where it is a climatology, whose mean a warming world leaves. None turns it off.
@@ -281,8 +283,6 @@ class _Setup:
 
 
 def _at_time(job: engine.Job, t: int) -> engine.Job:
-    import dataclasses
-
     return dataclasses.replace(job, labels=job.labels[t : t + 1], basis=job.basis[t : t + 1], located=None)
 
 
@@ -319,6 +319,7 @@ def _setup(
             Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in metadata.data_variables(ds, layout)
         ]
     variables = {w.name: metadata.match_variable(ds, w.name, w.standard_name) for w in wanted}
+    wanted = [dataclasses.replace(w, given_units=ds[variables[w.name]].attrs.get("units")) for w in wanted]
     metadata.check_dims(ds, variables.values(), layout)
     arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables.values()]
     chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))
@@ -342,6 +343,8 @@ def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
         return obs
     if isinstance(obs, (list, tuple)):
         return [_rename_back(o, variables) for o in obs]
+    if isinstance(obs, xr.DataArray) and obs.name is not None:
+        obs = obs.to_dataset()
     if isinstance(obs, xr.Dataset):
         both = {o: n for o, n in names.items() if o in obs.data_vars and n not in obs.data_vars}
         return obs.rename({**both, **{f"{o}_error": f"{n}_error" for o, n in both.items() if f"{o}_error" in obs}})
@@ -364,7 +367,7 @@ def _threshold(check: float | str | None, model: GenerativeModel | None) -> floa
     if isinstance(check, str):
         check_choice("background_check", check, ("auto",))
         return BACKGROUND_THRESHOLD if model.spec.needs_background else CLIMATE_THRESHOLD
-    if not np.isfinite(check) or check <= 0:
+    if isinstance(check, bool) or not isinstance(check, numbers.Real) or not np.isfinite(check) or check <= 0:
         raise OptionError(f"background_check={check!r} is not accepted; give a positive number, 'auto' or None.")
     return float(check)
 

@@ -116,7 +116,9 @@ def downscale(
     labels = metadata.time_labels(times)
     metadata.check_unique_times(labels)
     options = chosen.plan(guidance="auto", sampler=sampler, steps=steps, batch_size=batch_size)
-    fine, latitude, longitude = _fine_axes(spec.grid, orientation, ds[layout.longitude].values)
+    fine, latitude, longitude = _fine_axes(
+        spec.grid, orientation, np.asarray(ds[layout.longitude].values, dtype=float), spec.factor
+    )
     job = engine.Job(
         handle=handle_of(chosen), grid=grid, orientation=orientation, factors=factors, names=tuple(variables), labels=labels,
         basis=cycle_basis(times, "none" if spec.scaling is None else spec.scaling.cycle, len(labels)), located=None, threshold=None,
@@ -138,12 +140,17 @@ def downscale(
     return metadata.carry_metadata(result, ds, variables, call=call, provenance=provenance)
 
 
-def _fine_axes(grid: Grid, coarse: Orientation, longitude: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
-    """Return how the fine result is stored (in the direction of the coarse input) and its coordinates."""
-    rows, columns = np.arange(grid.shape[0]), np.arange(grid.shape[1])
-    if coarse.rows[0] > coarse.rows[-1]:
-        rows = rows[::-1]
-    if coarse.columns[0] > coarse.columns[-1] and not grid.periodic:
-        columns = columns[::-1]
-    east = grid.longitude % 360.0 if longitude.max() > 180.0 else (grid.longitude + 180.0) % 360.0 - 180.0
-    return Orientation(rows, columns), grid.latitude[np.argsort(rows)], east[np.argsort(columns)]
+def _fine_axes(grid: Grid, coarse: Orientation, longitude: np.ndarray, factor: int) -> tuple[Orientation, np.ndarray, np.ndarray]:
+    """Return how the fine result is stored and its coordinates: every block of fine cells where its coarse cell was."""
+    rows, columns = _refined(coarse.rows, factor), _refined(coarse.columns, factor)
+    turns = np.round((longitude[coarse.columns] - grid.coarsened(factor).longitude) / 360.0)
+    east = grid.longitude + 360.0 * np.repeat(turns, factor)
+    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], east[columns]
+
+
+def _refined(order: np.ndarray, factor: int) -> np.ndarray:
+    """Return fine model positions in the user's order, given the user's positions of the coarse cells in model order."""
+    place = np.argsort(order)
+    backwards = len(place) > 1 and np.median(np.diff(place)) < 0
+    within = np.arange(factor)[::-1] if backwards else np.arange(factor)
+    return np.asarray((place[:, None] * factor + within).ravel())

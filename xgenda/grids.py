@@ -98,8 +98,8 @@ class Grid:
         return np.asarray(EARTH_RADIUS**2 * bands[:, None] * widths[None, :])
 
     def locate(self, longitude: np.ndarray) -> np.ndarray:
-        """Return `longitude` shifted by whole turns into the range that starts at the first column."""
-        start = self.longitude[0] - TOLERANCE
+        """Return `longitude` shifted by whole turns: eastward of the first column, or for a region around its middle."""
+        start = self.longitude[0] if self.periodic else (self.longitude[0] + self.longitude[-1]) / 2 - 180.0
         return np.asarray((np.asarray(longitude, dtype=float) - start) % 360.0 + start)
 
     def same_as(self, other: Grid) -> bool:
@@ -188,7 +188,15 @@ def grid_of(ds: xr.Dataset, layout: Layout | None = None, argument: str = "ds") 
         steps = (np.diff(longitude) + 180.0) % 360.0 - 180.0
         if (steps < 0).all():
             columns, steps = columns[::-1], -steps[::-1]
-        if not (steps > 0).all() or steps.sum() > 360.0:
+        if not (steps > 0).all() or steps.sum() > 360.0 + TOLERANCE * steps.mean():
+            raw = np.diff(longitude)
+            if (steps < 0).any() and ((raw > 0).all() or (raw < 0).all()):  # cut at Greenwich or the date line
+                name = f"{argument}.{layout.longitude}"
+                turned = f"{name} % 360" if (longitude < 0).any() else f"({name} + 180) % 360 - 180"
+                raise GridError(
+                    f"{argument}: longitude {layout.longitude!r} holds one region in two parts; put them together: "
+                    f"{argument}.assign_coords({layout.longitude}={turned}).sortby({layout.longitude!r})"
+                )
             raise GridError(
                 f"{argument}: longitude {layout.longitude!r} is not monotonic or repeats a value; sort it: "
                 f"{argument}.sortby({layout.longitude!r}).drop_duplicates({layout.longitude!r})"
@@ -203,7 +211,7 @@ def grid_of(ds: xr.Dataset, layout: Layout | None = None, argument: str = "ds") 
         unwrapped = longitude.copy()
     grid = Grid(latitude[rows], unwrapped)
     if grid.periodic:
-        wrapped = (unwrapped + 180.0 + TOLERANCE) % 360.0 - 180.0 - TOLERANCE
+        wrapped = unwrapped - 360.0 * np.floor((unwrapped + 180.0 + TOLERANCE) / 360.0)  # exact, unlike %
         start = int(wrapped.argmin())
         columns = np.roll(columns, -start)
         unwrapped = np.roll(wrapped, -start)

@@ -10,6 +10,8 @@ import scipy.sparse
 from xgenda.errors import GridError
 from xgenda.grids import TOLERANCE, Grid
 
+NODE = 1e-4  # of a cell
+
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
@@ -45,7 +47,7 @@ class LinearMap:
     def adjoint(self, values: np.ndarray) -> np.ndarray:
         """Apply the transpose to an array (..., rows); returns (..., size)."""
         values = np.asarray(values)
-        flat = values.reshape(-1, values.shape[-1])
+        flat = values.reshape(int(np.prod(values.shape[:-1])), values.shape[-1])
         return np.asarray((self.to_sparse().T @ flat.T).T.reshape(*values.shape[:-1], self.size))
 
     def select(self, rows: np.ndarray) -> LinearMap:
@@ -120,8 +122,8 @@ def _bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     safe = np.clip(np.where(inside, values, axis[0]), axis[0], axis[-1])
     lower = np.clip(np.searchsorted(axis, safe, side="right") - 1, 0, len(axis) - 2)
     fraction = (safe - axis[lower]) / (axis[lower + 1] - axis[lower])
-    # float32 coordinates miss a node by 1e-6 of a cell: such a point is the node
-    fraction = np.where(fraction < 1e-5, 0.0, np.where(fraction > 1 - 1e-5, 1.0, fraction))
+    # float32 longitudes miss a node by up to 6e-5 of a cell of a quarter of a degree: such a point is the node
+    fraction = np.where(fraction < NODE, 0.0, np.where(fraction > 1 - NODE, 1.0, fraction))
     return lower.astype(np.int64), fraction, inside
 
 

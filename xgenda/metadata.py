@@ -23,7 +23,8 @@ MEMBER_NAMES = ("member", "number", "realization", "ensemble", "ensemble_member"
 MEMBER_ATTRS = {"standard_name": "realization", "long_name": "ensemble member"}
 KEPT_ENCODING = ("zlib", "complevel", "shuffle", "_FillValue", "units", "calendar")
 
-#: Values that stand for "missing" in files that do not say so. Exact values only: a physical value never equals them by chance.
+#: Values that stand for "missing" in files that do not say so: exact values, and in a field only outside the range of all
+#: others, because a pressure of 99999 Pa is real.
 SENTINELS = (-9999.0, 9999.0, -99999.0, 99999.0, -888888.0, -999.0, 1e20, 9.969209968386869e36)
 LARGEST_PLAUSIBLE = 1e15
 
@@ -218,7 +219,8 @@ def convert_units(array: xr.DataArray, wanted: str | None) -> xr.DataArray:
     scale, offset = unit_factors(str(found), wanted)
     if (scale, offset) == (1.0, 0.0):
         return array
-    out: xr.DataArray = array * array.dtype.type(scale) + array.dtype.type(offset)
+    kind = array.dtype.type if array.dtype.kind == "f" else np.float64
+    out: xr.DataArray = array * kind(scale) + kind(offset)
     return out.assign_attrs(array.attrs, units=wanted)
 
 
@@ -241,10 +243,7 @@ def check_values(values: np.ndarray, name: str, argument: str = "ds", where: str
             f"{argument}[{name!r}]{where} holds {what} in {bad} of {values.size} cells ({100 * bad / values.size:.2g} %), "
             f"first at index {first}. Fill or crop them first: {argument}.fillna(...) or {argument}.dropna(...)"
         )
-    wide = values.astype(np.float64, copy=False)
-    fill = np.abs(wide) > LARGEST_PLAUSIBLE
-    for sentinel in SENTINELS:
-        fill |= wide == sentinel
+    fill = find_fill_values(values)
     if fill.any():
         count, first_value = int(np.count_nonzero(fill)), float(values[fill][0])
         raise StateError(
@@ -252,6 +251,19 @@ def check_values(values: np.ndarray, name: str, argument: str = "ds", where: str
             f"({100 * count / values.size:.2g} %), which looks like a fill value. Mask and fill them: "
             f"{argument}.where({argument}[{name!r}] != {first_value:.6g})"
         )
+
+
+def find_fill_values(values: np.ndarray) -> np.ndarray:
+    """Return True where a field holds an implausibly large value, or a sentinel well outside the range of the rest."""
+    wide = values.astype(np.float64, copy=False)
+    fill = np.abs(wide) > LARGEST_PLAUSIBLE
+    for sentinel in SENTINELS:
+        fill |= wide == sentinel
+    if fill.any() and not fill.all():
+        lowest, highest = wide[~fill].min(), wide[~fill].max()
+        apart = 0.1 * (highest - lowest)
+        fill &= (np.abs(wide) > LARGEST_PLAUSIBLE) | (wide < lowest - apart) | (wide > highest + apart)
+    return fill
 
 
 def time_labels(time: xr.DataArray | None, size: int = 1) -> np.ndarray:
@@ -266,7 +278,7 @@ def time_labels(time: xr.DataArray | None, size: int = 1) -> np.ndarray:
     if values.dtype.kind == "M":
         if np.isnat(values).any():
             raise CoordinateError(f"The time coordinate {time.name!r} holds NaT. Drop those: ds.dropna({time.name!r})")
-        return np.datetime_as_string(values.astype("datetime64[ns]"))
+        return np.datetime_as_string(values, unit="ns")
     if values.dtype.kind == "O":
         return np.array([f"{v.isoformat()}[{getattr(v, 'calendar', '')}]" for v in values])
     raise CoordinateError(

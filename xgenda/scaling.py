@@ -181,7 +181,8 @@ def fit_scaling(
     anomaly = transformed - np.tensordot(basis, mean, axes=(1, 0))
     axes = (0,) if pointwise_std else (0, 2, 3)
     std = np.sqrt(np.mean(anomaly**2, axis=axes, keepdims=True))[0]
+    rounding = 1e-12 * np.abs(transformed).max(axis=axes, keepdims=True)[0]
     for c, name in enumerate(names):
-        if not (std[c] > 0).all() or std[c].max() < 1e-12 * max(1.0, float(np.abs(mean[:, c]).max())):
+        if (std[c] <= rounding[c]).any():
             raise StateError(f"ds[{name!r}] does not vary, so it cannot be standardised; drop it: ds.drop_vars({name!r})")
     return Scaling(mean, std, cast("Cycle", cycle), tuple(per), tuple(offsets))

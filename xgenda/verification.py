@@ -117,6 +117,11 @@ def verify(
         order = (layout.member or "member", *given.dims)
         values = np.asarray(members.transpose(*order).values, dtype=float)
         points = _point_scores(values, np.asarray(given.values, dtype=float), 0.0)
+        strange = [d for d in over or () if d not in given.dims]
+        if strange:
+            raise OptionError(
+                f"dims={strange[0]!r} is not averaged over; ensemble[{n!r}] has {', '.join(map(repr, given.dims))}."
+            )
         fields = {k: xr.DataArray(v, dims=given.dims, coords=given.coords) for k, v in points.items()}
         out[n] = _aggregate(fields, area, over, len(values))
     return _finish(out, ds)
@@ -126,6 +131,7 @@ def _point_scores(members: np.ndarray, truth: np.ndarray, error: np.ndarray | fl
     m = len(members)
     mean = members.mean(0)
     variance = members.var(0, ddof=1) * (m + 1) / m + np.asarray(error) ** 2 if m > 1 else np.full(truth.shape, np.nan)
+    variance = np.where(np.isnan(truth), np.nan, variance)  # spread and skill are averaged over the same cells
     with np.errstate(divide="ignore", invalid="ignore"):
         chi2 = (mean - truth) ** 2 / variance
     return {

@@ -64,22 +64,19 @@ class EDMDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> Tensor:
         """Return the denoised state."""
-        label = torch.full((len(x),), math.log(sigma) / 4, dtype=x.dtype, device=x.device)
         if self.anchor is None:
             total = math.sqrt(sigma**2 + 1)
-            out: Tensor = x / total**2 + sigma / total * self.network(x / total, label, condition)
-            return out
+            return x / total**2 + sigma / total * self._network(x / total, sigma, condition)
         given = self.anchor.given_noise(sigma)
         clean = given.shrink(x.reshape(len(x), -1)).reshape(x.shape)
         scale_in, scale_out = (s.to(x).reshape(x.shape[1:]) for s in anchor_scales(given))
-        out = clean + scale_out * self.network((x - clean) / scale_in, label, condition)
-        return out
+        return clean + scale_out * self._network((x - clean) / scale_in, sigma, condition)
 
-    def target_scale(self, x: Tensor, sigma: float) -> Tensor:
-        """Return the scale of F in D, which the training loss divides by."""
-        if self.anchor is None:
-            return torch.tensor(sigma / math.sqrt(sigma**2 + 1), dtype=x.dtype, device=x.device)
-        return anchor_scales(self.anchor.given_noise(sigma))[1].to(x).reshape(x.shape[1:])
+    def _network(self, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
+        """Call the network in its own precision; the state may have a higher one."""
+        label = torch.full((len(x),), math.log(sigma) / 4, device=x.device)
+        out: Tensor = self.network(x.float(), label, condition).to(x.dtype)
+        return out
 
 
 def anchor_scales(given: Conditional) -> tuple[Tensor, Tensor]:

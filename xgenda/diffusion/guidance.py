@@ -71,6 +71,16 @@ class Evidence:
             taken = torch.where(self.log[group], taken.exp() - self.offset[group].to(state), taken)
         return (self.weights[group].to(state) * taken).sum(-1)
 
+    def slope(self, state: Tensor, group: Tensor) -> Tensor:
+        """Return the derivative of each observation with respect to each of its cells, shape (batch, m, k)."""
+        index = self.indices[group]
+        out = (self.weights[group] * self.std[group]).to(state)
+        if self.log is not None:
+            taken = state.gather(1, index.reshape(len(state), -1)).reshape(index.shape)
+            grown = (self.mean[group].to(state) + self.std[group].to(state) * taken).exp()
+            out = torch.where(self.log[group], out * grown, out)
+        return out
+
     def gain(self) -> Tensor:
         """Return diag(A A^T) of the affine part, shape (groups, m)."""
         return ((self.weights * self.std) ** 2).sum(-1)
@@ -158,29 +168,23 @@ class _Mmps:
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             clean = self.denoise(x, sigma)
-            leaf = clean.detach().requires_grad_(True)
+        state, error = clean.detach().flatten(1), self.error.to(x)
+        index = self.evidence.indices[self.group].flatten(1)
+        slope = self.evidence.slope(state, self.group)
 
-            def observe(state: Tensor) -> Tensor:
-                return self.evidence.observe(state.flatten(1), self.group)
+        def forth(change: Tensor) -> Tensor:
+            """Return R^-1/2 A' dx, with A' the derivative of the operator at the denoised state."""
+            return (slope * change.flatten(1).gather(1, index).reshape(slope.shape)).sum(-1) / error
 
-            seen = observe(leaf)
-            error = self.error.to(x)
+        def back(vector: Tensor) -> Tensor:
+            """Return sigma^2 J A'^T R^-1/2 v."""
+            upward = torch.zeros_like(state).scatter_add(1, index, (slope * (vector / error)[..., None]).flatten(1))
+            (out,) = torch.autograd.grad(clean, x, upward.reshape(x.shape), retain_graph=True)
+            return sigma**2 * out
 
-            def back(vector: Tensor) -> Tensor:
-                """Return sigma^2 J A^T R^-1/2 v."""
-                (upward,) = torch.autograd.grad(seen, leaf, vector / error, retain_graph=True)
-                (out,) = torch.autograd.grad(clean, x, upward, retain_graph=True)
-                return sigma**2 * out
-
-            def forth(state: Tensor) -> Tensor:
-                """Return R^-1/2 A' state, with A' the derivative of the operator at the denoised state."""
-                pushed: tuple[Tensor, Tensor] = torch.func.jvp(observe, (leaf.detach(),), (state,))  # type: ignore[assignment]
-                return pushed[1] / error
-
-            target = (self.evidence.value[self.group].to(x) - seen.detach()) / error
-            solution = conjugate_gradients(lambda v: v + forth(back(v)), target, self.iterations)
-            step = back(solution)
-        return (clean + step).detach()
+        target = (self.evidence.value[self.group].to(x) - self.evidence.observe(state, self.group)) / error
+        solution = conjugate_gradients(lambda v: v + forth(back(v)), target, self.iterations)
+        return clean.detach() + back(solution)
 
 
 class _Anchor:

@@ -32,6 +32,8 @@ def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrit
         raise CheckpointError(
             f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')"
         )
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
     if target.exists() and not overwrite:
         raise OutputExistsError(
             f"{target} exists. Choose another name, or replace it: model.save({str(target)!r}, overwrite=True)"
@@ -80,7 +82,8 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     from safetensors import safe_open
 
     try:
-        size = int.from_bytes(path.open("rb").read(8), "little")
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
         if size > LARGEST_HEADER:
             raise CheckpointError(f"{path} is no safetensors file (its header claims {size} bytes). Was it downloaded whole?")
         with safe_open(path, framework="pt") as file:
@@ -109,8 +112,14 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
             mean, std = (tensors.pop(f"scaling.{k}").double().numpy() for k in ("mean", "std"))
         except KeyError as problem:
             raise CheckpointError(f"{path}: the tensor {problem} is missing.") from problem
-        scaling = Scaling.from_dict(data["scaling"], mean, std)
-    return ModelSpec.from_dict(data, scaling), tensors
+        try:
+            scaling = Scaling.from_dict(data["scaling"], mean, std)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise CheckpointError(f"{path}: the scaling cannot be read: {problem}") from problem
+    try:
+        return ModelSpec.from_dict(data, scaling), tensors
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise CheckpointError(f"{path}: the model description cannot be read: {problem}") from problem
 
 
 def content_hash(model: GenerativeModel) -> str:

@@ -109,19 +109,22 @@ class CorrectiveModel(GenerativeModel):
     linear
         K.
     regression
-        R, whose output is in units of `spread`.
+        R, whose output is in units of `spread`; None where it did not beat K alone on the validation block.
     spread
         Standard deviation of what K leaves, shape (channels, ny, nx), standardised.
     denoiser
         Of the residual in units of 'unit'.
     """
 
-    def __init__(self, spec: ModelSpec, linear: CoarseMap, regression: nn.Module, spread: Tensor, denoiser: EDMDenoiser) -> None:
+    def __init__(
+        self, spec: ModelSpec, linear: CoarseMap, regression: nn.Module | None, spread: Tensor, denoiser: EDMDenoiser
+    ) -> None:
         if spec.grid is None or spec.scaling is None or spec.factor is None:
             raise OptionError("A downscaling model needs a grid, a scaling and a factor.")
         self.spec, self.linear, self.spread = spec, linear, spread.float()
         self.grid, self.scaling, self.factor = spec.grid, spec.scaling, spec.factor
-        self.regression, self.denoiser = regression.eval().requires_grad_(False), denoiser.eval().requires_grad_(False)
+        self.regression = None if regression is None else regression.eval().requires_grad_(False)
+        self.denoiser = denoiser.eval().requires_grad_(False)
         self.sigma_max, self.unit = float(spec.options["sigma_max"]), float(spec.options["unit"])
 
     def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
@@ -141,8 +144,10 @@ class CorrectiveModel(GenerativeModel):
         shape = (len(coarse), self.spec.channels, *self.grid.shape)
         linear = self.linear.from_coarse(coarse.flatten(1).double()).reshape(shape).float()
         condition = torch.cat([spread_blocks(coarse.float(), self.factor), linear], 1)
-        correction = self.regression(torch.zeros(shape), torch.zeros(len(coarse)), condition) * self.spread
-        correction = correction - project_block_means(correction, self.factor)
+        correction = torch.zeros(shape)
+        if self.regression is not None:
+            correction = self.regression(correction, torch.zeros(len(coarse)), condition) * self.spread
+            correction = correction - project_block_means(correction, self.factor)
         return linear + correction, torch.cat([condition, correction / self.unit], 1)
 
     def posterior(self, request: Request) -> Tensor:
@@ -165,7 +170,7 @@ class CorrectiveModel(GenerativeModel):
             rows = torch.tensor([t for t, _ in batch])
             given = condition[rows].to(request.device)
             noise = NoiseStream([(request.seed, request.labels[t], m) for t, m in batch])
-            x = self.sigma_max * noise.normal(*shape).to(request.device)
+            x = self.sigma_max * noise.normal(*shape).double().to(request.device)
             with torch.no_grad():
                 x = integrate(
                     lambda y, sigma: denoiser(y, sigma, given),
@@ -188,7 +193,8 @@ class CorrectiveModel(GenerativeModel):
     def tensors(self) -> dict[str, Tensor]:
         """Return networks, linear map, spread and anchor."""
         out: dict[str, Tensor] = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
-        out |= {f"regression.{k}": v for k, v in self.regression.state_dict().items()}
+        if self.regression is not None:
+            out |= {f"regression.{k}": v for k, v in self.regression.state_dict().items()}
         return out | {"linear": self.linear.matrix.float(), "spread": self.spread} | anchor_tensors(self.denoiser.anchor)
 
     @classmethod
@@ -198,6 +204,9 @@ class CorrectiveModel(GenerativeModel):
         matrix, spread = tensors.pop("linear").double(), tensors.pop("spread")
         networks: list[Any] = []
         for part in ("network", "regression"):
+            if spec.options[part] is None:
+                networks.append(None)
+                continue
             built = build_network(spec.options[part])
             built.load_state_dict(
                 {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}, strict=True

@@ -86,7 +86,8 @@ class DiffusionModel(GenerativeModel):
             moved: dict[str, Any] = {k: None if v is None else v.to(request.device) for k, v in vars(evidence).items()}
             evidence = Evidence(**moved)
             noise = NoiseStream([(request.seed, request.labels[t], m) for t, m in batch])
-            x = self.sigma_max * noise.normal(*shape).to(request.device)
+            # double precision: at large sigma single precision loses what the last steps need, and batches would differ
+            x = self.sigma_max * noise.normal(*shape).double().to(request.device)
             guided = guide(denoiser, evidence, group, options.guidance, anchor=self.denoiser.anchor, **options.extra)  # type: ignore[arg-type]
             with torch.no_grad():
                 # At sigma_max the guided estimate hardly depends on x and is the posterior mean; starting around it instead of

@@ -21,7 +21,7 @@ from xgenda.diffusion.covariances import (
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.noise import NoiseStream
-from xgenda.errors import OptionError, StateError, check_choice, did_you_mean
+from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import Grid, grid_of
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.fitting import candidates, cross_validate, fit_sample, kernel_on, read_sample, standardise
@@ -155,7 +155,12 @@ class GaussianModel(GenerativeModel):
     @classmethod
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> GaussianModel:
         """Rebuild the model from stored tensors."""
-        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}}.get(spec.options["covariance"], set())
+        kind, names = spec.options["covariance"], [v.name for v in spec.variables]
+        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}}.get(kind, set())
+        if kind not in (*SAMPLE_KINDS, *KERNELS):
+            raise KeyError(f"covariance {kind!r} is not known")
+        if kind in KERNELS and not all(set(spec.options[k]) == set(names) for k in ("std", "length_scale")):
+            raise KeyError("std and length_scale do not cover the variables")
         if set(tensors) != expected:
             raise KeyError(f"expected tensors {sorted(expected)}, found {sorted(tensors)}")
         return cls(spec, {k: v.double() for k, v in tensors.items()})
@@ -269,7 +274,29 @@ def gaussian_prior(
             )
         return _from_function(names, variables, covariance or "exponential", length_scale, std)
     check_choice("mean", mean, ("sample", "background"))
+    check_count("folds", folds, 2)
+    if rank is not None:
+        check_count("rank", rank)
+        if covariance == "localized":
+            raise OptionError("rank belongs to covariance='eof'; for 'localized' give radius, or leave both out.")
+        covariance = "eof"
+    if radius is not None:
+        _positive("radius", radius)
+        if covariance == "eof":
+            raise OptionError("radius belongs to covariance='localized'; for 'eof' give rank, or leave both out.")
+        covariance = "localized"
+    if inflation is not None:
+        _positive("inflation", inflation)
     return _from_sample(ds, layout, names, variables, covariance, radius, rank, inflation, climatology, mean, folds)
+
+
+def _positive(argument: str, value: Any, where: str = "") -> None:
+    try:
+        positive = bool(np.isfinite(float(value)) and float(value) > 0)
+    except (TypeError, ValueError):
+        positive = False
+    if not positive:
+        raise OptionError(f"{argument}={value!r}{where} is not accepted; it must be a positive number.")
 
 
 def _per_variable(argument: str, value: Any, names: list[str]) -> dict[str, float]:
@@ -285,12 +312,7 @@ def _per_variable(argument: str, value: Any, names: list[str]) -> dict[str, floa
     for n in names:
         if n not in given:
             raise OptionError(f"{argument} has no entry for {n!r}; add one: {argument}={{..., {n!r}: ...}}")
-        try:
-            positive = np.isfinite(float(given[n])) and float(given[n]) > 0
-        except (TypeError, ValueError):
-            positive = False
-        if not positive:
-            raise OptionError(f"{argument}={given[n]!r} for {n!r} is not accepted; it must be a positive number.")
+        _positive(argument, given[n], f" for {n!r}")
     return {n: float(given[n]) for n in names}
 
 
@@ -336,6 +358,10 @@ def _from_sample(
         )
     scaling = fit_scaling(values, time, names, cycle=climatology)
     z = standardise(scaling, values, time)
+    if rank is not None and rank >= len(values):
+        raise OptionError(
+            f"rank={rank} is not below the {len(values)} fields of the sample; leave it out to choose by cross-validation."
+        )
     kinds = SAMPLE_KINDS if covariance is None else (covariance,)
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
     scores = cross_validate(z, grid, choices, folds) if len(choices) > 1 else {choices[0]: float("nan")}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cftime
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -38,6 +39,7 @@ class Wanted:
     name: str
     standard_name: str | None
     units: str | None
+    given_units: str | None = None  #: of the user's Dataset: what observations without units are in
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +144,7 @@ def _as_xarray(item: Any, argument: str) -> xr.Dataset:
         return item
     if isinstance(item, pd.DataFrame):
         frame = item.reset_index(drop=item.index.names == [None])
-        ds = xr.Dataset({str(c): ("obs", _column(frame[c], str(c), argument)) for c in frame.columns})
+        ds = xr.Dataset({str(c): ("obs", _column(frame[c])) for c in frame.columns})
         for name, column in ds.data_vars.items():  # pandas carries units in attrs, if at all
             column.attrs.update(frame.attrs.get(name, {}) if isinstance(frame.attrs.get(name), dict) else {})
         return ds
@@ -152,21 +154,23 @@ def _as_xarray(item: Any, argument: str) -> xr.Dataset:
     )
 
 
-def _column(series: Any, name: str, argument: str) -> np.ndarray:
-    values = series
+def _column(series: Any) -> np.ndarray:
     if getattr(series.dtype, "tz", None) is not None:
-        values = series.dt.tz_convert("UTC").dt.tz_localize(None)
-    array = values.to_numpy()
-    if array.dtype.kind in "OUTS" and name not in DESCRIPTIONS and not name.endswith("_id"):
-        try:
-            return np.asarray(array, dtype=float)
-        except (TypeError, ValueError):
-            first = next((v for v in array if isinstance(v, str)), array[0])
-            raise ObservationError(
-                f"{argument}[{name!r}] holds text such as {first!r}; make it numeric: "
-                f"{argument}[{name!r}] = pandas.to_numeric({argument}[{name!r}], errors='coerce')"
-            ) from None
-    return np.asarray(array)
+        series = series.dt.tz_convert("UTC").dt.tz_localize(None)
+    return np.asarray(series.to_numpy())
+
+
+def _numeric(array: xr.DataArray, argument: str) -> xr.DataArray:
+    """Return `array` as float64; text that spells numbers is read as them."""
+    try:
+        return array.astype(float)
+    except (TypeError, ValueError):
+        flat = array.values.ravel()
+        first = next((str(v) for v in flat if isinstance(v, str)), flat[0])
+        name = f"{argument}[{array.name!r}]"
+        raise ObservationError(
+            f"{name} holds {first!r}, which is no number; make it numeric: {name} = pandas.to_numeric({name}, errors='coerce')"
+        ) from None
 
 
 def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, argument: str) -> Table:
@@ -201,8 +205,8 @@ def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, ar
         {"row": (dims, np.arange(int(np.prod([ds.sizes[d] for d in dims]))).reshape([ds.sizes[d] for d in dims]))}
     )
     flat = {
-        "latitude": _spread(latitude, template, dims).astype(float),
-        "longitude": _spread(longitude, template, dims).astype(float),
+        "latitude": _spread(_numeric(latitude, argument), template, dims),
+        "longitude": _spread(_numeric(longitude, argument), template, dims),
     }
     stamps = _spread(_decoded(ds[time], argument), template, dims) if time is not None else None
     row = template["row"].values.ravel()
@@ -263,8 +267,14 @@ def _spread(array: xr.DataArray, template: xr.Dataset, dims: tuple[str, ...]) ->
 
 
 def _decoded(time: xr.DataArray, argument: str) -> xr.DataArray:
-    if time.dtype.kind in "MO":
+    first = next((v for v in time.values.ravel()[:1]), None)
+    if time.dtype.kind == "M" or isinstance(first, cftime.datetime) or time.size == 0:
         return time
+    if time.dtype.kind not in "fiu":
+        raise ObservationError(
+            f"{argument}: time holds {type(first).__name__} such as {str(first)!r}; make it datetime64 in UTC: "
+            f"{argument}['time'] = pandas.to_datetime({argument}['time'], utc=True)"
+        )
     raise ObservationError(
         f"{argument}: time has dtype {time.dtype}; decode it, for example pandas.to_datetime({argument}['time'], unit='s', utc=True)"
     )
@@ -279,7 +289,7 @@ def _read_variable(
         raise ObservationError(
             f"{argument}[{name!r}] has the extra dimension {extra[0]!r}; select: {argument}.isel({extra[0]}=0)"
         )
-    units = array.attrs.get("units")
+    units = array.attrs.get("units") or wanted.given_units
     scale, offset = 1.0, 0.0
     if units is not None and wanted.units is not None:
         try:
@@ -287,11 +297,13 @@ def _read_variable(
         except UnitsError as problem:
             raise UnitsError(f"{argument}[{name!r}]: {problem}") from problem
     template = xr.Dataset({"row": (dims, np.zeros([ds.sizes[d] for d in dims]))})
-    value = _spread(array, template, dims).astype(float)
-    sigma = _error_of(ds, name, wanted, value, template, dims, error, argument)
-    missing = is_missing(value)
-    value = np.where(missing, np.nan, value * scale + offset)
-    return value, sigma * abs(scale), gross_bounds(wanted.standard_name, wanted.units)
+    value = _spread(_numeric(array, argument), template, dims)
+    sigma = _error_of(ds, name, wanted, value, template, dims, error, abs(scale), argument)
+    bounds = gross_bounds(wanted.standard_name, wanted.units)
+    missing, value = is_missing(value), value * scale + offset
+    if np.isfinite(bounds).all():
+        missing &= ~((value >= bounds[0]) & (value <= bounds[1]))  # 99999 Pa is a pressure
+    return np.where(missing, np.nan, value), sigma, bounds
 
 
 def unit_conversion(found: str, wanted: str) -> tuple[float, float]:
@@ -307,8 +319,10 @@ def _error_of(
     template: xr.Dataset,
     dims: tuple[str, ...],
     error: ErrorLike,
+    scale: float,
     argument: str,
 ) -> np.ndarray:
+    """Return standard deviations in the units of the state; `scale` leads there from those of the observation."""
     given: Any = error.get(wanted.name) if isinstance(error, Mapping) else error
     if given is None:
         column = f"{name}_error" if f"{name}_error" in ds else None
@@ -320,9 +334,19 @@ def _error_of(
                 f"{argument}[{name!r}] has no error, and none is invented. Give the standard deviation in the units of the "
                 f"observation: error={{{wanted.name!r}: 1.0}}, or a column {name + '_error'!r} in {argument}."
             )
-        return _spread(ds[column], template, dims).astype(float)
-    if isinstance(given, xr.DataArray):
-        return _spread(given, template, dims).astype(float)
+        units = ds[column].attrs.get("units")
+        if units is not None and wanted.units is not None:  # a difference: only the scale matters
+            scale = abs(unit_conversion(str(units), wanted.units)[0])
+        return _spread(_numeric(ds[column], argument), template, dims) * scale
+    if not isinstance(given, xr.DataArray) and np.ndim(given) > 1 and np.shape(given) == ds[name].shape:
+        given = xr.DataArray(given, dims=ds[name].dims)
+    if isinstance(given, xr.DataArray) and given.ndim:
+        if any(given.sizes[d] != ds.sizes.get(d) for d in given.dims):
+            raise ObservationError(
+                f"error[{wanted.name!r}] has dimensions {dict(given.sizes)} and {argument}[{name!r}] has {dict(ds[name].sizes)}; "
+                f"give one number, or one each."
+            )
+        return _spread(_numeric(given, argument), template, dims) * scale
     try:
         array = np.asarray(given, dtype=float).ravel()
     except (TypeError, ValueError):
@@ -333,7 +357,7 @@ def _error_of(
         raise ObservationError(
             f"error[{wanted.name!r}] has {array.size} values and {argument}[{name!r}] has {value.size}; give one number, or one each."
         )
-    return np.broadcast_to(array, value.shape).astype(float)
+    return np.broadcast_to(array, value.shape).astype(float) * scale
 
 
 def _first_codes(

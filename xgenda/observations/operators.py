@@ -19,7 +19,8 @@ from xgenda.maps import LinearMap, bilinear
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, read_observations
 from xgenda.observations.quality import Quality
 
-DEFAULT_WINDOW = np.timedelta64(6, "h")
+#: Not the spacing of the times: then a subset of the times would be given other observations.
+DEFAULT_WINDOW = np.timedelta64(1, "h")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +85,12 @@ def locate_observations(
         Times of the state, or None.
     window
         Width of the time window around each analysis time, half-open: [t - w/2, t + w/2). A timedelta, a numpy
-        timedelta64 or a string such as '6h'. By default the spacing of `times`, and 6 h for a single time.
+        timedelta64 or a string such as '6h'. By default 1 h. An observation in several windows goes to the nearest time.
     """
     table = read_observations(obs, wanted, error, argument)
     index = _assign_times(table, times, window, argument)
-    points, inside = bilinear(grid, np.nan_to_num(table.latitude, nan=1e9), np.nan_to_num(table.longitude, nan=1e9))
+    lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
+    points, inside = bilinear(grid, np.where(lost, np.inf, table.latitude), np.where(lost, 0.0, table.longitude))
     code = table.code.copy()
     fine = code <= Quality.PASSIVE
     code[fine & ~inside] = Quality.DOMAIN
@@ -141,13 +143,18 @@ def parse_window(window: object) -> np.timedelta64:
 def _assign_times(table: Table, times: xr.DataArray | None, window: object, argument: str) -> np.ndarray:
     width = parse_window(window) if window is not None else None
     count = 1 if times is None else times.size
-    if table.time is None or times is None:
+    if table.time is None or times is None or not len(table):
         if count > 1 and len(table):
             raise ObservationError(
                 f"{argument} has no time and the state has {count} times. Give each observation its time, or select one: ds.isel(time=0)"
             )
         return np.zeros(len(table), dtype=np.int64)
     stamps, moments = np.atleast_1d(times.values), table.time
+    if stamps.dtype.kind == moments.dtype.kind == "M" and not (_fits_nanoseconds(stamps) and _fits_nanoseconds(moments)):
+        raise ObservationError(
+            f"The times of {argument} or of the state lie outside the years 1678 to 2262, which numpy counts in nanoseconds; use "
+            f"cftime in both: ds.convert_calendar('proleptic_gregorian', use_cftime=True)"
+        )
     if stamps.dtype.kind != moments.dtype.kind or (
         stamps.dtype.kind == "O" and len(moments) and type(stamps.flat[0]) is not type(moments.flat[0])
     ):
@@ -159,11 +166,7 @@ def _assign_times(table: Table, times: xr.DataArray | None, window: object, argu
     state, seen = _ticks(stamps, stamps), _ticks(moments, stamps)
     order = np.argsort(state)
     ordered = state[order]
-    if width is None:
-        gap = np.diff(ordered)
-        half = np.int64(gap.min() // 2) if len(gap) else _half(DEFAULT_WINDOW, tick)
-    else:
-        half = _half(width, tick)
+    half = _half(DEFAULT_WINDOW if width is None else width, tick)
     right = np.clip(np.searchsorted(ordered, seen), 0, len(ordered) - 1)
     left = np.clip(right - 1, 0, None)
     nearest = np.where(np.abs(seen - ordered[left]) < np.abs(ordered[right] - seen), left, right)
@@ -174,6 +177,11 @@ def _assign_times(table: Table, times: xr.DataArray | None, window: object, argu
 
 def _half(width: np.timedelta64, tick: int) -> np.int64:
     return np.int64(width.astype("timedelta64[ns]").astype(np.int64) // (2 * tick))
+
+
+def _fits_nanoseconds(stamps: np.ndarray) -> bool:
+    seconds = stamps[~np.isnat(stamps)].astype("datetime64[s]").astype(np.int64)
+    return bool((np.abs(seconds) < np.iinfo(np.int64).max // 10**9).all())
 
 
 def _ticks(values: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import numbers
 import os
 import re
 import time as clock
@@ -151,6 +152,10 @@ def train(
         check_count(argument, number)
     if width % 8:
         raise OptionError(f"width={width} is not accepted; it must be a multiple of 8, for example width=16.")
+    for argument, real, highest in (("learning_rate", learning_rate, np.inf), ("ema", ema, 1.0)):
+        if isinstance(real, bool) or not isinstance(real, numbers.Real) or not 0 < real < highest:
+            below = "" if np.isinf(highest) else f" below {highest:g}"
+            raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}.")
     effort = Effort(
         None if epochs is None else check_count("epochs", epochs),
         None if steps is None else check_count("steps", steps),
@@ -161,13 +166,17 @@ def train(
     if out is not None:
         if Path(out).suffix != ".safetensors":
             raise CheckpointError(f"out={str(out)!r}: a model file ends in .safetensors, for example out='model.safetensors'")
+        if not Path(out).parent.is_dir():
+            raise OptionError(
+                f"out={str(out)!r}: there is no folder {str(Path(out).parent)!r}; make it first: mkdir -p {Path(out).parent}"
+            )
         if Path(out).exists() and not overwrite:
             raise OutputExistsError(f"out={str(out)!r} exists. Choose another name, or pass overwrite=True.")
     if task == "downscale" and factor is None:
         raise OptionError("factor is missing: for task='downscale' give the cells per coarse cell, for example factor=4.")
     if task == "prior" and factor is not None:
         raise OptionError(f"factor={factor} belongs to task='downscale'.")
-    samples = read_samples(ds, variables)
+    samples = read_samples(ds, [variables] if isinstance(variables, str) else variables)
     optimiser = Optimiser(effort, batch_size, learning_rate, ema, seed, torch_device, progress)
     if task == "downscale":
         if start is not None:
@@ -188,7 +197,7 @@ def train(
 def parse_time_budget(budget: str | float) -> float:
     """Return seconds from '90s', '10min', '2h' or a number of seconds."""
     units = {"s": 1.0, "min": 60.0, "h": 3600.0}
-    match = re.fullmatch(r"\s*([\d.]+)\s*(s|min|h)?\s*", str(budget))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(s|min|h)?\s*", str(budget))
     if not match or float(match[1]) <= 0:
         raise OptionError(f"time_budget={budget!r} is not accepted; give seconds or a text such as '90s', '10min' or '2h'.")
     return float(match[1]) * units[match[2] or "s"]
@@ -391,10 +400,13 @@ def _train_downscaler(
     regression = build_network(regression_options)
     target = (residual.float() / spread).contiguous()
     first = optimiser.fit(regression, Regression(condition, target), train_rows, held, 0.3, "training the mean")
-    with torch.no_grad():
-        chunks = condition.split(64)
-        correction = torch.cat([regression(torch.zeros(len(c), *shape[1:]), torch.zeros(len(c)), c) for c in chunks]) * spread
-    correction = correction - project_block_means(correction, factor)
+    useful = first["best_step"] > 0
+    correction = torch.zeros(shape)
+    if useful:
+        with torch.no_grad():
+            chunks = condition.split(64)
+            correction = torch.cat([regression(torch.zeros(len(c), *shape[1:]), torch.zeros(len(c)), c) for c in chunks]) * spread
+        correction = correction - project_block_means(correction, factor)
     left = (residual.float() - correction).double()
     unit = float(left.square().mean().sqrt())
     states = (left / unit).float()
@@ -409,11 +421,11 @@ def _train_downscaler(
     extra = {"linear_map": radius, "anchor": note, **{f"mean_{k}": v for k, v in first.items()}}
     spec = ModelSpec(
         name or "trained-downscaler", "downscale", "diffusion", samples.variables, samples.grid, scaling, factor,
-        options={"network": network_options, "regression": regression_options, "sigma_max": sigma_max, "unit": unit},
+        options={"network": network_options, "regression": regression_options if useful else None, "sigma_max": sigma_max, "unit": unit},
         training=_record(samples, optimiser, extra, second), licence=licence,
         description=f"Regression of the mean and diffusion of the residual, from {factor}x{factor} block means",
     )  # fmt: skip
-    return CorrectiveModel(spec, final_map, regression, spread, EDMDenoiser(network, final))
+    return CorrectiveModel(spec, final_map, regression if useful else None, spread, EDMDenoiser(network, final))
 
 
 def _fit_anchors(z: np.ndarray, samples: Samples, fold: np.ndarray) -> tuple[Any, Any, str]:

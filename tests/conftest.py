@@ -1,0 +1,102 @@
+"""Fixtures for all tests: small models, small data, and a guard against computing too early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+import xgenda
+from xgenda.models.generative import GenerativeModel
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def no_compute() -> Iterator[None]:
+    """Fail if anything is computed by dask."""
+    import dask
+
+    def refuse(graph: object, keys: object, **options: object) -> None:
+        raise AssertionError("dask was asked to compute")
+
+    with dask.config.set(scheduler=refuse):
+        yield
+
+
+@pytest.fixture(scope="session")
+def climate() -> xr.Dataset:
+    """Thirty years of annual mean temperature on 8 x 12 cells: enough to train on."""
+    ds = xgenda.tutorial.open_dataset("a1b-north-america")
+    return ds.isel(time=slice(0, 30), latitude=slice(8, 16), longitude=slice(12, 24))
+
+
+@pytest.fixture(scope="session")
+def tiny_prior(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> GenerativeModel:
+    """A diffusion prior on the grid of `climate`, read from a file as a user would."""
+    path = tmp_path_factory.mktemp("models") / "tiny-prior.safetensors"
+    xgenda.train(climate, steps=2, width=8, name="tiny-prior", out=path, progress=False)
+    return xgenda.load_model(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_downscaler(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> GenerativeModel:
+    """A model from 4 x 4 block means to the grid of `climate`, read from a file."""
+    path = tmp_path_factory.mktemp("models") / "tiny-downscaler.safetensors"
+    xgenda.train(climate, task="downscale", factor=4, steps=2, width=8, name="tiny-downscaler", out=path, progress=False)
+    return xgenda.load_model(path)
+
+
+@pytest.fixture(scope="session")
+def _europe() -> tuple[xr.Dataset, xr.Dataset]:
+    return xgenda.tutorial.open_dataset("europe-t2m-forecast"), xgenda.tutorial.open_dataset("europe-synop")
+
+
+@pytest.fixture
+def europe(_europe: tuple[xr.Dataset, xr.Dataset]) -> tuple[xr.Dataset, xr.Dataset]:
+    """A forecast of 2 m temperature on a coarse grid over Europe, and the stations of the same hour."""
+    background, stations = _europe
+    return background.isel(latitude=slice(None, None, 8), longitude=slice(None, None, 8)).copy(deep=True), stations[["t2m"]].copy(
+        deep=True
+    )
+
+
+@pytest.fixture
+def background() -> xr.Dataset:
+    """Temperature at two times on 6 x 8 cells around Greenwich, in any case a few kelvin around 280 K."""
+    latitude, longitude = np.linspace(40.0, 50.0, 6), np.linspace(-6.0, 15.0, 8)
+    wave = np.sin(np.radians(10 * latitude))[:, None] + np.cos(np.radians(12 * longitude))
+    values = 280.0 + np.stack([3 * wave, -2 * wave]).astype("float32")
+    return xr.Dataset(
+        {"t2m": (("time", "latitude", "longitude"), values, {"standard_name": "air_temperature", "units": "K", "long_name": "temperature"})},
+        coords={
+            "time": ("time", pd.to_datetime(["2018-11-20T00", "2018-11-20T12"]), {"standard_name": "time"}),
+            "latitude": ("latitude", latitude, {"standard_name": "latitude", "units": "degrees_north"}),
+            "longitude": ("longitude", longitude, {"standard_name": "longitude", "units": "degrees_east"}),
+        },
+        attrs={"title": "a test", "history": "2018-11-20: made"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stations() -> pd.DataFrame:
+    """Six observations within the grid of `background`, three at each of its times."""
+    return pd.DataFrame(
+        {
+            "time": pd.to_datetime(["2018-11-20T00"] * 3 + ["2018-11-20T12"] * 3),
+            "latitude": [41.0, 44.4, 49.0, 42.5, 46.0, 48.7],
+            "longitude": [-5.0, 3.3, 14.0, 10.0, 0.5, -2.2],
+            "t2m": [281.0, 283.0, 279.5, 278.0, 281.5, 280.0],
+            "t2m_error": [1.0, 0.5, 0.8, 1.2, 0.7, 1.0],
+        }
+    )
+
+
+@pytest.fixture
+def prior(background: xr.Dataset) -> GenerativeModel:
+    """Exponential covariance around the background, for any grid."""
+    return xgenda.gaussian_prior(background, length_scale=500e3, std=2.0)

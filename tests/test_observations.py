@@ -1,0 +1,678 @@
+"""Whatever users have becomes one table; every value ends with one quality code; what cannot be understood is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+
+import cftime
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import xgenda
+from xgenda.errors import ObservationError, OptionError, UnitsError
+from xgenda.grids import Grid
+from xgenda.observations.containers import Table, Wanted, read_observations
+from xgenda.observations.operators import DEFAULT_WINDOW, Located, locate_observations, parse_window
+from xgenda.observations.quality import Quality, background_check, count_codes, gross_bounds, is_missing
+
+T2M = Wanted("t2m", "air_temperature", "K")
+MSLP = Wanted("mslp", "air_pressure_at_mean_sea_level", "Pa")
+GRID = Grid(np.linspace(40, 50, 6), np.linspace(-6, 15, 8))
+
+
+@pytest.fixture
+def frame(stations: pd.DataFrame) -> pd.DataFrame:
+    return stations
+
+
+def same(one: Table, other: Table, *, but: tuple[str, ...] = ("row", "source")) -> None:
+    """Assert that two tables hold the same values, in any order."""
+
+    def ordered(table: Table) -> dict[str, np.ndarray | None]:
+        order = np.lexsort((table.error, table.value, table.longitude, table.latitude, table.variable))
+        return {f.name: None if (v := getattr(table, f.name)) is None else v[order] for f in dataclasses.fields(table)}
+
+    a, b = ordered(one), ordered(other)
+    for name in a:
+        if name not in but:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+# -- one normal form ---------------------------------------------------------------------------------------------------
+
+
+def as_table(frame: pd.DataFrame) -> xr.Dataset:
+    return frame.to_xarray().set_coords(["latitude", "longitude", "time"]).drop_vars("index")
+
+
+def as_grid(frame: pd.DataFrame) -> xr.Dataset:
+    """Every time, latitude and longitude that occurs, NaN where they do not occur together."""
+    return frame.set_index(["time", "latitude", "longitude"]).to_xarray()
+
+
+FORMS = {
+    "dataset": as_table,
+    "dataset with data variables": lambda f: f.to_xarray(),
+    "dataset along another dimension": lambda f: as_table(f).rename(index="station"),
+    "short names": lambda f: f.rename(columns={"latitude": "lat", "longitude": "lon"}),
+    "names by attributes": lambda f: (
+        as_table(f)
+        .rename(t2m="T", t2m_error="T_error")
+        .pipe(lambda d: d.assign(T=d["T"].assign_attrs(standard_name="air_temperature")))
+    ),
+    "ancillary error": lambda f: (
+        as_table(f)
+        .rename(t2m_error="sigma")
+        .pipe(
+            lambda d: d.assign(
+                t2m=d.t2m.assign_attrs(ancillary_variables="flagged sigma"),
+                sigma=d.sigma.assign_attrs(standard_name="air_temperature standard_error"),
+            )
+        )
+    ),
+    "time as index": lambda f: f.set_index("time"),
+    "two indices": lambda f: f.set_index(["time", "latitude"]),
+    "aware time": lambda f: f.assign(time=f.time.dt.tz_localize("UTC")),
+    "aware time elsewhere": lambda f: f.assign(time=f.time.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")),
+    "aware index": lambda f: f.assign(time=f.time.dt.tz_localize("UTC").dt.tz_convert("America/New_York")).set_index("time"),
+    "time in seconds": lambda f: f.assign(time=f.time.astype("datetime64[s]")),
+    "gridded": as_grid,
+    "gridded, transposed": lambda f: as_grid(f).transpose("longitude", "time", "latitude"),
+    "gridded, descending": lambda f: as_grid(f).isel(latitude=slice(None, None, -1)),
+    "list": lambda f: [f.iloc[:2], as_table(f.iloc[2:4]), as_grid(f.iloc[4:])],
+    "list with nothing": lambda f: [None, f, f.iloc[:0]],
+    "text that spells numbers": lambda f: f.assign(t2m=f.t2m.astype(str)),
+    "objects": lambda f: f.astype({"t2m": object, "latitude": object}),
+    "with a station name": lambda f: f.assign(station="EDDM", wigos_id=range(6), remark="none"),
+    "degrees Celsius": lambda f: as_table(f).pipe(lambda d: d.assign(t2m=(d.t2m - 273.15).assign_attrs(units="degC"))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_normal_form(form: str, frame: pd.DataFrame) -> None:
+    reference = read_observations(frame, [MSLP, T2M])
+    assert reference.value.tolist() == frame.t2m.tolist()
+    assert reference.error.tolist() == frame.t2m_error.tolist()
+    assert reference.variable.tolist() == [1] * 6
+    assert reference.row.tolist() == list(range(6))
+    found = read_observations(FORMS[form](frame), [MSLP, T2M])
+    found = dataclasses.replace(found, value=np.round(found.value, 9))
+    assert found.time is not None
+    assert found.time.dtype.kind == "M"
+    same(found, reference)
+
+
+def test_rows_and_sources_point_back(frame: pd.DataFrame) -> None:
+    parts = [frame.iloc[:2], frame.iloc[2:]]
+    table = read_observations(parts, [T2M])
+    for source, row, value in zip(table.source, table.row, table.value, strict=True):
+        assert parts[source].t2m.iloc[row] == value
+    grid = as_grid(frame)
+    table = read_observations(grid, [T2M])
+    assert grid.t2m.values.ravel()[table.row].tolist() == table.value.tolist()
+
+
+def test_several_variables(frame: pd.DataFrame) -> None:
+    frame["mslp"] = 1013.0 + np.arange(6)
+    frame.attrs["mslp"] = {"units": "hPa"}
+    table = read_observations(frame, [MSLP, T2M], error={"mslp": 0.5})
+    assert table.value[table.variable == 0] == pytest.approx(100 * frame.mslp.values)
+    assert table.error[table.variable == 0] == pytest.approx(np.full(6, 50.0))
+    assert table.error[table.variable == 1].tolist() == frame.t2m_error.tolist()
+
+
+def test_a_station_series_with_scalar_coordinates() -> None:
+    time = pd.date_range("2018-11-20", periods=4, freq="6h")
+    ds = xr.Dataset({"t2m": ("time", [280.0, 281.0, np.nan, 283.0])}, coords={"time": time, "latitude": 45.0, "longitude": 3.0})
+    table = read_observations(ds, [T2M], 1.0)
+    assert table.latitude.tolist() == [45.0] * 4
+    assert np.array_equal(table.time, time.values)
+    assert table.code.tolist() == [0, 0, Quality.MISSING, 0]
+    single = read_observations(ds.isel(time=0), [T2M], 1.0)
+    assert (single.value.tolist(), single.time.tolist()) == ([280.0], time.values[:1].tolist())
+
+
+def test_a_scalar_time_holds_for_all_rows(frame: pd.DataFrame) -> None:
+    ds = frame.drop(columns="time").to_xarray().assign_coords(time=frame.time[0])
+    assert (read_observations(ds, [T2M]).time == frame.time[0].to_datetime64()).all()
+
+
+def test_a_data_array(frame: pd.DataFrame) -> None:
+    same(read_observations(as_grid(frame).t2m, [T2M], 1.0), read_observations(frame, [T2M], 1.0))
+
+
+@pytest.mark.parametrize("nothing", [None, [], [None]])
+def test_nothing(nothing: object) -> None:
+    assert len(read_observations(nothing, [T2M])) == 0
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda f: f.iloc[:0], lambda f: pd.DataFrame({k: [] for k in f}), lambda f: as_table(f).isel(index=slice(0))]
+)
+def test_an_empty_table(frame: pd.DataFrame, background: xr.Dataset, cut) -> None:
+    located = locate_observations(cut(frame), [T2M], GRID, background.time)
+    assert len(located.table) == 0
+    assert located.operator.shape == (0, GRID.size)
+
+
+def test_a_gridded_time_without_any_value(frame: pd.DataFrame) -> None:
+    grid = as_grid(frame)
+    grid["t2m"][1] = np.nan
+    same(read_observations(grid, [T2M]), read_observations(frame.iloc[:3], [T2M]))
+
+
+def test_the_europe_stations(europe) -> None:
+    background, stations = europe
+    table = read_observations(stations, [Wanted("t2m", "air_temperature", "K")], 1.75)
+    assert len(table) == 1215
+    assert (table.code == Quality.MISSING).sum() == int(stations.t2m.isnull().sum())
+    departures = xgenda.innovations(background, stations, error=1.75)
+    counts = json.loads(departures.attrs["counts"])
+    assert sum(counts.values()) == 1215
+    expected = background.t2m.isel(time=0).interp(latitude=stations.latitude, longitude=stations.longitude)
+    used = departures.quality_code == 0
+    assert departures.background.values[used] == pytest.approx(
+        expected.values[used], abs=0.01
+    )  # a point beside a node is the node
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (2.0, [2.0] * 6),
+        (np.float32(2.0), [2.0] * 6),
+        ({"t2m": 2.0}, [2.0] * 6),
+        ({"t2m": [1, 2, 3, 4, 5, 6]}, [1, 2, 3, 4, 5, 6]),
+        ({"t2m": np.arange(1.0, 7.0)}, [1, 2, 3, 4, 5, 6]),
+        ({"t2m": pd.Series(np.arange(1.0, 7.0), index=range(10, 16))}, [1, 2, 3, 4, 5, 6]),
+        ({"t2m": xr.DataArray(np.arange(1.0, 7.0), dims="index")}, [1, 2, 3, 4, 5, 6]),
+        ({"t2m": xr.DataArray(3.0)}, [3.0] * 6),
+        ({}, [1.0, 0.5, 0.8, 1.2, 0.7, 1.0]),
+        (None, [1.0, 0.5, 0.8, 1.2, 0.7, 1.0]),
+        (np.inf, [np.inf] * 6),
+    ],
+)
+def test_errors_in_every_form(frame: pd.DataFrame, error: object, expected: list) -> None:
+    assert read_observations(as_table(frame), [T2M], error).error.tolist() == expected
+
+
+def test_an_error_per_cell_follows_its_cell(frame: pd.DataFrame) -> None:
+    grid = as_grid(frame)
+    for array in (grid, grid.transpose("longitude", "time", "latitude")):
+        given = array[["t2m"]]
+        expected = read_observations(frame, [T2M])
+        same(read_observations(given, [T2M], {"t2m": array.t2m_error.fillna(9.0)}), expected)
+        same(read_observations(given, [T2M], {"t2m": array.t2m_error.fillna(9.0).values}), expected)
+    by_time = read_observations(grid[["t2m"]], [T2M], {"t2m": xr.DataArray([1.0, 2.0], dims="time")})
+    assert by_time.error.tolist() == [1.0] * 3 + [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("units", "error_units", "error", "expected"),
+    [
+        ("degC", None, 1.0, 1.0),
+        ("degC", "K", 1.0, 1.0),
+        ("degF", None, 9.0, 5.0),
+        ("degF", "K", 5.0, 5.0),
+    ],
+)
+def test_the_units_of_errors(frame: pd.DataFrame, units: str, error_units: str | None, error: float, expected: float) -> None:
+    ds = as_table(frame)
+    ds["t2m"] = (ds.t2m - 250.0).assign_attrs(units=units)
+    ds["t2m_error"] = xr.full_like(ds.t2m_error, error)
+    if error_units:
+        ds["t2m_error"].attrs["units"] = error_units
+    assert read_observations(ds, [T2M]).error == pytest.approx(np.full(6, expected))
+
+
+REFUSED_ERRORS = {
+    "missing": (None, r"obs\['t2m'\] has no error, and none is invented.*error={'t2m': 1.0}, or a column 't2m_error' in obs"),
+    "missing in the mapping": ({}, r"obs\['t2m'\] has no error, and none is invented"),
+    "zero": (0.0, r"The error of obs\['t2m'\] is 0 in 6 of 6 values, first at row 0; a standard deviation must be positive"),
+    "negative": ({"t2m": -1.0}, r"is -1 in 6 of 6 values"),
+    "nan": (np.nan, r"is nan in 6 of 6 values"),
+    "one is zero": ({"t2m": [1, 1, 0, 1, 1, 1]}, r"is 0 in 1 of 6 values, first at row 2"),
+    "too few": ({"t2m": [1.0, 2.0]}, r"error\['t2m'\] has 2 values and obs\['t2m'\] has 6; give one number, or one each"),
+    "too many": (np.ones(7), r"error\['t2m'\] has 7 values and obs\['t2m'\] has 6"),
+    "other dimensions": ({"t2m": xr.DataArray(np.ones(5), dims="index")}, r"error\['t2m'\] has dimensions {'index': 5} and"),
+    "text": ("large", r"error='large' is no standard deviation; give a number or one number per observation"),
+    "unknown variable": (
+        {"t2mm": 1.0},
+        r"error names 't2mm', which is no variable of the state; it has 't2m'. Did you mean 't2m'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "message"), REFUSED_ERRORS.values(), ids=REFUSED_ERRORS)
+def test_errors_that_are_refused(frame: pd.DataFrame, error: object, message: str) -> None:
+    with pytest.raises(ObservationError, match=message):
+        read_observations(as_table(frame[["time", "latitude", "longitude", "t2m"]]), [T2M], error)
+
+
+def test_a_missing_value_may_have_a_missing_error(frame: pd.DataFrame) -> None:
+    frame.loc[2, ["t2m", "t2m_error"]] = np.nan
+    assert read_observations(frame, [T2M]).code.tolist() == [0, 0, Quality.MISSING, 0, 0, 0]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "a number": (lambda f: 5, ObservationError, r"obs is a builtins.int; give a pandas DataFrame or xarray Dataset"),
+    "a path": (lambda f: "obs.nc", ObservationError, r"obs is a builtins.str; give a pandas DataFrame"),
+    "an array": (lambda f: f.t2m.to_numpy(), ObservationError, r"obs is a numpy.ndarray"),
+    "in a list": (lambda f: [f, 5], ObservationError, r"obs\[1\] is a builtins.int"),
+    "no latitude": (
+        lambda f: f.drop(columns="latitude"),
+        ObservationError,
+        r"obs has no latitude; it has .*obs.rename\({'yours': 'latitude'}\)",
+    ),
+    "no longitude": (lambda f: f.drop(columns="longitude"), ObservationError, r"obs has no longitude"),
+    "unknown variable": (
+        lambda f: f.assign(humidity=1.0),
+        ObservationError,
+        r"obs holds 'humidity', which is not in the state; it has 't2m'. Keep what",
+    ),
+    "misspelt": (
+        lambda f: f.rename(columns={"t2m": "t2n"}),
+        ObservationError,
+        r"obs holds 't2n', 't2m_error', which is not in the state.*Did you mean 't2m'",
+    ),
+    "no variable": (
+        lambda f: f[["time", "latitude", "longitude"]],
+        ObservationError,
+        r"obs holds no variable, which is not in the state",
+    ),
+    "text": (
+        lambda f: f.assign(t2m=["281", "n/a"] * 3),
+        ObservationError,
+        r"obs\['t2m'\] holds '281', which is no number.*pandas.to_numeric\(obs\['t2m'\], errors='coerce'\)",
+    ),
+    "text in a dataset": (
+        lambda f: as_table(f).assign(t2m=("index", list("abcdef"))),
+        ObservationError,
+        r"obs\['t2m'\] holds 'a', which is no number",
+    ),
+    "text in the error": (
+        lambda f: f.assign(t2m_error="small"),
+        ObservationError,
+        r"obs\['t2m_error'\] holds 'small', which is no number",
+    ),
+    "text in a coordinate": (
+        lambda f: f.assign(latitude="52N"),
+        ObservationError,
+        r"obs\['latitude'\] holds '52N', which is no number",
+    ),
+    "time as text": (
+        lambda f: f.assign(time="2018-11-20"),
+        ObservationError,
+        r"time holds str such as '2018-11-20'.*pandas.to_datetime\(obs\['time'\], utc=True\)",
+    ),
+    "time as number": (
+        lambda f: f.assign(time=0.0),
+        ObservationError,
+        r"time has dtype float64; decode it, for example pandas.to_datetime",
+    ),
+    "units": (
+        lambda f: as_table(f).pipe(lambda d: d.assign(t2m=d.t2m.assign_attrs(units="m"))),
+        UnitsError,
+        r"obs\['t2m'\]: Units 'm' cannot be converted to 'K'",
+    ),
+    "unknown units": (
+        lambda f: as_table(f).pipe(lambda d: d.assign(t2m=d.t2m.assign_attrs(units="Kelwin"))),
+        UnitsError,
+        r"obs\['t2m'\]: The units 'Kelwin' are not known",
+    ),
+    "extra dimension": (
+        lambda f: as_table(f).expand_dims(level=2).transpose("index", ...),
+        ObservationError,
+        r"obs\['t2m'\] has the extra dimension 'level'; select: obs.isel\(level=0\)",
+    ),
+    "swath": (
+        lambda f: xr.Dataset(
+            {"t2m": (("y", "x"), np.ones((2, 2)))}, coords={k: (("y", "x"), np.ones((2, 2))) for k in ("latitude", "longitude")}
+        ),
+        ObservationError,
+        r"latitude has dimensions \('y', 'x'\) and longitude \('y', 'x'\); a table along one dimension or a grid",
+    ),
+    "two candidates": (
+        lambda f: (
+            as_table(f)
+            .rename(t2m="a")
+            .assign_coords()
+            .pipe(lambda d: d.assign({n: d.a.assign_attrs(standard_name="air_temperature") for n in "ab"}))
+        ),
+        ObservationError,
+        r"'a' and 'b' both could be 't2m'; keep one",
+    ),
+    "time in some": (
+        lambda f: [f, f.drop(columns="time")],
+        ObservationError,
+        r"Some of the obs have a time coordinate and some have none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_observations_that_are_refused(frame: pd.DataFrame, change, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        read_observations(change(frame), [T2M])
+
+
+# -- quality -----------------------------------------------------------------------------------------------------------
+
+CODES = {
+    "used": ({}, Quality.USED),
+    "infinite error": ({"t2m_error": np.inf}, Quality.PASSIVE),
+    "nan": ({"t2m": np.nan}, Quality.MISSING),
+    "infinite": ({"t2m": np.inf}, Quality.MISSING),
+    **{
+        f"sentinel {v:g}": ({"t2m": v}, Quality.MISSING)
+        for v in (-9999.0, 9999.0, 99999.0, 1e20, 9.969209968386869e36, -888888.0)
+    },
+    "no latitude": ({"latitude": np.nan}, Quality.MISSING),
+    "no longitude": ({"longitude": np.nan}, Quality.MISSING),
+    "no time": ({"time": pd.NaT}, Quality.MISSING),
+    "too hot": ({"t2m": 406.0}, Quality.BOUNDS),
+    "too cold": ({"t2m": 7.0}, Quality.BOUNDS),
+    "latitude 95": ({"latitude": 95.0}, Quality.BOUNDS),
+    "longitude -790": ({"longitude": -790.2}, Quality.BOUNDS),
+    "longitude 361": ({"longitude": 361.0}, Quality.BOUNDS),
+    "north of the grid": ({"latitude": 50.1}, Quality.DOMAIN),
+    "west of the grid": ({"longitude": -6.1}, Quality.DOMAIN),
+    "other side of the globe": ({"longitude": 184.0}, Quality.DOMAIN),
+    "another convention": ({"longitude": 355.0}, Quality.USED),
+    "too late": ({"time": pd.Timestamp("2018-11-20T18:00")}, Quality.WINDOW),
+    "missing before bounds": ({"t2m": np.nan, "latitude": 95.0}, Quality.MISSING),
+    "bounds before domain": ({"t2m": 7.0, "latitude": 60.0}, Quality.BOUNDS),
+    "domain before window": ({"latitude": 60.0, "time": pd.Timestamp("2018-11-20T18:00")}, Quality.DOMAIN),
+    "passive and outside": ({"t2m_error": np.inf, "latitude": 60.0}, Quality.DOMAIN),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CODES.values(), ids=CODES)
+def test_every_code(frame: pd.DataFrame, background: xr.Dataset, change: dict, expected: Quality) -> None:
+    for name, value in change.items():
+        frame.loc[3, name] = value
+    located = locate_observations(frame, [T2M], GRID, background.time)
+    by_row = dict(zip(located.table.row.tolist(), located.table.code.tolist(), strict=True))
+    assert by_row == {0: 0, 1: 0, 2: 0, 3: expected, 4: 0, 5: 0}
+    assert sum(count_codes(located.table.code).values()) == 6
+    assert count_codes(located.table.code)[expected.name.lower()] == (6 if expected == Quality.USED else 1)
+
+
+def test_a_pressure_of_99999_pascal_is_no_fill_value(frame: pd.DataFrame) -> None:
+    frame = frame.rename(columns={"t2m": "mslp", "t2m_error": "mslp_error"}).assign(mslp=99999.0)
+    assert read_observations(frame, [MSLP]).code.tolist() == [0] * 6
+    assert read_observations(frame, [Wanted("mslp", None, "Pa")]).code.tolist() == [Quality.MISSING] * 6
+
+
+def test_the_background_check() -> None:
+    value, error = np.array([0.0, 4.9, 5.1, -5.1]), np.full(4, 0.6)
+    assert background_check(value, error, np.zeros(4), np.full(4, 0.8), 5.0).tolist() == [False, False, True, True]
+
+
+def test_an_outlier_is_rejected_by_the_background(background, frame, prior) -> None:
+    frame.loc[1, "t2m"] += 30
+    departures = xgenda.innovations(background, frame, model=prior)
+    assert departures.quality_code.values.tolist() == [0, Quality.BACKGROUND, 0, 0, 0, 0]
+    assert departures.row.values.tolist() == list(range(6))
+    with_it = xgenda.assimilate(background, frame, model=prior, members=2, seed=0)
+    without = xgenda.assimilate(background, frame.drop(index=1), model=prior, members=2, seed=0)
+    xr.testing.assert_allclose(with_it.t2m, without.t2m)
+    assert json.loads(with_it.attrs["xgenda_observation_counts"])["background"] == 1
+    off = xgenda.innovations(background, frame, model=prior, background_check=None)
+    assert off.quality_code.values.tolist() == [0] * 6
+
+
+def test_codes_add_up(background, frame, prior) -> None:
+    frame.loc[0, "t2m"] = np.nan
+    frame.loc[1, "t2m"] = 500.0
+    frame.loc[2, "latitude"] = 60.0
+    frame.loc[3, "time"] = pd.Timestamp("2018-11-21T12")
+    frame.loc[4, "t2m"] = 310.0
+    expected = {"used": 1, "passive": 0, "missing": 1, "bounds": 1, "domain": 1, "window": 1, "background": 1}
+    departures = xgenda.innovations(background, frame, model=prior)
+    assert json.loads(departures.attrs["counts"]) == expected
+    analysis = xgenda.assimilate(background, frame, model=prior, members=2, seed=0)
+    assert json.loads(analysis.attrs["xgenda_observation_counts"]) == expected
+    assert np.isnan(departures.background.values[[2]]).all()
+
+
+def test_bounds_are_in_the_units_of_the_state() -> None:
+    assert gross_bounds("air_temperature", "degC") == pytest.approx((-123.15, 76.85))
+    assert gross_bounds("relative_humidity", "%") == pytest.approx((0, 110))
+    assert gross_bounds("air_temperature", None) == (-np.inf, np.inf)
+    assert gross_bounds("mass_of_the_sun", "kg") == (-np.inf, np.inf)
+
+
+def test_missing_values() -> None:
+    assert is_missing(np.array([0.0, np.nan, np.inf, -9999.0, -9998.9, 2e15, 9.969209968386869e36])).tolist() == [
+        False, True, True, True, False, True, True,
+    ]  # fmt: skip
+    assert is_missing(np.float32([9.96921e36])).all()
+
+
+# -- time windows ------------------------------------------------------------------------------------------------------
+
+
+def window_of(state: list[str], seen: list[str], window: object = None) -> list[int]:
+    """Return the analysis time of each observation, in the order given."""
+    n = len(seen)
+    frame = pd.DataFrame(
+        {"time": pd.to_datetime(seen, format="ISO8601"), "latitude": 45.0, "longitude": 0.0, "t2m": 280.0 + np.arange(n)}
+    )
+    times = xr.DataArray(pd.to_datetime(state, format="ISO8601"), dims="time", name="time")
+    located = locate_observations(frame, [T2M], GRID, times if len(state) > 1 else times.isel(time=0), error=1.0, window=window)
+    assert ((located.table.code == Quality.WINDOW) == (located.time_index < 0)).all()
+    return located.time_index[np.argsort(located.table.row)].tolist()
+
+
+def test_windows_are_half_open() -> None:
+    seen = ["2018-11-20T08:59:59.999999999", "2018-11-20T09:00", "2018-11-20T14:59:59.999999999", "2018-11-20T15:00"]
+    assert window_of(["2018-11-20T12"], seen, "6h") == [-1, 0, 0, -1]
+    assert window_of(["2018-11-20T12"], seen, datetime.timedelta(hours=12)) == [0, 0, 0, 0]
+    assert window_of(["2018-11-20T12"], ["2018-11-20T11:30", "2018-11-20T12:30", "2018-11-20T12"], np.timedelta64(1, "h")) == [
+        0,
+        -1,
+        0,
+    ]
+
+
+def test_the_default_window_is_the_same_for_one_time_and_for_several() -> None:
+    state = [np.datetime64(t, "ns") for t in ("2018-11-20T00", "2018-11-20T12", "2018-11-21T00")]
+    half, tick = DEFAULT_WINDOW.astype("timedelta64[ns]") // 2, np.timedelta64(1, "ns")
+    seen = [str(t + d) for t in state for d in (-half - tick, -half, half - tick, half)]
+    expected = [-1, 0, 0, -1, -1, 1, 1, -1, -1, 2, 2, -1]
+    assert window_of([str(t) for t in state], seen) == expected
+    assert window_of([str(t) for t in state[::-1]], seen) == [2 - k if k >= 0 else k for k in expected]  # the state in any order
+    assert window_of([str(state[0])], seen[:4]) == expected[:4]
+
+
+def test_windows_that_meet_share_no_observation() -> None:
+    state = ["2018-11-20T00", "2018-11-20T12"]
+    seen = ["2018-11-19T17:59", "2018-11-19T18", "2018-11-20T05:59", "2018-11-20T06", "2018-11-20T17:59", "2018-11-20T18"]
+    assert window_of(state, seen, "12h") == [-1, 0, 0, 1, 1, -1]
+
+
+def test_a_wide_window_takes_the_nearest_time() -> None:
+    state = ["2018-11-20T00", "2018-11-20T12"]
+    assert window_of(state, ["2018-11-20T05", "2018-11-20T06", "2018-11-20T07", "2018-11-21T10"], "48h") == [0, 1, 1, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-4000, 4000), min_size=1, max_size=4), st.integers(1, 600), st.sampled_from(["numpy", "cftime"]))
+def test_windows_against_the_definition(offsets: list[int], width: int, kind: str) -> None:
+    state = pd.date_range("2018-11-20", periods=4, freq="12h")
+    seen = state[1] + pd.to_timedelta(offsets, unit="min")
+    half = width / 2
+    minutes = (seen.values[:, None] - state.values) / np.timedelta64(1, "m")
+    expected = [next((int(i) for i in np.argsort(np.abs(m), kind="stable") if -half <= m[i] < half), -1) for m in minutes]
+
+    def times(index: pd.DatetimeIndex) -> np.ndarray:
+        if kind == "numpy":
+            return index.values
+        return np.array([cftime.DatetimeNoLeap(*t.timetuple()[:6]) for t in index])
+
+    obs = xr.Dataset(
+        {"t2m": ("obs", 280.0 + np.arange(len(seen)))},
+        coords={"time": ("obs", times(seen)), "latitude": ("obs", [45.0] * len(seen)), "longitude": ("obs", [0.0] * len(seen))},
+    )
+    located = locate_observations(
+        obs, [T2M], GRID, xr.DataArray(times(state), dims="time", name="time"), error=1.0, window=f"{width}min"
+    )
+    assert located.time_index[np.argsort(located.table.row)].tolist() == expected
+
+
+def test_climate_calendars_beyond_the_range_of_nanoseconds(climate: xr.Dataset) -> None:
+    times = [cftime.Datetime360Day(year, 2, 30) for year in (1200, 3000)]
+    state = xr.DataArray(times, dims="time", name="time")
+    obs = xr.Dataset(
+        {"t2m": ("obs", [280.0, 281.0])},
+        coords={
+            "time": ("obs", [cftime.Datetime360Day(3000, 3, 1), times[0]]),
+            "latitude": ("obs", [45.0, 45.0]),
+            "longitude": ("obs", [0.0, 0.0]),
+        },
+    )
+    located = locate_observations(obs, [T2M], GRID, state, error=1.0, window="4D")
+    assert (located.time_index.tolist(), located.table.row.tolist()) == ([0, 1], [1, 0])
+
+
+def test_numpy_times_beyond_the_range_of_nanoseconds_are_refused(frame: pd.DataFrame) -> None:
+    state = xr.DataArray(np.array(["3000-01-01"], dtype="datetime64[s]"), dims="time", name="time")
+    with pytest.raises(ObservationError, match=r"outside the years 1678 to 2262.*use cftime in both: ds.convert_calendar"):
+        locate_observations(frame, [T2M], GRID, state)
+
+
+@pytest.mark.parametrize("window", ["six hours", "6 hrz", 6, None, True, [6]])
+def test_what_is_no_window(window: object) -> None:
+    with pytest.raises(OptionError, match=r"window=.* is no time span; give for example window='6h'"):
+        parse_window(window)
+
+
+@pytest.mark.parametrize("window", ["0h", "-6h", "", np.timedelta64(0, "s"), np.timedelta64("NaT")])
+def test_a_window_is_positive(window: object) -> None:
+    with pytest.raises(OptionError, match=r"window=.* must be positive; give for example window='6h'"):
+        parse_window(window)
+
+
+def test_calendars_must_agree(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    noleap = as_table(frame).assign_coords(time=("index", [cftime.DatetimeNoLeap(2018, 11, 20)] * 6))
+    message = r"The time of obs is DatetimeNoLeap and that of the state is datetime64; use one calendar: obs.convert_calendar"
+    with pytest.raises(ObservationError, match=message):
+        locate_observations(noleap, [T2M], GRID, background.time)
+    state = xr.DataArray([cftime.Datetime360Day(2018, 11, 20)], dims="time", name="time")
+    with pytest.raises(
+        ObservationError, match=r"obs is DatetimeNoLeap and that of the state is Datetime360Day.*'360_day', use_cftime=True"
+    ):
+        locate_observations(noleap, [T2M], GRID, state)
+
+
+def test_without_time(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    timeless = frame.drop(columns="time")
+    with pytest.raises(
+        ObservationError, match=r"obs has no time and the state has 2 times. Give each observation its time, or select"
+    ):
+        locate_observations(timeless, [T2M], GRID, background.time)
+    for times in (background.time[:1], background.time[0], None):
+        assert locate_observations(timeless, [T2M], GRID, times).time_index.tolist() == [0] * 6
+    assert locate_observations(frame, [T2M], GRID, None).time_index.tolist() == [0] * 6
+
+
+def test_almost_all_outside_the_window(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    frame["time"] += pd.Timedelta("30D")
+    message = r"6 of 6 obs fall in no time window of the state \(the first is at 2018-12-20.*Is their time UTC\?.*window='12h'"
+    with pytest.raises(ObservationError, match=message):
+        locate_observations(frame, [T2M], GRID, background.time)
+
+
+def test_latitude_and_longitude_swapped(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    swapped = frame.rename(columns={"latitude": "longitude", "longitude": "latitude"})
+    message = (
+        r"6 of 6 obs lie outside the grid, and with latitude and longitude exchanged 6 lie inside. Did you swap them\? obs.rename"
+    )
+    with pytest.raises(ObservationError, match=message):
+        locate_observations(swapped, [T2M], GRID, background.time)
+    far = frame.assign(latitude=frame.latitude - 80)  # somewhere else altogether: no such suspicion
+    assert (locate_observations(far, [T2M], GRID, background.time).table.code == Quality.DOMAIN).all()
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def unordered(located: Located) -> list[np.ndarray]:
+    t = located.table
+    return [
+        t.latitude,
+        t.longitude,
+        t.value,
+        t.error,
+        t.code,
+        t.variable,
+        located.time_index,
+        located.operator.indices,
+        located.operator.weights,
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(6)))
+def test_the_order_of_the_rows_does_not_matter(permutation: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({
+        "time": pd.to_datetime(["2018-11-20T00", "2018-11-20T12"] * 3), "latitude": rng.uniform(39, 50, 6),
+        "longitude": rng.uniform(-6, 15, 6), "t2m": rng.uniform(270, 290, 6), "t2m_error": rng.uniform(0.5, 1, 6),
+    })  # fmt: skip
+    times = xr.DataArray(pd.to_datetime(["2018-11-20T00", "2018-11-20T12"]), dims="time", name="time")
+    one = locate_observations(frame, [T2M], GRID, times)
+    other = locate_observations(frame.iloc[permutation], [T2M], GRID, times)
+    for a, b in zip(unordered(one), unordered(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_permuted_rows_give_the_same_bits(background, frame, prior) -> None:
+    options = {"model": prior, "members": 3, "seed": 1}
+    one = xgenda.assimilate(background, frame, **options)
+    other = xgenda.assimilate(background, frame.sample(frac=1, random_state=3), **options)
+    split = xgenda.assimilate(background, [frame.iloc[3:], frame.iloc[:3]], **options)
+    xr.testing.assert_equal(one, other)
+    xr.testing.assert_equal(one, split)
+
+
+def test_the_operator_reads_the_right_variable_and_time(background, frame) -> None:
+    frame["mslp"] = 101300.0
+    located = locate_observations(frame, [MSLP, T2M], GRID, background.time, error={"mslp": 1.0})
+    rng = np.random.default_rng(0)
+    fields = rng.normal(size=(2, 2, *GRID.shape))  # time, variable
+    for t in range(2):
+        now = located.at(t)
+        assert len(now.table) == 6
+        seen = now.operator(fields[t].ravel())
+        for k in range(6):
+            field = xr.DataArray(fields[t, now.table.variable[k]], coords={"y": GRID.latitude, "x": GRID.longitude})
+            expected = float(field.interp(y=now.table.latitude[k], x=now.table.longitude[k]))
+            assert seen[k] == pytest.approx(expected, abs=1e-3)
+    both = located.between(0, 2)
+    assert len(both.table) == 12
+    assert located.between(1, 2).time_index.tolist() == [0] * 6
+
+
+def test_no_background_at_a_place_that_is_not_known(background, frame) -> None:
+    frame.loc[0, "longitude"] = np.nan
+    departures = xgenda.innovations(background, frame)
+    assert np.isnan(departures.background.values).tolist() == [True] + [False] * 5
+
+
+def test_messages_name_the_argument() -> None:
+    with pytest.raises(ObservationError, match=re.escape("truth[1] is a builtins.float")):
+        read_observations([None, 1.0], [T2M], argument="truth")

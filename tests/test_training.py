@@ -1,0 +1,134 @@
+"""Training: it learns, it records what it did, it never ends below its classical start, and its files are whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import xgenda
+from xgenda.diffusion.noise import NoiseStream
+from xgenda.models.corrective import CorrectiveModel, project_block_means
+from xgenda.training.loop import parse_time_budget
+from xgenda.training.objectives import Denoising
+from xgenda.training.windows import blocks
+
+
+def bimodal(count: int = 160, shape: tuple[int, int] = (8, 8)) -> xr.Dataset:
+    """Fields that a Gaussian cannot describe: a smooth pattern of amplitude +1 or -1 with a little noise."""
+    rng = np.random.default_rng(0)
+    pattern = np.outer(np.sin(np.linspace(0.5, 2.5, shape[0])), np.cos(np.linspace(-1, 1, shape[1])))
+    sign = rng.choice([-1.0, 1.0], count)
+    values = sign[:, None, None] * pattern + 0.1 * rng.standard_normal((count, *shape))
+    coords = {"latitude": np.linspace(0, 35, shape[0]), "longitude": np.linspace(0, 35, shape[1])}
+    return xr.Dataset({"x": (("member", "latitude", "longitude"), values)}, coords=coords)
+
+
+@pytest.fixture(scope="module")
+def trained() -> xgenda.GenerativeModel:
+    return xgenda.train(bimodal(), epochs=30, width=8, seed=0, progress=False)
+
+
+def test_training_learns_what_the_gaussian_cannot(trained: xgenda.GenerativeModel) -> None:
+    record = trained.spec.training
+    assert record["validation_best"] < 0.9 * record["validation_start"]
+    ds = bimodal()
+    with pytest.warns(UserWarning, match="prior"):
+        draws = ds.isel(member=0, drop=True).genda.assimilate(None, model=trained, members=64, seed=0, progress=False)
+    amplitude = np.abs(draws.x.values[:, 3:5, 3:5].mean((1, 2)))
+    truth = np.abs(ds.x.values[:, 3:5, 3:5].mean((1, 2)))
+    # a Gaussian of the same variance has most of its draws near zero
+    assert (amplitude < 0.4 * truth.mean()).mean() < 0.25
+
+
+def test_training_is_reproducible() -> None:
+    a, b = (xgenda.train(bimodal(40), steps=5, width=8, seed=3, progress=False) for _ in range(2))
+    assert a.sha256 == b.sha256
+    assert xgenda.train(bimodal(40), steps=5, width=8, seed=4, progress=False).sha256 != a.sha256
+
+
+def test_kept_weights_are_never_worse_than_the_start() -> None:
+    model = xgenda.train(bimodal(40), steps=3, width=8, learning_rate=5.0, progress=False)  # far too large: every step does harm
+    record = model.spec.training
+    assert record["validation_best"] <= record["validation_start"]
+
+
+def test_round_trip_keeps_every_bit(trained: xgenda.GenerativeModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    again = xgenda.load_model(trained.save(tmp_path / "m.safetensors"))
+    assert again.spec.to_dict() == trained.spec.to_dict()
+    for name, tensor in trained.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors"]  # nothing left beside it
+
+
+def test_file_says_what_it_is(climate: xr.Dataset, tiny_prior: xgenda.GenerativeModel) -> None:
+    spec = tiny_prior.spec
+    assert [v.name for v in spec.variables] == ["air_temperature"]
+    assert spec.variables[0].units == "K"
+    assert spec.grid is not None
+    assert spec.grid.shape == (8, 12)
+    assert spec.training["period"] == "1860-06-01 to 1889-06-01"
+    assert spec.licence
+    text = repr(tiny_prior)
+    assert "air_temperature [K]" in text
+    assert "8 x 12" in text
+    assert "<table>" in tiny_prior._repr_html_()
+    with xr.set_options(display_style="text"):
+        assert tiny_prior._repr_html_().startswith("<pre>")
+
+
+def test_start_goes_on_from_a_model(trained: xgenda.GenerativeModel) -> None:
+    more = xgenda.train(bimodal(), start=trained, steps=3, width=8, progress=False)
+    assert more.spec.training["validation_start"] == pytest.approx(trained.spec.training["validation_best"], rel=1e-4)
+    assert more.spec.scaling is trained.spec.scaling
+
+
+def test_regression_stage_learns_and_conserves() -> None:
+    """Fine structure that depends on the sign of the coarse field: beyond any linear map."""
+    rng = np.random.default_rng(0)
+    coarse = rng.standard_normal((200, 2, 2))
+    detail = np.tile([[1.0, -1.0], [-1.0, 1.0]], (4, 4))
+    fine = np.repeat(np.repeat(coarse, 4, 1), 4, 2)
+    values = fine + np.abs(fine) * detail + 0.05 * rng.standard_normal((200, 8, 8))
+    ds = xr.Dataset(
+        {"x": (("member", "latitude", "longitude"), values)},
+        coords={"latitude": np.linspace(0, 35, 8), "longitude": np.linspace(0, 35, 8)},
+    )
+    model = xgenda.train(ds, task="downscale", factor=4, epochs=60, width=8, learning_rate=5e-3, progress=False)
+    assert isinstance(model, CorrectiveModel)
+    record = model.spec.training
+    assert record["mean_validation_best"] < 0.6 * record["mean_validation_start"]
+    fields = torch.as_tensor(NoiseStream([(0, "c", k) for k in range(3)]).normal(1, 2, 2))
+    with torch.no_grad():
+        mean, _ = model.mean(fields)
+    back = project_block_means(mean, 4)[..., ::4, ::4]
+    assert (back - fields).abs().max() < 1e-3
+
+
+def test_blocks_are_consecutive_and_share_times() -> None:
+    years = xr.DataArray(np.array([5, 1, 3, 2, 4, 6, 6, 1], dtype="datetime64[Y]"), dims="time")
+    fold = blocks(years, 8, 4)
+    assert fold.tolist() == [2, 0, 1, 1, 2, 3, 3, 0]
+
+
+def test_denoising_target_is_the_preconditioned_one() -> None:
+    """The loss of a perfect network is zero: D with F = target gives back the clean state."""
+    states = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    batch = Denoising(states, torch.zeros(6, dtype=torch.long), None, 0.1, 10.0).batch(
+        torch.arange(6), torch.Generator().manual_seed(1)
+    )
+    sigma = torch.exp(4 * batch.label)[:, None, None, None]
+    noisy = batch.x * (sigma**2 + 1).sqrt()
+    rebuilt = noisy / (sigma**2 + 1) + sigma / (sigma**2 + 1).sqrt() * batch.target
+    torch.testing.assert_close(rebuilt, states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90.0), ("10min", 600.0), ("1.5 h", 5400.0), (30, 30.0)])
+def test_time_budget(text: str | float, seconds: float) -> None:
+    assert parse_time_budget(text) == seconds
+
+
+def test_time_budget_ends_the_training() -> None:
+    model = xgenda.train(bimodal(40), time_budget=1.0, width=8, progress=False)
+    assert 1 <= model.spec.training["steps"] < 10_000

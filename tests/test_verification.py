@@ -1,0 +1,258 @@
+"""Scores against their definitions, closed forms, and what a perfect ensemble must score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+import xgenda
+from xgenda.errors import ObservationError, OptionError, UnitsError
+from xgenda.verification import METRICS, fair_crps
+
+
+def crps_by_double_sum(ensemble: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return mean |x - y| - sum over pairs |x - x'| / (2 M (M - 1))."""
+    m = len(ensemble)
+    error = np.abs(ensemble - truth).mean(0)
+    return error - np.abs(ensemble[:, None] - ensemble[None]).sum((0, 1)) / (2 * m * (m - 1))
+
+
+def crps_of_normal(mean: float, std: float, truth: np.ndarray) -> np.ndarray:
+    """Gneiting and Raftery 2007, J. Am. Stat. Assoc. 102, eq. 21 (with the sign of an error)."""
+    z = (truth - mean) / std
+    return std * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+
+
+# -- CRPS --------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 5), st.integers(0, 10**6), st.booleans())
+def test_crps_is_the_double_sum(members: int, points: int, seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    ensemble, truth = rng.normal(size=(members, points)), rng.normal(size=points)
+    if ties:
+        ensemble, truth = np.round(ensemble), np.round(truth)
+    assert fair_crps(ensemble, truth) == pytest.approx(crps_by_double_sum(ensemble, truth), abs=1e-12)
+
+
+def test_crps_of_many_members_is_that_of_the_distribution() -> None:
+    members = 200_000
+    quantiles = norm.ppf((np.arange(members) + 0.5) / members, loc=1.0, scale=2.0)
+    truth = np.array([-3.0, 0.0, 1.0, 4.5])
+    found = fair_crps(quantiles[:, None], truth)
+    assert found == pytest.approx(crps_of_normal(1.0, 2.0, truth), abs=2e-4)
+
+
+@pytest.mark.parametrize("members", [2, 3, 8])
+def test_crps_does_not_favour_large_ensembles(members: int) -> None:
+    rng = np.random.default_rng(members)
+    n = 200_000
+    scores = fair_crps(rng.normal(size=(members, n)), rng.normal(size=n))
+    expected = 1 / np.sqrt(np.pi)  # of a perfect normal ensemble, whatever its size
+    assert scores.mean() == pytest.approx(expected, abs=4 * scores.std() / np.sqrt(n))
+
+
+def test_crps_of_one_member_is_the_absolute_error() -> None:
+    assert fair_crps(np.array([[1.0, -2.0]]), np.array([3.0, -2.5])) == pytest.approx([2.0, 0.5])
+
+
+# -- fields ------------------------------------------------------------------------------------------------------------
+
+
+def fields(members: int | None, times: int = 1, ny: int = 6, nx: int = 8, seed: int = 0, scale: float = 1.0) -> xr.Dataset:
+    rng = np.random.default_rng(seed)
+    dims = (*(() if members is None else ("member",)), "time", "latitude", "longitude")
+    shape = (*(() if members is None else (members,)), times, ny, nx)
+    return xr.Dataset(
+        {"t2m": (dims, 280 + scale * rng.normal(size=shape), {"units": "K", "standard_name": "air_temperature"})},
+        coords={
+            "time": pd.date_range("2018-11-20", periods=times, freq="12h"),
+            "latitude": np.linspace(10, 80, ny),
+            "longitude": np.linspace(0, 70, nx),
+        },
+    )
+
+
+def score(ds: xr.Dataset, metric: str) -> float:
+    return float(ds.t2m.sel(metric=metric))
+
+
+@pytest.mark.parametrize("members", [4, 20])
+def test_a_perfect_ensemble(members: int) -> None:
+    ensemble, truth = fields(members, 10, 40, 50), fields(None, 10, 40, 50, seed=1)
+    n = 10 * 40 * 50
+    scores = xgenda.verify(ensemble, truth)
+    # squares of standard normal numbers: relative standard error of each mean square sqrt(2 / n), with weights somewhat more
+    assert score(scores, "spread_skill") == pytest.approx(1.0, abs=4 * np.sqrt(1.5 / n))
+    assert score(scores, "rmse") == pytest.approx(np.sqrt(1 + 1 / members), abs=4 * np.sqrt(1.5 / n))
+    # E[chi2] = E of an F distribution with 1 and M - 1 degrees of freedom: (M - 1) / (M - 3)
+    assert score(scores, "chi2") == pytest.approx((members - 1) / (members - 3), rel=0.05 if members > 10 else 2.0)
+    assert score(scores, "crps") == pytest.approx(1 / np.sqrt(np.pi), abs=0.02)
+    assert score(scores, "bias") == pytest.approx(0.0, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(0.5, 0.5 * np.sqrt(21 / 20) / np.sqrt(1 + 0.25 / 20)), (2.0, 2 * np.sqrt(21 / 20) / np.sqrt(1 + 4 / 20))],
+)
+def test_too_little_and_too_much_spread(scale: float, expected: float) -> None:
+    scores = xgenda.verify(fields(20, 5, 40, 50, scale=scale), fields(None, 5, 40, 50, seed=1))
+    assert score(scores, "spread_skill") == pytest.approx(expected, rel=0.03)
+
+
+def by_hand(ensemble: np.ndarray, truth: np.ndarray, weights: np.ndarray, error: float = 0.0) -> dict[str, float]:
+    m, mean = len(ensemble), ensemble.mean(0)
+    variance = ((ensemble - mean) ** 2).sum(0) / (m - 1) * (m + 1) / m + error**2
+
+    def average(x: np.ndarray) -> float:
+        return float((x * weights).sum() / (weights * np.ones_like(x)).sum())
+
+    out = {
+        "rmse": np.sqrt(average((mean - truth) ** 2)), "mae": average(np.abs(mean - truth)), "bias": average(mean - truth),
+        "crps": average(crps_by_double_sum(ensemble, truth)), "spread": np.sqrt(average(variance)),
+        "chi2": average((mean - truth) ** 2 / variance),
+    }  # fmt: skip
+    return {**out, "spread_skill": out["spread"] / out["rmse"]}
+
+
+def test_all_scores_by_hand_with_area_weights() -> None:
+    ensemble, truth = fields(5, 2), fields(None, 2, seed=1)
+    truth["t2m"] += truth.latitude / 20  # worse to the north: weights matter
+    half = 7.0  # of the spacing of latitudes
+    latitude = ensemble.latitude.values
+    bands = np.sin(np.radians(np.minimum(latitude + half, 90))) - np.sin(np.radians(latitude - half))
+    expected = by_hand(ensemble.t2m.values, truth.t2m.values, bands[:, None] * np.ones(8))
+    scores = xgenda.verify(ensemble, truth)
+    assert set(scores.metric.values) == set(METRICS) == set(expected)
+    for metric, value in expected.items():
+        assert score(scores, metric) == pytest.approx(value, rel=1e-9), metric
+    assert scores.t2m.attrs["units"] == "K"
+    again = ensemble.transpose("longitude", "member", "latitude", "time").genda.verify(truth)  # any order of dimensions
+    xr.testing.assert_allclose(again, scores)
+    named = xgenda.verify(ensemble.t2m.rename("t2m").rename(member="number"), truth.t2m)
+    xr.testing.assert_allclose(named, scores)
+
+
+def test_over_some_dimensions() -> None:
+    ensemble, truth = fields(5, 3), fields(None, 3, seed=1)
+    by_cell = xgenda.verify(ensemble, truth, dims="time")
+    assert dict(by_cell.sizes) == {"metric": 7, "latitude": 6, "longitude": 8}
+    cell = by_hand(ensemble.t2m.values[:, :, 2, 3], truth.t2m.values[:, 2, 3], np.ones(3))
+    for metric, value in cell.items():
+        assert float(by_cell.t2m.sel(metric=metric)[2, 3]) == pytest.approx(value)
+    by_time = xgenda.verify(ensemble, truth, dims=["latitude", "longitude"])
+    xr.testing.assert_allclose(by_time.isel(time=1, drop=True), xgenda.verify(ensemble.isel(time=[1]), truth.isel(time=[1])))
+
+
+def test_a_single_field() -> None:
+    field, truth = fields(None), fields(None, seed=1)
+    scores = xgenda.verify(field, truth)
+    assert score(scores, "crps") == pytest.approx(score(scores, "mae"))
+    for metric in ("spread", "spread_skill", "chi2"):
+        assert np.isnan(score(scores, metric))
+
+
+def test_gaps_in_the_truth_count_nowhere() -> None:
+    ensemble, truth = fields(5), fields(None, seed=1)
+    ensemble["t2m"][..., 4:] = 280 + 9 * (ensemble.t2m[..., 4:] - 280)  # much spread where there is no truth
+    truth["t2m"][..., 4:] = np.nan
+    scores = xgenda.verify(ensemble, truth)
+    cut = xgenda.verify(ensemble.isel(longitude=slice(4)), truth.isel(longitude=slice(4)))
+    xr.testing.assert_allclose(scores, cut)
+
+
+@pytest.mark.parametrize("kind", ["float64", "int16"])
+def test_units_of_the_truth(kind: str) -> None:
+    ensemble = fields(5)
+    truth = fields(None, seed=1).round().astype(kind)
+    truth["t2m"].attrs["units"] = "K"
+    celsius = ensemble.assign(t2m=(ensemble.t2m - 273.15).assign_attrs(units="degC"))
+    one, other = xgenda.verify(ensemble, truth), xgenda.verify(celsius, truth)
+    xr.testing.assert_allclose(one, other)
+    assert other.t2m.attrs["units"] == "degC"
+
+
+def test_chunked_input() -> None:
+    ensemble, truth = fields(5, 3), fields(None, 3, seed=1)
+    xr.testing.assert_allclose(xgenda.verify(ensemble.chunk(time=1), truth.chunk(time=1)), xgenda.verify(ensemble, truth))
+
+
+# -- points ------------------------------------------------------------------------------------------------------------
+
+
+def test_points_by_hand() -> None:
+    ensemble = fields(6, 2)
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame({
+        "time": np.repeat(ensemble.time.values, 10), "latitude": rng.uniform(10, 80, 20), "longitude": rng.uniform(0, 70, 20),
+        "t2m": 280 + rng.normal(size=20),
+    })  # fmt: skip
+    frame.loc[4, "t2m"] = np.nan
+    frame.loc[7, "latitude"] = -80.0
+    good = frame.drop(index=[4, 7])
+    at = {k: xr.DataArray(good[k].to_numpy(), dims="obs") for k in ("time", "latitude", "longitude")}
+    seen = ensemble.t2m.sel(time=at["time"]).interp(latitude=at["latitude"], longitude=at["longitude"])
+    expected = by_hand(seen.transpose("member", "obs").values, good.t2m.to_numpy(), np.ones(18), error=0.7)
+    for stored in (ensemble, ensemble.isel(latitude=slice(None, None, -1)), ensemble.transpose(..., "member")):
+        scores = xgenda.verify(stored, frame, error=0.7)
+        for metric, value in expected.items():
+            assert score(scores, metric) == pytest.approx(value, rel=1e-3), metric
+    xr.testing.assert_allclose(xgenda.verify(ensemble, frame.to_xarray(), error={"t2m": 0.7}), scores)
+
+
+def test_a_perfect_ensemble_at_points_with_error() -> None:
+    n, m = 4000, 10
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(m + 1, 1, 40, 50))
+    ensemble = fields(m, 1, 40, 50).copy(data={"t2m": 280 + values[:m]})
+    i, j = rng.integers(40, size=n), rng.integers(50, size=n)
+    obs = pd.DataFrame({
+        "time": ensemble.time.values[0], "latitude": ensemble.latitude.values[i], "longitude": ensemble.longitude.values[j],
+        "t2m": 280 + values[m, 0, i, j] + 0.5 * rng.normal(size=n),
+    })  # fmt: skip
+    scores = xgenda.verify(ensemble, obs, error=0.5)
+    assert score(scores, "spread_skill") == pytest.approx(1.0, abs=0.1)
+    assert score(scores, "rmse") == pytest.approx(np.sqrt(1 + 1 / m + 0.25), abs=0.08)
+    without = xgenda.verify(ensemble, obs, error=1e-6)
+    assert score(without, "spread") < score(scores, "spread")
+    assert score(without, "crps") == pytest.approx(score(scores, "crps"))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.rename(t2m="tas"), OptionError, r"truth has none of the variables \['t2m'\]; it has \['tas'\]"),
+        (
+            lambda t: t.assign_coords(latitude=t.latitude + 0.5),
+            OptionError,
+            r"truth\['t2m'\] and the ensemble have different coordinates",
+        ),
+        (lambda t: t.isel(time=[0]), OptionError, r"truth\['t2m'\] and the ensemble have different coordinates"),
+        (lambda t: t.assign(t2m=t.t2m.assign_attrs(units="m")), UnitsError, r"Units 'm' cannot be converted to 'K'"),
+        (lambda t: t.t2m.rename(None), OptionError, r"truth is a DataArray without a name. Name the variable: truth.rename"),
+        (lambda t: t.to_dataframe().reset_index(), ObservationError, r"truth\['t2m'\] has no error, and none is invented"),
+        (lambda t: 280.0, ObservationError, r"truth is a builtins.float; give a pandas DataFrame or xarray Dataset"),
+        (lambda t: None, OptionError, r"No observation in truth can be compared"),
+    ],
+)
+def test_a_truth_that_cannot_be_compared(change, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        xgenda.verify(fields(3, 2), change(fields(None, 2)))
+
+
+def test_other_arguments_that_are_refused() -> None:
+    with pytest.raises(
+        OptionError, match=r"dims='foo' is not averaged over; ensemble\['t2m'\] has 'time', 'latitude', 'longitude'"
+    ):
+        xgenda.verify(fields(3), fields(None), dims="foo")
+    with pytest.raises(OptionError, match=r"ensemble is a builtins.list; an xarray Dataset is needed"):
+        xgenda.verify([1, 2], fields(None))
