@@ -18,21 +18,21 @@ ROUNDING = 1e-5
 
 @pytest.fixture(scope="module")
 def fields(climate: xr.Dataset) -> xr.Dataset:
-    return climate.isel(time=slice(0, 9))
+    return climate.isel(time=slice(0, 6))
 
 
 @pytest.fixture(scope="module")
 def obs(fields: xr.Dataset) -> xr.Dataset:
     """Eight noisy points a year, and none in the fourth year."""
     rng = np.random.default_rng(0)
-    years = np.delete(np.arange(9), 3)
+    years = np.delete(np.arange(6), 3)
     rows, columns = rng.integers(0, 8, 8), rng.integers(0, 12, 8)
-    values = fields.air_temperature.values[years][:, rows, columns] + 0.5 * rng.standard_normal((8, 8))
+    values = fields.air_temperature.values[years][:, rows, columns] + 0.5 * rng.standard_normal((5, 8))
     return xr.Dataset(
         {"air_temperature": ("obs", values.ravel(), {"units": "K"})},
         coords={
-            "latitude": ("obs", np.tile(fields.latitude.values[rows], 8)),
-            "longitude": ("obs", np.tile(fields.longitude.values[columns], 8)),
+            "latitude": ("obs", np.tile(fields.latitude.values[rows], 5)),
+            "longitude": ("obs", np.tile(fields.longitude.values[columns], 5)),
             "time": ("obs", np.repeat(fields.time.values[years], 8)),
         },
     )
@@ -67,19 +67,20 @@ def method(
 
 
 def close(a: xr.Dataset, b: xr.Dataset, fields: xr.Dataset) -> bool:
+    """Compare to 1e-5 of the standard deviation, or two units in the last place of single precision at 290 K if that is more."""
     difference = np.abs(a.air_temperature.values.astype(float) - b.air_temperature.values).max()
-    return bool(difference <= ROUNDING * float(fields.air_temperature.std()))
+    return bool(difference <= max(ROUNDING * float(fields.air_temperature.std()), 6.2e-5))
 
 
 def test_layout_of_the_work_changes_nothing(method, fields: xr.Dataset, obs: xr.Dataset) -> None:  # type: ignore[no-untyped-def]
     reference = method(fields)
     assert reference.air_temperature.dims == ("member", "time", "latitude", "longitude")
-    for size in (1, 7, -1):
+    for size in (1, 4, -1):
         lazy = method(fields.chunk(time=size))
         assert lazy.air_temperature.chunks is not None
         assert close(lazy.compute(), reference, fields), f"chunks of {size}"
     assert close(method(fields, members=7).isel(member=slice(0, 4)), reference, fields), "more members"
-    assert close(method(fields.isel(time=[7, 2])), reference.isel(time=[7, 2]), fields), "a subset of the times, in another order"
+    assert close(method(fields.isel(time=[5, 2])), reference.isel(time=[5, 2]), fields), "a subset of the times, in another order"
     if method.kind != "gaussian":
         for size in (1, 8):
             assert close(method(fields, batch_size=size), reference, fields), f"batches of {size}"

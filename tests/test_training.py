@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 import xgenda
+from xgenda.diffusion.covariances import SphereKernel
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.models.corrective import CorrectiveModel, project_block_means
 from xgenda.training.loop import parse_time_budget
@@ -25,21 +26,23 @@ def bimodal(count: int = 160, shape: tuple[int, int] = (8, 8)) -> xr.Dataset:
     return xr.Dataset({"x": (("member", "latitude", "longitude"), values)}, coords=coords)
 
 
+def smooth(count: int = 80, shape: tuple[int, int] = (12, 16)) -> xr.Dataset:
+    """Short-range fields: the EOFs of few samples leave a residual that they call uncorrelated, and it is not."""
+    latitude, longitude = np.linspace(30, 60, shape[0]), np.linspace(0, 60, shape[1])
+    kernel = SphereKernel(torch.as_tensor(latitude), torch.as_tensor(longitude), "matern32", 400e3, 90)
+    fields = kernel.draw(NoiseStream([(0, "s", k) for k in range(count)]))[:, 0].reshape(count, *shape).numpy()
+    return xr.Dataset({"x": (("member", "latitude", "longitude"), fields)}, coords={"latitude": latitude, "longitude": longitude})
+
+
 @pytest.fixture(scope="module")
 def trained() -> xgenda.GenerativeModel:
-    return xgenda.train(bimodal(), epochs=30, width=8, seed=0, progress=False)
+    return xgenda.train(smooth(), steps=150, width=8, learning_rate=4e-3, seed=0, progress=False)
 
 
-def test_training_learns_what_the_gaussian_cannot(trained: xgenda.GenerativeModel) -> None:
+def test_training_learns_what_the_anchor_leaves(trained: xgenda.GenerativeModel) -> None:
     record = trained.spec.training
-    assert record["validation_best"] < 0.9 * record["validation_start"]
-    ds = bimodal()
-    with pytest.warns(UserWarning, match="prior"):
-        draws = ds.isel(member=0, drop=True).genda.assimilate(None, model=trained, members=64, seed=0, progress=False)
-    amplitude = np.abs(draws.x.values[:, 3:5, 3:5].mean((1, 2)))
-    truth = np.abs(ds.x.values[:, 3:5, 3:5].mean((1, 2)))
-    # a Gaussian of the same variance has most of its draws near zero
-    assert (amplitude < 0.4 * truth.mean()).mean() < 0.25
+    assert record["best_step"] > 0
+    assert record["validation_best"] < 0.985 * record["validation_start"]
 
 
 def test_training_is_reproducible() -> None:
@@ -79,9 +82,12 @@ def test_file_says_what_it_is(climate: xr.Dataset, tiny_prior: xgenda.Generative
 
 
 def test_start_goes_on_from_a_model(trained: xgenda.GenerativeModel) -> None:
-    more = xgenda.train(bimodal(), start=trained, steps=3, width=8, progress=False)
-    assert more.spec.training["validation_start"] == pytest.approx(trained.spec.training["validation_best"], rel=1e-4)
+    more = xgenda.train(smooth(), start=trained, steps=1, width=8, learning_rate=1e-12, progress=False)
+    assert more.spec.training["started_from"].startswith(trained.spec.name)
     assert more.spec.scaling is trained.spec.scaling
+    x = torch.randn(1, 1, 12, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(more.denoiser(x, 0.5), trained.denoiser(x, 0.5), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
 
 
 def test_regression_stage_learns_and_conserves() -> None:
@@ -95,7 +101,7 @@ def test_regression_stage_learns_and_conserves() -> None:
         {"x": (("member", "latitude", "longitude"), values)},
         coords={"latitude": np.linspace(0, 35, 8), "longitude": np.linspace(0, 35, 8)},
     )
-    model = xgenda.train(ds, task="downscale", factor=4, epochs=60, width=8, learning_rate=5e-3, progress=False)
+    model = xgenda.train(ds, task="downscale", factor=4, steps=500, width=8, learning_rate=5e-3, progress=False)
     assert isinstance(model, CorrectiveModel)
     record = model.spec.training
     assert record["mean_validation_best"] < 0.6 * record["mean_validation_start"]

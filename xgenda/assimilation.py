@@ -26,7 +26,7 @@ from xgenda.observations.quality import MEANINGS, Quality, count_codes
 from xgenda.scaling import cycle_basis
 
 #: Threshold of the background check where the prior is centred on a background, and where it is a climatology.
-BACKGROUND_THRESHOLD = 4.0
+BACKGROUND_THRESHOLD = 3.0
 CLIMATE_THRESHOLD = 10.0
 
 ModelLike = GenerativeModel | str | os.PathLike[str] | None
@@ -83,7 +83,7 @@ def assimilate(
         Width of the half-open time window around each analysis time, such as '6h'; by default 1 h. An observation in several
         windows goes to the nearest time.
     background_check
-        Reject observations with abs(O - B) above this many sqrt(s_o**2 + s_b**2). 'auto': 4 where the prior is
+        Reject observations with abs(O - B) above this many sqrt(s_o**2 + s_b**2). 'auto': 3 where the prior is
         centred on a background, 10 where it is a climatology, whose mean a warming world leaves. None turns it off.
     batch_size
         Samples computed at once; changes time and memory only.
