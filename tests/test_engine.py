@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -185,10 +186,8 @@ def test_a_task_carries_a_handle_and_not_the_weights(tiny_prior: GenerativeModel
 
 
 def test_a_file_that_changed_after_set_up_is_refused(tiny_prior: GenerativeModel, fields: xr.Dataset, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    path = tiny_prior.path
-    tiny_prior.save(tmp_path / "copy.safetensors")
+    shutil.copy(tiny_prior.path, tmp_path / "copy.safetensors")  # type: ignore[arg-type]
     copy = xgenda.load_model(tmp_path / "copy.safetensors")
-    tiny_prior.path = path
     with pytest.warns(UserWarning, match="No observation can be used"):
         lazy = fields.chunk(time=3).genda.assimilate(None, model=copy, members=2, seed=0, steps=2)
     with open(tmp_path / "copy.safetensors", "ab") as file:
