@@ -15,17 +15,9 @@ from pathlib import Path
 import xarray as xr
 
 import xgenda
+from xgenda.demo import training_years
 
 LICENCE = "Apache-2.0; trained on data under the Open Government Licence, British Crown copyright, Met Office"
-
-
-def training_years() -> xr.Dataset:
-    """A1B up to 2039 and E1 from 2000 to 2039."""
-    a1b, e1 = (xgenda.tutorial.open_dataset(n)[["air_temperature"]] for n in ("a1b-north-america", "e1-north-america"))
-    year = a1b.time.dt.year
-    return xr.concat(
-        [a1b.sel(time=year <= 2039), e1.sel(time=(year >= 2000) & (year <= 2039))], "time", coords="minimal", compat="override"
-    )
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def test_members_do_not_know_each_other(kind: str) -> None:
     levels = karras_schedule(6, 0.02, 20.0)
 
     def members(keys: list[int]) -> torch.Tensor:
-        start = levels[0] * NoiseStream([(0, "t", k) for k in keys]).normal(1, NY, NX)
+        start = levels[0] * NoiseStream([(0, "t", k) for k in keys]).normal(1, NY, NX).double()
         guided = guide(denoise, ev, torch.zeros(len(keys), dtype=torch.long), kind, anchor=anchor)
         return integrate(guided, start, levels)
 

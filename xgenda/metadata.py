@@ -321,7 +321,9 @@ def carry_metadata(
     for coordinate in out.coords:
         if coordinate in source.coords:
             out[coordinate].attrs = {**source[coordinate].attrs, **out[coordinate].attrs}
-            out[coordinate].encoding = {k: v for k, v in source[coordinate].encoding.items() if k in KEPT_ENCODING}
+            # a chunked time coordinate is written with units only together with a dtype
+            keys = (*KEPT_ENCODING, "dtype") if source[coordinate].dtype.kind in "MO" else KEPT_ENCODING
+            out[coordinate].encoding = {k: v for k, v in source[coordinate].encoding.items() if k in keys}
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     line = f"{stamp}: xgenda {package_version()}: {call}"
     out.attrs["history"] = f"{source.attrs['history']}\n{line}" if source.attrs.get("history") else line

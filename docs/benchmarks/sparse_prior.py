@@ -1,6 +1,6 @@
 """Sparse observations of withheld years: the diffusion prior beside three Gaussian priors, each tuned on the training years.
 
-python docs/benchmarks/sparse.py [--seeds 10] [--every 1] [--guidance anchor ...]
+python docs/benchmarks/sparse_prior.py [--seeds 10] [--every 1] [--guidance anchor ...]
 """
 
 from __future__ import annotations
