@@ -79,6 +79,7 @@ def test_layout_of_the_work_changes_nothing(method, fields: xr.Dataset, obs: xr.
     for size in (1, 4, -1):
         lazy = method(fields.chunk(time=size))
         assert lazy.air_temperature.chunks is not None
+        assert lazy.air_temperature.dtype == lazy.compute().air_temperature.dtype == reference.air_temperature.dtype
         assert close(lazy.compute(), reference, fields), f"chunks of {size}"
     assert close(method(fields, members=7).isel(member=slice(0, 4)), reference, fields), "more members"
     assert close(method(fields.isel(time=[5, 2])), reference.isel(time=[5, 2]), fields), "a subset of the times, in another order"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     last = notebook.cells[-1].source
     assert 'assert float(rmse.sel(field="analysis")) < float(rmse.sel(field="background"))' in last
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()  # a failing assertion in a cell ends here
+    shown = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # figures go into the notebook
+    client.execute(env=shown)  # a failing assertion in a cell ends here
     assert [o for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"] == []
     assert any("image/png" in o.get("data", {}) for o in outputs(notebook))
     assert list(tmp_path.iterdir()) == []

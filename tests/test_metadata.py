@@ -308,7 +308,7 @@ def test_attributes_and_encoding(analysis: xr.Dataset, background: xr.Dataset) -
     assert analysis.attrs["xgenda_seed"] == 5
     assert len(analysis.attrs["xgenda_model_sha256"]) == 64
     assert analysis.t2m.encoding == {"zlib": True, "complevel": 4, "_FillValue": -32767.0}  # the packing does not fit a new range
-    assert analysis.time.encoding == {"units": "hours since 1900-01-01", "calendar": "gregorian"}
+    assert analysis.time.encoding == {"units": "hours since 1900-01-01", "calendar": "gregorian", "dtype": "int64"}
     assert analysis.member.attrs["standard_name"] == "realization"
     assert background.attrs == {"title": "a test", "history": "2018-11-20: made"}
     assert analysis.t2m.dims == ("member", "time", "latitude", "longitude")
@@ -352,3 +352,13 @@ def test_the_result_of_a_climate_calendar(climate: xr.Dataset, tmp_path: Path) -
         assert copy.time.values[0] == cftime.Datetime360Day(1860, 6, 1)
         assert copy.time_bnds.equals(climate.time_bnds.isel(time=[0, 1]))
         xr.testing.assert_equal(copy.air_temperature.variable, analysis.air_temperature.variable)
+
+
+def test_a_lazy_result_with_time_bounds_is_written_to_zarr(tiny_downscaler, climate: xr.Dataset, tmp_path) -> None:
+    """Chunked time coordinates keep units and dtype together, without which zarr refuses them."""
+    lazy = climate.isel(time=slice(0, 3)).coarsen(latitude=4, longitude=4).mean().chunk(time=1)
+    fine = lazy.genda.downscale(model=tiny_downscaler, members=2, seed=0, steps=2)
+    fine.to_zarr(tmp_path / "fine.zarr", consolidated=False)
+    again = xr.open_zarr(tmp_path / "fine.zarr", consolidated=False)
+    assert np.array_equal(again.air_temperature, fine.air_temperature)
+    assert again.time.equals(fine.time)

@@ -57,7 +57,7 @@ def lay(
     output
         Sizes of the trailing axes of the result: members, variables, rows, columns.
     dtype
-        Of the result.
+        Of the result, which `function` returns.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def lay(
     plain = [a.data if time else a.data[None] for a in ordered]
     length = plain[0].shape[0]
     if not is_chunked(arrays):
-        return function(np.arange(length), *plain, payload=payload).astype(dtype, copy=False)
+        return function(np.arange(length), *plain, payload=payload)
     import dask.array as da
     from dask.delayed import delayed
 

@@ -70,6 +70,7 @@ class Job:
     check: bool
     progress: bool | None
     threads: int | None
+    dtype: np.dtype[Any] = np.dtype(np.float32)
 
 
 def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
@@ -96,7 +97,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
     for c, (scale, offset) in enumerate(job.factors):
         if (scale, offset) != (1.0, 0.0):
             out[:, :, c] = (out[:, :, c] - offset) / scale
-    return job.output.from_model(out)
+    return job.output.from_model(out).astype(job.dtype, copy=False)
 
 
 def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
@@ -212,9 +213,10 @@ def _with_evidence(request: Request, evidence: list[PointEvidence]) -> Request:
 def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int]) -> Any:
     """Lay `run` over the blocks; returns (t, members, variables, rows, columns), a numpy or dask array."""
     lazy = chunking.is_chunked(arrays)
+    dtype = np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind == "f"))
+    job = dataclasses.replace(job, dtype=dtype)
     if lazy:
         job = dataclasses.replace(job, progress=False, threads=1)
-    dtype = np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind == "f"))
     return chunking.lay(
         run, job, arrays, time=time, horizontal=(layout.latitude, layout.longitude),
         output=(len(job.members), len(arrays), *shape), dtype=dtype,
