@@ -70,7 +70,7 @@ class Job:
     check: bool
     progress: bool | None
     threads: int | None
-    dtype: np.dtype[Any] = np.dtype(np.float32)
+    dtype: Any = np.float32
 
 
 def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
