@@ -323,7 +323,7 @@ def _setup(
     metadata.check_dims(ds, variables.values(), layout)
     arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables.values()]
     chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))
-    factors = tuple(unit_factors_of(ds[n], w.units) for n, w in zip(variables.values(), wanted, strict=True))
+    factors = tuple(metadata.unit_factors_of(ds[n], w.units) for n, w in zip(variables.values(), wanted, strict=True))
     times = ds[layout.time] if layout.time is not None else None
     labels = metadata.time_labels(times)
     metadata.check_unique_times(labels)
@@ -370,12 +370,6 @@ def _threshold(check: float | str | None, model: GenerativeModel | None) -> floa
     if isinstance(check, bool) or not isinstance(check, numbers.Real) or not np.isfinite(check) or check <= 0:
         raise OptionError(f"background_check={check!r} is not accepted; give a positive number, 'auto' or None.")
     return float(check)
-
-
-def unit_factors_of(array: xr.DataArray, wanted: str | None) -> tuple[float, float]:
-    """Return (scale, offset) from the units of `array` to `wanted`; an array without units is taken to be in them."""
-    found = array.attrs.get("units")
-    return (1.0, 0.0) if found is None or wanted is None else metadata.unit_factors(str(found), wanted)
 
 
 def check_grid(model: GenerativeModel, grid: Grid) -> None:

@@ -106,12 +106,7 @@ def downscale(
     metadata.check_dims(ds, variables, layout)
     arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables]
     chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))
-    factors = tuple(
-        (1.0, 0.0)
-        if (found := ds[n].attrs.get("units")) is None or v.units is None
-        else metadata.unit_factors(str(found), v.units)
-        for n, v in zip(variables, spec.variables, strict=True)
-    )
+    factors = tuple(metadata.unit_factors_of(ds[n], v.units) for n, v in zip(variables, spec.variables, strict=True))
     times = ds[layout.time] if layout.time is not None else None
     labels = metadata.time_labels(times)
     metadata.check_unique_times(labels)

@@ -83,8 +83,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
         with progress_bar(total, job.progress) as advance:
             request = _request(job, index, fields, device, advance)
             if job.located is not None and job.threshold is not None:
-                codes = recheck(job, request)
-                request = _with_evidence(request, _evidence(codes, len(index)))
+                request = dataclasses.replace(request, evidence=_evidence(_recheck(job, request, index), len(index)))
             values = model.posterior(request)
     spec = model.spec
     shape = (spec.grid or job.grid).shape
@@ -108,13 +107,12 @@ def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
     return mean, deviation, request
 
 
-def recheck(job: Job, request: Request, *, start: int | None = None) -> Located:
+def _recheck(job: Job, request: Request, index: np.ndarray) -> Located:
     """Return the observations of the block with the codes of the background check."""
-    model = job.handle.load()
     assert job.located is not None
     assert job.threshold is not None
-    located = _between(job, request)
-    mean, deviation = model.prior_moments(request)
+    located = job.located.between(int(index[0]), int(index[0]) + len(index))
+    mean, deviation = job.handle.load().prior_moments(request)
     return located.with_code(background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold))
 
 
@@ -129,17 +127,6 @@ def background_codes(located: Located, mean: np.ndarray, deviation: np.ndarray, 
         bad = background_check(located.table.value[rows], sigma, operator(mean[t]), operator(deviation[t]), threshold)
         code[rows[bad]] = Quality.BACKGROUND
     return code
-
-
-def _between(job: Job, request: Request) -> Located:
-    assert job.located is not None
-    return job.located.between(*request_span(job, request))
-
-
-def request_span(job: Job, request: Request) -> tuple[int, int]:
-    """Return the positions of the block's first time and one past its last; blocks are contiguous."""
-    first = int(np.flatnonzero(job.labels == request.labels[0])[0])
-    return first, first + len(request.labels)
 
 
 def _request(
@@ -204,10 +191,6 @@ def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
             )
         )
     return out
-
-
-def _with_evidence(request: Request, evidence: list[PointEvidence]) -> Request:
-    return dataclasses.replace(request, evidence=evidence)
 
 
 def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int]) -> Any:

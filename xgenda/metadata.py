@@ -211,6 +211,12 @@ def unit_factors(found: str, wanted: str) -> tuple[float, float]:
     return float(one - zero), float(zero)
 
 
+def unit_factors_of(array: xr.DataArray, wanted: str | None) -> tuple[float, float]:
+    """Return (scale, offset) from the units of `array` to `wanted`; an array without units is taken to be in them."""
+    found = array.attrs.get("units")
+    return (1.0, 0.0) if found is None or wanted is None else unit_factors(str(found), wanted)
+
+
 def convert_units(array: xr.DataArray, wanted: str | None) -> xr.DataArray:
     """Return `array` in the units `wanted` (lazily for dask); without units in its attrs it is taken as it is."""
     found = array.attrs.get("units")

@@ -293,7 +293,7 @@ def _read_variable(
     scale, offset = 1.0, 0.0
     if units is not None and wanted.units is not None:
         try:
-            scale, offset = unit_conversion(str(units), wanted.units)
+            scale, offset = metadata.unit_factors(str(units), wanted.units)
         except UnitsError as problem:
             raise UnitsError(f"{argument}[{name!r}]: {problem}") from problem
     template = xr.Dataset({"row": (dims, np.zeros([ds.sizes[d] for d in dims]))})
@@ -304,11 +304,6 @@ def _read_variable(
     if np.isfinite(bounds).all():
         missing &= ~((value >= bounds[0]) & (value <= bounds[1]))  # 99999 Pa is a pressure
     return np.where(missing, np.nan, value), sigma, bounds
-
-
-def unit_conversion(found: str, wanted: str) -> tuple[float, float]:
-    """Return (scale, offset) from the units of the observation to those of the state."""
-    return metadata.unit_factors(found, wanted)
 
 
 def _error_of(
@@ -336,7 +331,7 @@ def _error_of(
             )
         units = ds[column].attrs.get("units")
         if units is not None and wanted.units is not None:  # a difference: only the scale matters
-            scale = abs(unit_conversion(str(units), wanted.units)[0])
+            scale = abs(metadata.unit_factors(str(units), wanted.units)[0])
         return _spread(_numeric(ds[column], argument), template, dims) * scale
     if not isinstance(given, xr.DataArray) and np.ndim(given) > 1 and np.shape(given) == ds[name].shape:
         given = xr.DataArray(given, dims=ds[name].dims)
