@@ -9,16 +9,17 @@ import xarray as xr
 from scipy.special import gamma, kv
 
 import xgenda
+from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import (
     EARTH_RADIUS,
     KernelCovariance,
     LocalisedSample,
-    LowRank,
     SphereKernel,
     gaspari_cohn,
 )
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.noise import NoiseStream
+from xgenda.models.generative import SamplingOptions
 
 LATITUDE, LONGITUDE = torch.linspace(30, 60, 5), torch.linspace(-10, 25, 8)
 CELLS = 40
@@ -174,7 +175,7 @@ def moments(background: xr.Dataset, obs: xr.Dataset, error: float = 1.0, members
 
     prior = xgenda.gaussian_prior(background, length_scale=500e3, std=2.0)
     setup = assimilation._setup(background, obs, prior, error, None, None)
-    job = setup.job((0,), 0, prior.plan(guidance="auto", sampler="auto", steps=None, batch_size=None), "cpu", False)
+    job = setup.job((0,), 0, prior.plan(SamplingOptions()), "cpu", False)
     fields = background["t2m"].values[None]
     _, _, request = engine.moments(job, fields)
     mean, deviation = prior.moments(request)

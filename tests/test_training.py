@@ -36,13 +36,28 @@ def smooth(count: int = 80, shape: tuple[int, int] = (12, 16)) -> xr.Dataset:
 
 @pytest.fixture(scope="module")
 def trained() -> xgenda.GenerativeModel:
-    return xgenda.train(smooth(), steps=150, width=8, learning_rate=4e-3, seed=0, progress=False)
+    return xgenda.train(smooth(), anchor="eof", steps=150, width=8, learning_rate=4e-3, seed=0, progress=False)
 
 
 def test_training_learns_what_the_anchor_leaves(trained: xgenda.GenerativeModel) -> None:
     record = trained.spec.training
     assert record["best_step"] > 0
     assert record["validation_best"] < 0.985 * record["validation_start"]
+
+
+def test_training_learns_two_regimes() -> None:
+    """Which of the two regimes a state is in is Gaussian information; what follows from it is not, and needs the state."""
+    record = xgenda.train(bimodal(), anchor="eof", steps=240, width=8, progress=False).spec.training
+    assert record["validation_best"] < 0.97 * record["validation_start"]
+    assert record["correction_weight"] > 0.5
+
+
+def test_a_correction_of_gaussian_fields_earns_nothing() -> None:
+    """The right Gaussian leaves noise: the correction gets the weight that it deserves, and the card says what it is worth."""
+    record = xgenda.train(smooth(), anchor="localized", steps=40, width=8, learning_rate=1e-2, progress=False).spec.training
+    assert record["validation_best"] <= record["validation_start"]
+    assert record["validation_best"] > 0.97 * record["validation_start"]
+    assert ("weight is zero" in record["card"]) == (record["correction_weight"] == 0)
 
 
 def test_training_is_reproducible() -> None:

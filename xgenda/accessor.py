@@ -8,6 +8,7 @@ import xarray as xr
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
@@ -35,7 +36,11 @@ class GendaAccessor:
         members: int = 16,
         seed: int | None = None,
         guidance: str = "auto",
+        guidance_options: Mapping[str, Any] | None = None,
+        likelihood: str = "gaussian",
         sampler: str = "auto",
+        sampler_options: Mapping[str, Any] | None = None,
+        schedule: str = "auto",
         steps: int | None = None,
         window: Any = None,
         background_check: float | str | None = "auto",
@@ -47,8 +52,9 @@ class GendaAccessor:
         from xgenda.assimilation import assimilate
 
         return assimilate(
-            self._obj, obs, model=model, error=error, members=members, seed=seed, guidance=guidance, sampler=sampler, steps=steps,
-            window=window, background_check=background_check, batch_size=batch_size, device=device, progress=progress,
+            self._obj, obs, model=model, error=error, members=members, seed=seed, guidance=guidance,
+            guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
+            steps=steps, window=window, background_check=background_check, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def innovations(
@@ -73,6 +79,8 @@ class GendaAccessor:
         members: int = 16,
         seed: int | None = None,
         sampler: str = "auto",
+        sampler_options: Mapping[str, Any] | None = None,
+        schedule: str = "auto",
         steps: int | None = None,
         batch_size: int | None = None,
         device: str = "auto",
@@ -82,8 +90,8 @@ class GendaAccessor:
         from xgenda.downscaling import downscale
 
         return downscale(
-            self._obj, model=model, target=target, members=members, seed=seed, sampler=sampler, steps=steps, batch_size=batch_size,
-            device=device, progress=progress,
+            self._obj, model=model, target=target, members=members, seed=seed, sampler=sampler, sampler_options=sampler_options,
+            schedule=schedule, steps=steps, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def verify(self, truth: Any, *, error: ErrorLike = None, dims: str | list[str] | None = None) -> xr.Dataset:

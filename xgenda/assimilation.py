@@ -7,6 +7,7 @@ import json
 import numbers
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from xgenda.devices import handle_of, resolve_device
 from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choice
 from xgenda.grids import Grid, Orientation, grid_of
 from xgenda.metadata import Layout
-from xgenda.models.generative import GenerativeModel
+from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, locate_observations
@@ -41,7 +42,11 @@ def assimilate(
     members: int = 16,
     seed: int | None = None,
     guidance: str = "auto",
+    guidance_options: Mapping[str, Any] | None = None,
+    likelihood: str = "gaussian",
     sampler: str = "auto",
+    sampler_options: Mapping[str, Any] | None = None,
+    schedule: str = "auto",
     steps: int | None = None,
     window: Any = None,
     background_check: float | str | None = "auto",
@@ -52,8 +57,9 @@ def assimilate(
     """Return an ensemble of the states that fit the observations.
 
     Reads the grid, times and variables of `ds`; its values are the background where the model needs one (a covariance function,
-    or ``gaussian_prior(..., mean='background')``) and are not read otherwise. Each time is analysed on its own. Chunked input
-    (dask, along time) gives a lazy result, unchunked input an eager one, with the same numbers.
+    or ``gaussian_prior(..., mean='background')``) and are not read otherwise. Each time is analysed on its own, unless the model was
+    trained on windows of states: then all times are one trajectory, solved together. Chunked input (dask, along time) gives a
+    lazy result, unchunked input an eager one, with the same numbers; a trajectory must be one chunk.
 
     Parameters
     ----------
@@ -74,9 +80,19 @@ def assimilate(
     seed
         Key of the random numbers; None draws one and records it in the result.
     guidance
-        'auto', or for diffusion models 'anchor', 'mmps' or 'sda'; see the conventions page.
+        How observations act on a diffusion model: 'anchor', 'mmps', 'sda', 'w2c', 'pigdm', 'dps', 'diffpir' or 'inpaint'; see the
+        methods page. 'auto' is 'anchor' where the model has a Gaussian and all operators are linear, else 'mmps'; the result
+        records which.
+    guidance_options
+        Such as ``{"gamma": 0.1}`` for 'sda' or ``{"iterations": 8, "solver": "gmres"}`` for 'mmps'.
+    likelihood
+        Of the observation errors: 'gaussian', or for suspect data 'student-t' or 'huber', for diffusion models.
     sampler
-        'auto', or for diffusion models 'heun' or 'ddim'.
+        'auto', or for diffusion models 'heun', 'ddim', 'ancestral', 'dpm++', 'adams' or 'pc'.
+    sampler_options
+        Such as ``{"churn": 20}`` for 'heun', ``{"corrections": 2, "tau": 0.25}`` for 'pc', ``{"resample": 5}`` for any.
+    schedule
+        Spacing of the noise levels: 'auto' ('karras'), 'karras', 'log', 'vp-cosine', 'vp-linear' or 'rectified'.
     steps
         Noise levels of the sampler.
     window
@@ -128,7 +144,11 @@ def assimilate(
     member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
     setup = _setup(ds, obs, model, error, window, background_check)
-    options = setup.model.plan(guidance=guidance, sampler=sampler, steps=steps, batch_size=batch_size)
+    asked = SamplingOptions(
+        guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
+    )
+    options = setup.model.plan(asked)
+    _check_trajectory(setup)
     job = setup.job(member_numbers, drawn_seed, options, device, progress)
     if setup.located is None or not (setup.located.table.code == Quality.USED).any():
         count = 0 if setup.located is None else len(setup.located.table)
@@ -148,8 +168,10 @@ def assimilate(
         "model": setup.model.spec.name,
         "model_sha256": setup.model.sha256,
         "seed": drawn_seed,
-        "guidance": options.guidance,
-        "sampler": options.sampler,
+        "guidance": _described(options.guidance, options.guidance_options),
+        "likelihood": options.likelihood,
+        "sampler": _described(options.sampler, options.sampler_options),
+        "schedule": options.schedule,
         "steps": options.steps or None,
         "background_check": "off" if setup.threshold is None else setup.threshold,
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
@@ -249,6 +271,31 @@ def innovations(
     out.attrs = {"counts": json.dumps(count_codes(code)), "sign": "innovation = observation - background"}
     out.attrs["meanings"] = "; ".join(f"{q.name.lower()}: {m}" for q, m in MEANINGS.items())
     return out
+
+
+def _described(name: str, options: Mapping[str, Any]) -> str:
+    """Return a name with its options, for the attributes of the result."""
+    return name if not options else f"{name}({', '.join(f'{k}={v}' for k, v in options.items())})"
+
+
+def _check_trajectory(setup: _Setup) -> None:
+    """Refuse what a model of windows cannot solve together."""
+    options = setup.model.spec.options
+    window = int(options.get("window", 1))
+    if window == 1:
+        return
+    name, count = setup.model.spec.name, len(setup.labels)
+    if setup.time is None or count < window:
+        raise GridError(
+            f"model={name!r} is of windows of {window} consecutive times, and ds has {count}; give at least {window}."
+        )
+    steps = metadata.seconds_between(setup.ds[setup.time].values)
+    if abs(steps - options["spacing"]).max() > 0.01 * options["spacing"]:
+        raise GridError(
+            f"model={name!r} is of states {options['spacing']:g} seconds apart, and those of ds are {steps.min():g} to {steps.max():g} "
+            f"seconds apart. Select such times, in order: ds.sel({setup.time}=...)"
+        )
+    chunking.check_core_chunks(setup.arrays, (setup.time,))
 
 
 class _Setup:

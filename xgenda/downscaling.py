@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from xgenda import chunking, engine, metadata
 from xgenda.devices import handle_of, resolve_device
 from xgenda.errors import GridError, ModelNotFoundError, OptionError
 from xgenda.grids import Grid, Orientation, grid_of
-from xgenda.models.generative import GenerativeModel
+from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.scaling import cycle_basis
 
@@ -25,6 +26,8 @@ def downscale(
     members: int = 16,
     seed: int | None = None,
     sampler: str = "auto",
+    sampler_options: Mapping[str, Any] | None = None,
+    schedule: str = "auto",
     steps: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -43,7 +46,7 @@ def downscale(
         A `GenerativeModel` for 'downscale', a registered name, or a path. None takes the one registered model that fits.
     target
         A Dataset on the fine grid, as a check that the model's grid is the one meant; by default the model's.
-    members, seed, sampler, steps, batch_size, device, progress
+    members, seed, sampler, sampler_options, schedule, steps, batch_size, device, progress
         As in `xgenda.assimilate`.
 
     Returns
@@ -110,7 +113,11 @@ def downscale(
     times = ds[layout.time] if layout.time is not None else None
     labels = metadata.time_labels(times)
     metadata.check_unique_times(labels)
-    options = chosen.plan(guidance="auto", sampler=sampler, steps=steps, batch_size=batch_size)
+    options = chosen.plan(
+        SamplingOptions(
+            sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {})
+        )
+    )
     fine, latitude, longitude = _fine_axes(
         spec.grid, orientation, np.asarray(ds[layout.longitude].values, dtype=float), spec.factor
     )

@@ -293,6 +293,14 @@ def time_labels(time: xr.DataArray | None, size: int = 1) -> np.ndarray:
     )
 
 
+def seconds_between(values: np.ndarray) -> np.ndarray:
+    """Return the seconds between neighbouring times, datetime64 or cftime."""
+    steps = np.diff(values)
+    if steps.dtype.kind == "m":
+        return np.asarray(steps / np.timedelta64(1, "s"), dtype=float)
+    return np.array([s.total_seconds() for s in steps])
+
+
 def check_unique_times(labels: np.ndarray, argument: str = "ds") -> None:
     """Refuse repeated times: they would share random numbers and observations."""
     if len(np.unique(labels)) != len(labels):

@@ -1,4 +1,6 @@
-"""Small real data sets that come with xgenda, for examples and for trying things out.
+"""Small data sets, real and simulated, for examples and for trying things out.
+
+The real ones come with xgenda:
 
 ==================== ===============================================================================================
 name                 content
@@ -11,6 +13,9 @@ e1-north-america     the same for scenario E1; until 1999 the two are the same
 ==================== ===============================================================================================
 
 Sources and licences are in the attributes of each data set.
+
+`simulate_ocean` makes sea surface height, temperature, salinity and currents of an eddying ocean, as many days as are wanted: the
+truth of a twin experiment, or data to train a model on.
 """
 
 from __future__ import annotations
@@ -20,6 +25,9 @@ from pathlib import Path
 import xarray as xr
 
 from xgenda.errors import check_choice
+from xgenda.twins import simulate_ocean
+
+__all__ = ["list_datasets", "open_dataset", "simulate_ocean"]
 
 _FILES = {
     "europe-t2m-forecast": "europe_t2m_forecast.nc",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from xgenda.diffusion.covariances import KernelCovariance, LowRank, SphereKernel
+from xgenda.diffusion.anchors import LowRank
+from xgenda.diffusion.covariances import KernelCovariance, SphereKernel
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.guidance import Evidence, guide

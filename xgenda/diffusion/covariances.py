@@ -112,7 +112,7 @@ class SphereKernel:
         everywhere = _unit_vectors(*_mesh(latitude, turn))
         lags = self._of_chord(_chord(first, everywhere)).reshape(len(latitude), len(latitude), self.around)
         spectrum = torch.fft.rfft(lags, dim=-1).real.permute(2, 0, 1)
-        return _root_of(spectrum)
+        return matrix_root(spectrum)
 
     def _dense_root(self) -> Tensor:
         if self.size > DENSE_LIMIT:
@@ -121,7 +121,7 @@ class SphereKernel:
                 f"(or at most {DENSE_LIMIT} cells). Interpolate to such a grid first."
             )
         everything = torch.arange(self.size)
-        return _root_of(self.correlation(everything, everything))
+        return matrix_root(self.correlation(everything, everything))
 
 
 def gaspari_cohn(scaled: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def _chord(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _root_of(matrix: Tensor) -> Tensor:
+def matrix_root(matrix: Tensor) -> Tensor:
     """Return a root L with L L^T = matrix for (a batch of) symmetric positive semi-definite matrices."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
@@ -235,95 +235,3 @@ class _Single(NoiseStream):
 
     def __init__(self, stream: NoiseStream, index: int) -> None:
         self._generators = [stream._generators[index]]
-
-
-class LowRank:
-    """S = F F^T + diag(d).
-
-    Parameters
-    ----------
-    factor
-        F, shape (n, r).
-    residual
-        d, shape (n,), not negative.
-    """
-
-    def __init__(self, factor: Tensor, residual: Tensor) -> None:
-        self.factor, self.residual = factor.double(), residual.double()
-        self.size = len(residual)
-        self._cache: dict[float, Conditional] = {}
-
-    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return S[rows][:, columns]."""
-        same = rows[:, None] == columns
-        return self.factor[rows] @ self.factor[columns].T + torch.where(same, self.residual[columns], 0.0)
-
-    def diagonal(self) -> Tensor:
-        """Return the variances."""
-        return (self.factor**2).sum(1) + self.residual
-
-    def draw(self, noise: NoiseStream) -> Tensor:
-        """Draw one field per sample."""
-        modes = noise.normal(self.factor.shape[1], dtype=torch.float64)
-        return modes @ self.factor.T + self.residual.sqrt() * noise.normal(self.size, dtype=torch.float64)
-
-    def given_noise(self, sigma: float) -> Conditional:
-        r"""Return the covariance of x given x + sigma e, C = (S^-1 + sigma^-2 I)^-1, as a diagonal plus a low rank.
-
-        With D = d + sigma^2 and M = (I + F^T D^-1 F)^-1 (Woodbury), every term is positive, so nothing cancels:
-        C = diag(sigma^2 d / D) + (sigma^2 / D) F M F^T (sigma^2 / D).
-        """
-        if sigma not in self._cache:
-            if len(self._cache) > 256:
-                self._cache.clear()
-            total = self.residual + sigma**2
-            inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])
-            upper = torch.linalg.cholesky(inner)
-            half = torch.linalg.solve_triangular(upper, self.factor.T, upper=False).T
-            weight = sigma**2 / total
-            self._cache[sigma] = Conditional(weight * self.residual, weight[:, None] * half, sigma)
-        return self._cache[sigma]
-
-    @classmethod
-    def of(cls, covariance: Covariance) -> LowRank:
-        """Factorise any covariance of moderate size exactly.
-
-        Raises
-        ------
-        OptionError
-            If it is too large for a dense eigenproblem.
-        """
-        if isinstance(covariance, LowRank):
-            return covariance
-        if covariance.size > DENSE_LIMIT:
-            raise OptionError(
-                f"A denoiser of this covariance needs a dense eigenproblem of {covariance.size} cells (limit {DENSE_LIMIT}); "
-                f"use a low-rank one: gaussian_prior(ds, covariance='eof')"
-            )
-        everything = torch.arange(covariance.size)
-        return cls(_root_of(covariance.block(everything, everything)), torch.zeros(covariance.size))
-
-
-class Conditional:
-    """C = diag(a) + B B^T, the covariance of the state given a noisy copy of it with noise `sigma`."""
-
-    def __init__(self, diagonal: Tensor, factor: Tensor, sigma: float) -> None:
-        self.diagonal, self.factor, self.sigma = diagonal, factor, sigma
-        self.variance = diagonal + (factor**2).sum(1)
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def parts(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a and B in the dtype and on the device of `like`."""
-        key = (like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = (self.diagonal.to(like), self.factor.to(like))
-        return self._cast[key]
-
-    def multiply(self, vector: Tensor) -> Tensor:
-        """Return C v for vectors (..., n)."""
-        a, b = self.parts(vector)
-        return a * vector + (vector @ b) @ b.T
-
-    def shrink(self, vector: Tensor) -> Tensor:
-        """Return S (S + sigma^2 I)^-1 v = C v / sigma^2: the best linear estimate of the state from a noisy one."""
-        return self.multiply(vector) / self.sigma**2

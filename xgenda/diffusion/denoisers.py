@@ -6,12 +6,17 @@ States are standardised, shape (batch, channels, ny, nx); sigma is one number fo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from xgenda.diffusion.covariances import Conditional, LowRank
+from xgenda.diffusion.anchors import Anchor, Conditional
+from xgenda.diffusion.schedules import VP, signal_of, time_of
+from xgenda.errors import check_choice
+
+STATE_BOUND = 4.0  # climatological standard deviations
 
 
 class Denoiser(Protocol):
@@ -25,7 +30,7 @@ class Denoiser(Protocol):
 class GaussianDenoiser:
     """The exact denoiser of N(mean, S): mean + S (S + sigma^2 I)^-1 (x - mean)."""
 
-    def __init__(self, mean: Tensor, covariance: LowRank) -> None:
+    def __init__(self, mean: Tensor, covariance: Anchor) -> None:
         self.mean, self.covariance = mean, covariance
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -33,6 +38,34 @@ class GaussianDenoiser:
         flat = x.reshape(len(x), -1)
         mean = self.mean.to(x)
         return (mean + self.covariance.given_noise(sigma).shrink(flat - mean)).reshape(x.shape)
+
+
+class NoisePredictor:
+    r"""A denoiser from a network that predicts the noise of a variance-preserving process, eps(x_t, t) with x_t = mu_t x.
+
+    D(x; sigma) = x - sigma eps(mu_t x, t), with t the time at which the process has this noise-to-signal ratio.
+
+    Parameters
+    ----------
+    network
+        eps(x_t, t), with t of shape (batch,).
+    process
+        'vp-cosine', 'vp-linear' or 'rectified'; see `xgenda.diffusion.schedules`. For 'rectified' the network predicts the velocity
+        e - x0 of x_t = (1 - t) x0 + t e, and D = x_t - t v.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], process: str) -> None:
+        check_choice("process", process, VP)
+        self.network, self.process = network, process
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Return the denoised state."""
+        ratio = torch.tensor(sigma, dtype=torch.float64)
+        t, mu = float(time_of(self.process, ratio)), float(signal_of(self.process, ratio))
+        found = self.network((mu * x).float(), torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        if self.process == "rectified":
+            return mu * x - t * found  # x_t - t v
+        return x - sigma * found
 
 
 class EDMDenoiser(nn.Module):
@@ -48,7 +81,8 @@ class EDMDenoiser(nn.Module):
 
     A network that returns zero leaves exactly the Gaussian, the training target has unit variance for Gaussian data, and the
     network sees what the Gaussian does not explain instead of the state itself, so that a state far from the training
-    climate does not drive it out of its range.
+    climate does not drive it out of its range. What is not Gaussian may depend on the state all the same (which of two regimes it is
+    in), so with `feeds_state` the network also gets G, bounded by G / sqrt(1 + (G / 4)^2), as a condition.
 
     Parameters
     ----------
@@ -56,27 +90,33 @@ class EDMDenoiser(nn.Module):
         F(x, noise label, condition).
     anchor
         Covariance of the standardised state, or None.
+    feeds_state
+        Whether the network gets the bounded G.
     """
 
-    def __init__(self, network: nn.Module, anchor: LowRank | None = None) -> None:
+    def __init__(self, network: nn.Module, anchor: Anchor | None = None, feeds_state: bool = False) -> None:
         super().__init__()
-        self.network, self.anchor = network, anchor
+        self.network, self.anchor, self.feeds_state = network, anchor, feeds_state
 
     def forward(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> Tensor:
         """Return the denoised state."""
-        if self.anchor is None:
-            total = math.sqrt(sigma**2 + 1)
-            return x / total**2 + sigma / total * self._network(x / total, sigma, condition)
-        given = self.anchor.given_noise(sigma)
-        clean = given.shrink(x.reshape(len(x), -1)).reshape(x.shape)
-        scale_in, scale_out = (s.to(x).reshape(x.shape[1:]) for s in anchor_scales(given))
-        return clean + scale_out * self._network((x - clean) / scale_in, sigma, condition)
-
-    def _network(self, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
-        """Call the network in its own precision; the state may have a higher one."""
+        skip, scale, inner, state = precondition(self.anchor, x, sigma)
+        parts = [c.float() for c in (condition, state if self.feeds_state else None) if c is not None]
         label = torch.full((len(x),), math.log(sigma) / 4, device=x.device)
-        out: Tensor = self.network(x.float(), label, condition).to(x.dtype)
-        return out
+        # the network in its own precision; the state may have a higher one
+        found: Tensor = self.network(inner.float(), label, torch.cat(parts, 1) if parts else None).to(x.dtype)
+        return skip + scale * found
+
+
+def precondition(anchor: Anchor | None, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
+    """Return skip, scale, input of the network, and the bounded state: D = skip + scale F(input, ..., state)."""
+    if anchor is None:
+        total = math.sqrt(sigma**2 + 1)
+        return x / total**2, sigma / total, x / total, None
+    given = anchor.given_noise(sigma)
+    clean = given.shrink(x.reshape(len(x), -1)).reshape(x.shape)
+    scale_in, scale_out = (s.to(x).reshape(x.shape[1:]) for s in anchor_scales(given))
+    return clean, scale_out, (x - clean) / scale_in, clean / (1 + (clean / STATE_BOUND) ** 2).sqrt()
 
 
 def anchor_scales(given: Conditional) -> tuple[Tensor, Tensor]:

@@ -1,249 +1,405 @@
-r"""Likelihood guidance: from a prior denoiser and observations to a posterior denoiser.
+r"""Likelihood guidance: turn a prior denoiser D into the posterior denoiser E[x0 | x, y].
 
-For y ~ N(A x, R) the posterior score is approximated by
-
-    score(x | y) = score(x) + grad_x log N(y; A xhat, R + V),   xhat = D(x; sigma),
-
-so that D(x | y) = xhat + sigma^2 grad_x log N(...). The methods differ in V and in what is differentiated:
+For y = A(x0) + e, e ~ N(0, R), with xhat = D(x; sigma), every method approximates x0 | x by N(xhat, C), so that y | x ~
+N(A(xhat), A C A^T + R), and adds sigma^2 times the gradient of its logarithm (Tweedie). They differ in V = A C A^T, and in whether the
+gradient goes through the network, J = dD/dx:
 
 ======== =========================================== ============================== ================================
-name     V                                           gradient                       source
+kind     V                                           gradient                       source
 ======== =========================================== ============================== ================================
-sda      gamma sigma^2 diag(A A^T)                   through the network            Rozet & Louppe 2023, 2306.10574
-mmps     A (sigma^2 dD/dx) A^T, by conjugate         through the network            Rozet et al. 2024, 2405.13712
-         gradients
-anchor   A C A^T, C = (S^-1 + sigma^-2 I)^-1         with respect to xhat only; J   exact for Gaussian priors
-         of the anchor's covariance S                replaced by C / sigma^2
+dps      none; step zeta / norm(y - A xhat)          through the network            Chung et al. 2023, 2209.14687
+pigdm    r^2 A A^T, r^2 = sigma^2 / (1 + sigma^2)    through the network            Song et al. 2023, PiGDM
+sda      gamma sigma^2 diag(A A^T)                   through the network, or        Rozet & Louppe 2023, 2306.10574
+                                                     `detach`: J replaced by I
+w2c      gamma r^2 diag(A A^T)                       with respect to xhat; J        Schmidt et al. 2024
+                                                     replaced by r^2 / sigma^2
+mmps     A (sigma^2 J) A^T, by a Krylov solver       through the network            Rozet et al. 2024, 2405.13712
+anchor   A C A^T, C = (S^-1 + sigma^-2 I)^-1         with respect to xhat; J        exact for Gaussian priors
+         of a fitted covariance S                    replaced by C / sigma^2
+diffpir  (sigma^2 / lambda) A A^T                    the proximal point itself      Zhu et al. 2023, 2305.08995
+inpaint  none: the observed cells are replaced       none                           Lugmayr et al. 2022, 2201.09865;
+         under a hard or a soft mask                                                Huang et al. 2024, 2401.05932
 ======== =========================================== ============================== ================================
 
-Nothing is shared between samples: losses, norms and the iterations of the solver are per sample.
+States are in units of their climatological standard deviation, in which the scalars of the table are meant. Nothing is shared between
+samples: losses, norms and the iterations of the solvers are per sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xgenda.diffusion.covariances import LowRank
+from xgenda.diffusion.anchors import Anchor, LowRankConditional
 from xgenda.diffusion.denoisers import Denoiser
-from xgenda.errors import OptionError, check_choice
+from xgenda.diffusion.evidence import Evidence, LinearEvidence, Tangent, reweighted
+from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
+from xgenda.errors import OptionError, check_choice, check_count, did_you_mean
 
-GUIDANCES = ("anchor", "mmps", "sda")
-SDA_GAMMA = 0.3
-MMPS_ITERATIONS = 5
+GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint")
+LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
+#: Guidances that differentiate through the network.
+THROUGH_NETWORK = ("mmps", "sda", "pigdm", "dps")
+#: Options of each guidance with their defaults, chosen on the closed form (docs/benchmarks/closed_form.py).
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "anchor": {"tolerance": 1e-5, "iterations": 200},
+    "mmps": {"iterations": 5, "solver": "damped"},
+    "sda": {"gamma": 0.3, "detach": False},
+    "w2c": {"gamma": 1.0},
+    "pigdm": {"iterations": 30},
+    "dps": {"zeta": 1.0},
+    "diffpir": {"lambda": 1.0, "iterations": 30},
+    "inpaint": {"reach": 0.0},
+}
+DIRECT_LIMIT = 4000  # observations at one time up to which a Cholesky factorisation beats iterating
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """Observations of `groups` different times, as tensors.
+def guidance_options(kind: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return all options of a guidance, checked.
 
-    An observation is ``sum_k weights * u(state[indices])`` in physical units, with u(z) = mean + std z, or its exponential minus
-    `offset` for log-scaled channels. Shorter groups are padded with weight 0 and value 0, which observe nothing.
-
-    Attributes
-    ----------
-    indices, weights, mean, std
-        Shape (groups, m, k); indices into the flattened standardised state.
-    log, offset
-        Shape (groups, m, k) or None where no channel is log-scaled.
-    value, variance
-        Shape (groups, m), in physical units; variance is positive.
+    Raises
+    ------
+    OptionError
+        If the guidance or an option is not known, or a value is out of its range.
     """
-
-    indices: Tensor
-    weights: Tensor
-    mean: Tensor
-    std: Tensor
-    value: Tensor
-    variance: Tensor
-    log: Tensor | None = None
-    offset: Tensor | None = None
-
-    def observe(self, state: Tensor, group: Tensor) -> Tensor:
-        """Return the observed values of states (batch, n) that belong to `group` (batch,), shape (batch, m)."""
-        index = self.indices[group]
-        taken = state.gather(1, index.reshape(len(state), -1)).reshape(index.shape)
-        taken = self.mean[group].to(state) + self.std[group].to(state) * taken
-        if self.log is not None and self.offset is not None:
-            taken = torch.where(self.log[group], taken.exp() - self.offset[group].to(state), taken)
-        return (self.weights[group].to(state) * taken).sum(-1)
-
-    def slope(self, state: Tensor, group: Tensor) -> Tensor:
-        """Return the derivative of each observation with respect to each of its cells, shape (batch, m, k)."""
-        index = self.indices[group]
-        out = (self.weights[group] * self.std[group]).to(state)
-        if self.log is not None:
-            taken = state.gather(1, index.reshape(len(state), -1)).reshape(index.shape)
-            grown = (self.mean[group].to(state) + self.std[group].to(state) * taken).exp()
-            out = torch.where(self.log[group], out * grown, out)
-        return out
-
-    def gain(self) -> Tensor:
-        """Return diag(A A^T) of the affine part, shape (groups, m)."""
-        return ((self.weights * self.std) ** 2).sum(-1)
-
-    def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """Return per group the observed columns (c,) and the dense A restricted to them (m, c), for affine operators."""
-        if self.log is not None:
+    check_choice("guidance", kind, GUIDANCES)
+    known = dict(OPTIONS[kind])
+    for name, value in (given or {}).items():
+        where = f"guidance_options[{name!r}]"
+        if name not in known:
             raise OptionError(
-                "guidance='anchor' needs a linear operator, and a log-scaled variable makes it non-linear; use 'mmps'."
+                f"guidance_options: {kind!r} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
             )
-        out = []
-        for index, weight in zip(self.indices, self.weights * self.std, strict=True):
-            columns, place = torch.unique(index, return_inverse=True)
-            dense = torch.zeros(len(index), len(columns), dtype=torch.float64, device=index.device)
-            dense.scatter_add_(1, place.reshape(index.shape), weight.double())
-            out.append((columns, dense))
-        return out
+        if name == "solver":
+            check_choice(where, value, SOLVERS)
+        elif name == "iterations":
+            check_count(where, value)
+        elif name == "detach":
+            if not isinstance(value, bool):
+                raise OptionError(f"{where}={value!r} is not accepted; it must be True or False.")
+        elif (
+            isinstance(value, bool)
+            or not isinstance(value, numbers.Real)
+            or not 0 <= float(value) < float("inf")
+            or (float(value) == 0 and name != "reach")
+        ):
+            raise OptionError(f"{where}={value!r} is not accepted; it must be a positive number.")
+        known[name] = value
+    return known
 
 
 def guide(
     denoise: Denoiser,
     evidence: Evidence,
-    group: Tensor,
     kind: str,
     *,
-    anchor: LowRank | None = None,
-    gamma: float = SDA_GAMMA,
-    iterations: int = MMPS_ITERATIONS,
+    anchor: Anchor | None = None,
+    likelihood: str = "gaussian",
+    likelihood_scale: float | None = None,
+    **options: Any,
 ) -> Denoiser:
     """Return the posterior denoiser.
 
     Parameters
     ----------
     denoise
-        Prior denoiser.
-    evidence, group
-        Observations, and which group of them each sample of the batch has, shape (batch,).
+        Prior denoiser of states (batch, *event).
+    evidence
+        Observations of each sample.
     kind
-        One of 'anchor', 'mmps', 'sda'.
+        One of `GUIDANCES`.
     anchor
-        Covariance of the standardised state, needed by 'anchor'.
-    gamma
-        For 'sda'.
-    iterations
-        Conjugate-gradient iterations for 'mmps'.
+        Covariance of the flattened standardised state, needed by 'anchor'.
+    likelihood
+        'gaussian', or for suspect data 'student-t' or 'huber': see `xgenda.diffusion.evidence.reweighted`.
+    likelihood_scale
+        Degrees of freedom of Student's t (4), or Huber's threshold in standard deviations (1.345).
+    **options
+        See `OPTIONS`.
+
+    Raises
+    ------
+    OptionError
+        If an option is not known, 'anchor' has no covariance, or 'inpaint' a non-linear operator.
     """
-    check_choice("guidance", kind, GUIDANCES)
+    known = guidance_options(kind, options)
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    if kind == "anchor" and anchor is None:
+        raise OptionError("guidance='anchor' needs a Gaussian anchor, and there is none; use guidance='mmps'.")
+    if kind == "inpaint" and not evidence.linear:
+        raise OptionError("guidance='inpaint' needs a linear operator, and this one is not; use guidance='mmps'.")
     if evidence.value.shape[1] == 0:
         return denoise
-    if kind == "sda":
-        return _Sda(denoise, evidence, group, gamma)
-    if kind == "mmps":
-        return _Mmps(denoise, evidence, group, iterations)
-    if anchor is None:
-        raise OptionError("guidance='anchor' needs a model with a Gaussian anchor, and this one has none; use guidance='sda'.")
-    return _Anchor(denoise, evidence, group, anchor)
+    scale = LIKELIHOODS[likelihood] if likelihood_scale is None else float(likelihood_scale)
+    return _KINDS[kind](denoise, evidence, known, anchor, (likelihood, scale))
 
 
-class _Sda:
-    def __init__(self, denoise: Denoiser, evidence: Evidence, group: Tensor, gamma: float) -> None:
-        self.denoise, self.evidence, self.group = denoise, evidence, group
-        self.variance, self.spread = evidence.variance[group], gamma * evidence.gain()[group]
+class _Guide:
+    """What all guidances share: the departure, the error variance, the derivative of the operator."""
+
+    def __init__(
+        self,
+        denoise: Denoiser,
+        evidence: Evidence,
+        options: Mapping[str, Any],
+        anchor: Anchor | None,
+        likelihood: tuple[str, float],
+    ) -> None:
+        self.denoise, self.evidence, self.options, self.anchor, self.likelihood = denoise, evidence, options, anchor, likelihood
+        self.value, self.error = evidence.value, evidence.variance
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        with torch.no_grad():
+            clean = self.denoise(x, sigma)
+            return clean + self.update(clean.flatten(1), sigma).reshape(x.shape)
+
+    def update(self, clean: Tensor, sigma: float) -> Tensor:
+        """Return what to add to the flat denoised state."""
+        raise NotImplementedError
+
+    def departure(self, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Return y - A(xhat) and R, reweighted where the likelihood is heavy-tailed."""
+        departure = self.value.to(clean) - self.evidence.observe(clean)
+        error = self.error.to(clean)
+        if self.likelihood[0] != "gaussian":
+            expected = error + self.evidence.gain(clean) * sigma**2 / (1 + sigma**2)
+            error = reweighted(self.likelihood[0], departure, error, expected, self.likelihood[1])
+        return departure, error
+
+    def proximal(
+        self,
+        clean: Tensor,
+        sigma: float,
+        spread: Callable[[Tensor], Tensor],
+        scale: float,
+        iterations: int,
+        tolerance: float = 1e-6,
+    ) -> Tensor:
+        """Return A'^T (A' C A'^T + R)^-1 (y - A xhat) for C = `spread`, solved in observation space.
+
+        Scaled by R^-1/2 on both sides; `scale`, the size of C's diagonal, is for preconditioning.
+        """
+        departure, error = self.departure(clean, sigma)
+        tangent, root = self.evidence.tangent(clean), error.sqrt()
+        diagonal = 1 + self.evidence.gain(clean).to(clean) * scale / error
+        solved = conjugate_gradients(
+            lambda v: v + tangent.forth(spread(tangent.back(v / root))) / root,
+            departure / root, iterations, tolerance=tolerance, preconditioner=1 / diagonal,
+        )  # fmt: skip
+        return tangent.back(solved / root)
+
+
+class _ThroughNetwork(_Guide):
+    """Guidances that need the gradient of the denoiser."""
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             clean = self.denoise(x, sigma)
-            departure = self.evidence.value[self.group].to(x) - self.evidence.observe(clean.flatten(1), self.group)
-            total = (self.variance + sigma**2 * self.spread).to(x)
-            (score,) = torch.autograd.grad(-0.5 * (departure**2 / total).sum(), x)
-        return (clean + sigma**2 * score).detach()
+        state = clean.detach()
+        flat = state.flatten(1)
+
+        def through(vector: Tensor, keep: bool) -> Tensor:
+            """Return J^T v."""
+            (out,) = torch.autograd.grad(clean, x, vector.reshape(x.shape), retain_graph=keep)
+            return out.flatten(1)
+
+        return state + sigma**2 * self.pull(flat, sigma, through).reshape(x.shape)
+
+    def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        """Return the gradient of log p(y | x) with respect to the noisy state, flat."""
+        raise NotImplementedError
 
 
-class _Mmps:
-    r"""Solve (R + A sigma^2 J A^T) v = y - A xhat with J = dD/dx, symmetric for a true denoiser, then add sigma^2 J A^T v.
+class _Dps(_ThroughNetwork):
+    def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        departure, error = self.departure(clean, sigma)
+        # departures in units of the state, weighted by their errors so that equal errors leave the published step
+        unit = self.evidence.unit().to(clean)
+        departure, error = departure / unit, error / unit**2
+        weight = error.mean(1, keepdim=True) / error
+        norm = (weight * departure.square()).sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+        step = weight * departure / (norm * unit)
+        return 2 * float(self.options["zeta"]) * through(self.evidence.tangent(clean).back(step), False)
 
-    The system is scaled by R^-1/2 on both sides, so that its eigenvalues start at 1.
+
+class _Sda(_ThroughNetwork):
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        if not self.options["detach"]:
+            return super().__call__(x, sigma)
+        with torch.no_grad():
+            clean = self.denoise(x, sigma)
+            return clean + sigma**2 * self.pull(clean.flatten(1), sigma, lambda v, _: v).reshape(x.shape)
+
+    def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        departure, error = self.departure(clean, sigma)
+        total = error + self.options["gamma"] * sigma**2 * self.evidence.gain(clean).to(clean)
+        return through(self.evidence.tangent(clean).back(departure / total), False)
+
+
+class _W2c(_Guide):
+    def update(self, clean: Tensor, sigma: float) -> Tensor:
+        departure, error = self.departure(clean, sigma)
+        share = sigma**2 / (1 + sigma**2)
+        total = error + self.options["gamma"] * share * self.evidence.gain(clean).to(clean)
+        return share * self.evidence.tangent(clean).back(departure / total)
+
+
+class _Pigdm(_ThroughNetwork):
+    def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        share = sigma**2 / (1 + sigma**2)
+        return through(self.proximal(clean, sigma, lambda v: share * v, share, self.options["iterations"]), False)
+
+
+class _Diffpir(_Guide):
+    def update(self, clean: Tensor, sigma: float) -> Tensor:
+        share = sigma**2 / float(self.options["lambda"])
+        return share * self.proximal(clean, sigma, lambda v: share * v, share, self.options["iterations"])
+
+
+class _Mmps(_ThroughNetwork):
+    r"""Solve (I + R^-1/2 A sigma^2 J A^T R^-1/2) v = R^-1/2 (y - A xhat), and pull back R^-1/2 v.
+
+    sigma^2 J is a covariance for a true denoiser. For a network it is neither symmetric nor positive, and the system may
+    be singular; see `arnoldi_solve`. A member whose solution still leaves more than it started from gets the step of 'pigdm' without
+    its gradient through the network at that level.
     """
 
-    def __init__(self, denoise: Denoiser, evidence: Evidence, group: Tensor, iterations: int) -> None:
-        self.denoise, self.evidence, self.group, self.iterations = denoise, evidence, group, iterations
-        self.error = evidence.variance[group].sqrt()
+    def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        departure, error = self.departure(clean, sigma)
+        tangent, root = self.evidence.tangent(clean), error.sqrt()
+        target = departure / root
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            clean = self.denoise(x, sigma)
-        state, error = clean.detach().flatten(1), self.error.to(x)
-        index = self.evidence.indices[self.group].flatten(1)
-        slope = self.evidence.slope(state, self.group)
+        def spread(vector: Tensor) -> Tensor:
+            return sigma**2 * tangent.forth(through(tangent.back(vector / root), True)) / root
 
-        def forth(change: Tensor) -> Tensor:
-            """Return R^-1/2 A' dx, with A' the derivative of the operator at the denoised state."""
-            return (slope * change.flatten(1).gather(1, index).reshape(slope.shape)).sum(-1) / error
-
-        def back(vector: Tensor) -> Tensor:
-            """Return sigma^2 J A'^T R^-1/2 v."""
-            upward = torch.zeros_like(state).scatter_add(1, index, (slope * (vector / error)[..., None]).flatten(1))
-            (out,) = torch.autograd.grad(clean, x, upward.reshape(x.shape), retain_graph=True)
-            return sigma**2 * out
-
-        target = (self.evidence.value[self.group].to(x) - self.evidence.observe(state, self.group)) / error
-        solution = conjugate_gradients(lambda v: v + forth(back(v)), target, self.iterations)
-        return clean.detach() + back(solution)
+        if self.options["solver"] == "cg":
+            solved = conjugate_gradients(lambda v: v + spread(v), target, self.options["iterations"])
+            left = torch.zeros_like(target[:, 0])
+        else:
+            damped = self.options["solver"] == "damped"
+            solved, left = arnoldi_solve(spread, target, self.options["iterations"], damped=damped)
+        out = through(tangent.back(solved / root), False)
+        failed = (left > 1) | ~torch.isfinite(out).all(1)
+        if failed.any():
+            share = sigma**2 / (1 + sigma**2)
+            plain = self.proximal(clean, sigma, lambda v: share * v, share, 30) / (1 + sigma**2)
+            out = torch.where(failed[:, None], plain, out)
+        return out
 
 
-class _Anchor:
-    """x + C A^T (A C A^T + R)^-1 (y - A x): a linear solve in observation space per noise level and time, no backpropagation."""
+class _Anchor(_Guide):
+    """x + C A^T (A C A^T + R)^-1 (y - A x): no backpropagation, a linear solve in observation space per noise level."""
 
-    def __init__(self, denoise: Denoiser, evidence: Evidence, group: Tensor, anchor: LowRank) -> None:
-        self.denoise, self.evidence, self.group, self.anchor = denoise, evidence, group, anchor
-        self.matrices = evidence.matrices()
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._gains: dict[float, list[Tensor]] = {}
+        assert self.anchor is not None
+        small = isinstance(self.evidence, LinearEvidence) and self.evidence.values.shape[1] <= DIRECT_LIMIT
+        self.matrices = None
+        if small and self.evidence.linear and self.likelihood[0] == "gaussian":
+            assert isinstance(self.evidence, LinearEvidence)
+            if isinstance(self.anchor.given_noise(1.0), LowRankConditional):
+                self.matrices = self.evidence.matrices()
+
+    def update(self, clean: Tensor, sigma: float) -> Tensor:
+        assert self.anchor is not None
+        if self.matrices is None:
+            given = self.anchor.given_noise(sigma)
+            scale, options = float(given.variance.mean()), self.options
+            return given.multiply(self.proximal(clean, sigma, given.multiply, scale, options["iterations"], options["tolerance"]))
+        assert isinstance(self.evidence, LinearEvidence)
+        departure, _ = self.departure(clean, sigma)
+        out = torch.zeros_like(clean)
+        for g, gain in enumerate(self._gain(sigma)):
+            members = self.evidence.group == g
+            if members.any():
+                out[members] = departure[members] @ gain.T.to(clean)
+        return out
 
     def _gain(self, sigma: float) -> list[Tensor]:
         """Return C A^T (A C A^T + R)^-1 of every group, each shape (n, m)."""
         if sigma not in self._gains:
+            assert self.anchor is not None
+            assert self.matrices is not None
+            assert isinstance(self.evidence, LinearEvidence)
             given = self.anchor.given_noise(sigma)
+            assert isinstance(given, LowRankConditional)
             out = []
-            for (columns, dense), variance in zip(self.matrices, self.evidence.variance, strict=True):
-                where = columns.cpu()
-                observed = dense.cpu() @ given.factor[where]
-                inner = (
-                    (dense.cpu() * given.diagonal[where]) @ dense.cpu().T
-                    + observed @ observed.T
-                    + torch.diag(variance.double().cpu())
-                )
+            for (columns, dense), variance in zip(self.matrices, self.evidence.variances, strict=True):
+                where, matrix = columns.cpu(), dense.cpu()
+                observed = matrix @ given.factor[where]
+                inner = (matrix * given.diagonal[where]) @ matrix.T + observed @ observed.T + torch.diag(variance.double().cpu())
                 cross = given.factor @ observed.T
-                cross[where] += given.diagonal[where, None] * dense.cpu().T
+                cross[where] += given.diagonal[where, None] * matrix.T
                 factor = torch.linalg.cholesky(inner)
                 out.append(torch.cholesky_solve(cross.T, factor).T)
             self._gains = {sigma: out} | dict(list(self._gains.items())[:1])  # Heun asks for each level twice in a row
         return self._gains[sigma]
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        clean = self.denoise(x, sigma)
-        departure = self.evidence.value[self.group].to(x) - self.evidence.observe(clean.flatten(1), self.group)
-        out = clean.flatten(1).clone()
-        for g, gain in enumerate(self._gain(sigma)):
-            members = self.group == g
-            if members.any():
-                out[members] += departure[members] @ gain.T.to(x)
-        return out.reshape(x.shape)
 
+class _Inpaint(_Guide):
+    """Replace what is observed: xhat + M A^T (A A^T)^-1 (y - A xhat); `reach` spreads the replacement under a soft mask.
 
-def conjugate_gradients(multiply: Callable[[Tensor], Tensor], target: Tensor, iterations: int) -> Tensor:
-    """Solve a symmetric positive definite system per row of `target` (batch, m) with a fixed number of iterations.
-
-    A row that has converged, or whose curvature is not positive (a network's Jacobian need not be symmetric), stops there;
-    the other rows are not affected.
+    The soft mask is that of Huang et al. (2024): exp(-d^2 / (2 reach^2)) at d cells from the nearest observation, on a plane with the
+    last two dimensions of the state as its axes; the replaced value is the average of the departures with those weights.
     """
-    solution, residual = torch.zeros_like(target), target.clone()
-    direction, power = residual.clone(), (residual**2).sum(-1, keepdim=True)
-    start = power.clone()
-    for _ in range(iterations):
-        product = multiply(direction)
-        curvature = (direction * product).sum(-1, keepdim=True)
-        alive = (curvature > 0) & (power > 1e-12 * start) & torch.isfinite(curvature)
-        rate = torch.where(alive, power / torch.where(alive, curvature, 1.0), 0.0)
-        solution = solution + rate * direction
-        residual = residual - rate * torch.where(alive, product, 0.0)
-        following = (residual**2).sum(-1, keepdim=True)
-        ratio = torch.where(alive, following / torch.where(power > 0, power, 1.0), 0.0)
-        direction = torch.where(alive, residual + ratio * direction, direction)
-        power = torch.where(alive, following, power)
-    return solution
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._soft: tuple[Tensor, Tensor] | None = None
+        self._event: torch.Size | None = None
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        self._event = x.shape[1:]
+        return super().__call__(x, sigma)
+
+    def update(self, clean: Tensor, sigma: float) -> Tensor:
+        departure, error = self.departure(clean, sigma)
+        tangent = self.evidence.tangent(clean)
+        if not self.options["reach"]:
+            share = sigma**2 / (1 + sigma**2)
+            # an observation with an error counts for what it is worth at this noise level, and a perfect one in full
+            worth = share * self.evidence.gain(clean).to(clean)
+            solved = conjugate_gradients(
+                lambda v: tangent.forth(tangent.back(v)) + error / max(share, 1e-30) * v, departure, 50,
+                preconditioner=share / (worth + error),
+            )  # fmt: skip
+            return tangent.back(solved)
+        weights, mask = self._weights(tangent, departure)
+        return mask * torch.einsum("bnm,bm->bn", weights, departure)
+
+    def _weights(self, tangent: Tangent, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised weights (b, n, m) and mask (b, n); b is 1 where all samples have the same observations."""
+        if self._soft is None:
+            assert self._event is not None
+            one = isinstance(self.evidence, LinearEvidence) and len(self.evidence.indices) == 1
+            batch = like[:1] if one else like
+            n, (ny, nx) = int(torch.tensor(self._event).prod()), self._event[-2:]
+            eye = torch.eye(like.shape[1]).to(like)
+            rows = torch.stack([tangent.back(e.expand_as(like))[: len(batch)].abs() for e in eye], 1)  # (b, m, n)
+            total = rows.sum(-1, keepdim=True)
+            rows = rows / torch.where(total > 0, total, 1.0)
+            cell = torch.arange(n)
+            place = torch.stack([cell // nx % ny, cell % nx, cell // (ny * nx)], -1).to(like)
+            at = rows @ place
+            distance = (place[None, :, None, :2] - at[:, None, :, :2]).square().sum(-1)
+            near = torch.exp(-distance / (2 * self.options["reach"] ** 2))
+            same = (place[None, :, None, 2] - at[:, None, :, 2]).abs() < 0.5
+            near = torch.where(same & (total > 0)[..., 0][:, None], near, 0.0)
+            unit = (
+                rows.new_tensor(1.0) / torch.where(total > 0, total, 1.0)[..., 0]
+            )  # from the observation's units to the state's
+            norm = near.sum(-1, keepdim=True)
+            self._soft = (near / torch.where(norm > 0, norm, 1.0) * unit[:, None], near.amax(-1))
+        return self._soft
+
+
+_KINDS: Mapping[str, type[_Guide]] = {
+    "anchor": _Anchor, "mmps": _Mmps, "sda": _Sda, "w2c": _W2c, "pigdm": _Pigdm, "dps": _Dps, "diffpir": _Diffpir,
+    "inpaint": _Inpaint,
+}  # fmt: skip

@@ -37,3 +37,24 @@ class NoiseStream:
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw the next standard normal numbers of every sample, shape (samples, *shape), on the CPU."""
         return torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in self._generators])
+
+
+class LabelledNoise:
+    """Noise of samples made of several labelled parts, such as the times of a trajectory: each part keeps its own stream.
+
+    Parameters
+    ----------
+    keys
+        Of every sample, the keys of its parts; all samples have as many. With one part its axis is left out.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[tuple[int, str, int]]]) -> None:
+        self._parts = len(keys[0])
+        self._stream = NoiseStream([k for sample in keys for k in sample])
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw for every sample, shape (samples, *shape); with several parts the first of `shape` is their number."""
+        if self._parts == 1:
+            return self._stream.normal(*shape, dtype=dtype)
+        drawn = self._stream.normal(*shape[1:], dtype=dtype)
+        return drawn.reshape(-1, *shape)

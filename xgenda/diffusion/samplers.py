@@ -1,37 +1,111 @@
-r"""Samplers: from noise of standard deviation sigma_max to a state, along the probability-flow ODE.
+r"""Samplers: from noise of standard deviation sigma_max to a state.
 
-    dx / dsigma = (x - D(x; sigma)) / sigma       (Karras et al. 2022, arXiv 2206.00364, eq. 1 with sigma(t) = t)
+All of them take any denoiser, guided or not, the same list of levels, and one source of noise per member. With
+the slope d(x; sigma) = (x - D(x; sigma)) / sigma the probability-flow ODE is dx / dsigma = d (Karras et al. 2022, arXiv
+2206.00364, eq. 1, with sigma(t) = t).
 
-A sampler gets any denoiser, guided or not, and only ever asks it for the levels of the schedule.
+=========== ================= ==========================================================================================
+name        calls of n levels what it does
+=========== ================= ==========================================================================================
+heun        2 n - 1           second order; `churn` adds noise before each step (Karras et al. 2022, algorithm 2)
+ddim        n                 Euler's method in sigma (Song et al. 2021, arXiv 2010.02502); `eta` in [0, 1] adds noise
+ancestral   n                 DDPM (Ho et al. 2020, arXiv 2006.11239): ddim with eta = 1
+dpm++       n                 DPM-Solver++(2M), second order, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2)
+adams       n                 Adams-Bashforth of `order` 3: the slopes' polynomial, integrated exactly
+pc          n + (n - 1) C     ddim, then C = `corrections` Langevin steps at the new level, each with step `tau` over the
+                              mean square of the member's own noise estimate (Rozet & Louppe 2023, arXiv 2306.10574,
+                              algorithm 4; Song et al. 2021, arXiv 2011.13456). On white Gaussians that inflates the
+                              variance by 1 + tau / 2; with `unbiased` the noise is scaled so that it does not
+=========== ================= ==========================================================================================
+
+With `resample` = r every step of any sampler is taken r times, with the noise put back in between (RePaint, Lugmayr et al. 2022,
+arXiv 2201.09865, algorithm 1, with a jump of one level).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xgenda.diffusion.denoisers import Denoiser
-from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.diffusion.schedules import karras_schedule as karras_schedule  # where it used to be
+from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 
-SAMPLERS = ("heun", "ddim")
+SAMPLERS = ("heun", "ddim", "ancestral", "dpm++", "adams", "pc")
+#: Options of each sampler with their defaults; `resample` belongs to all.
+OPTIONS: Mapping[str, Mapping[str, float]] = {
+    "heun": {"churn": 0.0, "churn_min": 0.0, "churn_max": math.inf, "churn_noise": 1.0},
+    "ddim": {"eta": 0.0},
+    "ancestral": {},
+    "dpm++": {},
+    "adams": {"order": 3},
+    "pc": {"corrections": 1, "tau": 0.5, "unbiased": False},
+}
+_WHOLE = ("order", "corrections", "resample")
 
 
-def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
-    """Return steps + 1 noise levels from `sigma_max` to `sigma_min` and then 0 (Karras et al. 2022, eq. 5)."""
-    check_count("steps", steps, 2)
-    if not 0 < sigma_min < sigma_max:
-        raise OptionError(f"sigma_min={sigma_min} and sigma_max={sigma_max}: 0 < sigma_min < sigma_max is needed.")
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return [*levels.tolist(), 0.0]
+class Noise(Protocol):
+    """A source of independent standard normal numbers, one stream per sample."""
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return shape (samples, *shape)."""
+        ...
 
 
-def network_calls(sampler: str, steps: int) -> int:
+def sampler_options(sampler: str, given: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Return all options of a sampler, checked.
+
+    Raises
+    ------
+    OptionError
+        If the sampler or an option is not known, or a value is out of its range.
+    """
+    check_choice("sampler", sampler, SAMPLERS)
+    known = {**OPTIONS[sampler], "resample": 1}
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise OptionError(
+                f"sampler_options: {sampler!r} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+        lowest = 0 if name == "corrections" else 1
+        if name in _WHOLE:
+            check_count(f"sampler_options[{name!r}]", value, lowest)
+        elif name == "unbiased":
+            if not isinstance(value, bool):
+                raise OptionError(f"sampler_options['unbiased']={value!r} is not accepted; it must be True or False.")
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 0:
+            raise OptionError(f"sampler_options[{name!r}]={value!r} is not accepted; it must be a number that is not negative.")
+        known[name] = value
+    if known.get("eta", 0) > 1:
+        raise OptionError(f"sampler_options['eta']={known['eta']} is not accepted; it must lie between 0 and 1.")
+    if "tau" in known and known["tau"] == 0:
+        raise OptionError("sampler_options['tau']=0 is not accepted; it must be positive, for example 0.25.")
+    return known
+
+
+def network_calls(sampler: str, steps: int, options: Mapping[str, Any] | None = None) -> int:
     """Return the number of denoiser evaluations of one sample."""
-    return 2 * steps - 1 if sampler == "heun" else steps
+    known = sampler_options(sampler, options)
+    once = {"heun": 2 * steps - 1, "pc": steps + (steps - 1) * int(known.get("corrections", 0))}.get(sampler, steps)
+    return once * int(known["resample"])
+
+
+def is_stochastic(sampler: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Tell whether the sampler draws noise beyond its start."""
+    known = sampler_options(sampler, options)
+    return (
+        sampler == "ancestral"
+        or known["resample"] > 1
+        or any(known.get(k, 0) > 0 for k in ("churn", "eta"))
+        or (sampler == "pc" and known["corrections"] > 0)
+    )
 
 
 def integrate(
@@ -39,7 +113,9 @@ def integrate(
     start: Tensor,
     levels: list[float],
     sampler: str = "heun",
+    noise: Noise | None = None,
     progress: Callable[[], None] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Take `start`, noise at ``levels[0]``, to the last level.
 
@@ -48,24 +124,154 @@ def integrate(
     denoise
         D(x; sigma).
     start
-        Shape (batch, channels, ny, nx), standard deviation ``levels[0]``.
+        Shape (batch, ...), standard deviation ``levels[0]``. Its dtype is that of the solver's arithmetic: give float64 where members
+        must not depend on the batch, whatever the precision of the network.
     levels
         Decreasing, the last is 0.
     sampler
-        'heun' (second order, 2 n - 1 evaluations; Karras et al. 2022, algorithm 1) or 'ddim' (first order, n evaluations;
-        Song et al. 2021, arXiv 2010.02502, eq. 13, which in these variables is Euler's method).
+        See the table of this module.
+    noise
+        One stream per sample, needed by the stochastic samplers.
     progress
         Called after each step.
+    **options
+        See `OPTIONS`.
+
+    Raises
+    ------
+    OptionError
+        If an option is not known, or a stochastic sampler has no noise.
+    StateError
+        If the state is no longer finite, naming step and level.
     """
-    check_choice("sampler", sampler, SAMPLERS)
+    known = sampler_options(sampler, options)
+    if noise is None and is_stochastic(sampler, options):
+        raise OptionError(f"sampler={sampler!r} draws random numbers; pass noise=NoiseStream(keys) with one key per sample.")
+    stepper = _STEPPERS[sampler](denoise, levels, _source(noise, start), known)
     x = start
-    for sigma, following in itertools.pairwise(levels):
-        slope = (x - denoise(x, sigma)) / sigma
-        ahead = x + (following - sigma) * slope
-        if sampler == "heun" and following > 0:
-            slope = (slope + (ahead - denoise(ahead, following)) / following) / 2
-            ahead = x + (following - sigma) * slope
-        x = ahead
+    for i, (sigma, following) in enumerate(itertools.pairwise(levels)):
+        before = stepper.state()
+        for attempt in range(int(known["resample"])):
+            if attempt:
+                stepper.restore(before)
+                x = x + math.sqrt(sigma**2 - following**2) * stepper.noise()
+            x = stepper.step(i, x, sigma, following)
+        _check_finite(x, i, sigma)
         if progress is not None:
             progress()
     return x
+
+
+def _check_finite(x: Tensor, step: int, sigma: float) -> None:
+    bad = ~torch.isfinite(x).flatten(1).all(1)
+    if bad.any():
+        raise StateError(
+            f"The state is not finite after step {step} of the sampler (sigma = {sigma:.4g}), in {int(bad.sum())} of {len(x)} members of a "
+            f"batch. Use guidance='auto', more steps, or larger observation errors."
+        )
+
+
+def _source(noise: Noise | None, like: Tensor) -> Callable[[], Tensor]:
+    def draw() -> Tensor:
+        assert noise is not None
+        return noise.normal(*like.shape[1:], dtype=like.dtype).to(like.device)
+
+    return draw
+
+
+class _Stepper:
+    """One step from a level to the next; multistep methods remember earlier slopes."""
+
+    def __init__(self, denoise: Denoiser, levels: list[float], noise: Callable[[], Tensor], options: Mapping[str, float]) -> None:
+        self.denoise, self.levels, self.noise, self.options = denoise, levels, noise, options
+        self.memory: list[tuple[float, Tensor]] = []
+
+    def state(self) -> list[tuple[float, Tensor]]:
+        return list(self.memory)
+
+    def restore(self, memory: list[tuple[float, Tensor]]) -> None:
+        self.memory = list(memory)
+
+    def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
+        raise NotImplementedError
+
+
+class _Heun(_Stepper):
+    def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
+        churn = self.options["churn"]
+        if churn > 0 and self.options["churn_min"] <= sigma <= self.options["churn_max"]:
+            # sqrt(2) - 1 is Karras' bound; the highest level is ours, since the network was not trained above it
+            raised = min(sigma * (1 + min(churn / (len(self.levels) - 1), math.sqrt(2) - 1)), self.levels[0])
+            if raised > sigma:
+                x = x + self.options["churn_noise"] * math.sqrt(raised**2 - sigma**2) * self.noise()
+                sigma = raised
+        slope = (x - self.denoise(x, sigma)) / sigma
+        ahead = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + (ahead - self.denoise(ahead, following)) / following) / 2
+            ahead = x + (following - sigma) * slope
+        return ahead
+
+
+class _Ddim(_Stepper):
+    def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
+        eta = self.options.get("eta", 1.0)  # ancestral
+        clean = self.denoise(x, sigma)
+        fresh = eta * following * math.sqrt(1 - (following / sigma) ** 2)
+        kept = math.sqrt(following**2 - fresh**2)
+        out = clean + (kept / sigma) * (x - clean)
+        return out + fresh * self.noise() if fresh > 0 else out
+
+
+class _Dpm(_Stepper):
+    def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
+        clean = self.denoise(x, sigma)
+        if following == 0:
+            return clean
+        target, ratio = clean, following / sigma
+        if self.memory:
+            previous, earlier = self.memory[-1]
+            r = math.log(previous / sigma) / math.log(sigma / following)
+            target = clean + (clean - earlier) / (2 * r)
+        self.memory = [(sigma, clean)]
+        return ratio * x + (1 - ratio) * target
+
+
+class _Adams(_Stepper):
+    def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
+        slope = (x - self.denoise(x, sigma)) / sigma
+        self.memory = [*self.memory, (sigma, slope)][-int(self.options["order"]) :]
+        weights = adams_weights([s for s, _ in self.memory], following)
+        return x + sum(w * d for w, (_, d) in zip(weights, self.memory, strict=True))
+
+
+def adams_weights(levels: list[float], following: float) -> list[float]:
+    """Return the integral from the last level to the next of each Lagrange polynomial on `levels`."""
+    last = levels[-1]
+    nodes = np.array(levels) - last  # shifted, so that nothing cancels
+    out = []
+    for j, node in enumerate(nodes):
+        others = np.delete(nodes, j)
+        polynomial = np.atleast_1d(np.poly(others)) / np.prod(node - others)
+        out.append(float(np.polyval(np.polyint(polynomial), following - last)))
+    return out
+
+
+class _PredictorCorrector(_Stepper):
+    def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
+        clean = self.denoise(x, sigma)
+        x = clean + (following / sigma) * (x - clean)
+        if following > 0:
+            for _ in range(int(self.options["corrections"])):
+                estimate = (x - self.denoise(x, following)) / following
+                power = estimate.flatten(1).square().mean(1).clamp(min=1e-12)  # of each member on its own
+                delta = (self.options["tau"] / power).reshape(-1, *[1] * (x.ndim - 1))
+                # x (1 - tau) + noise keeps the variance of a white Gaussian if the noise has 1 - (1 - tau)^2 of it
+                spread = delta * (2 - self.options["tau"] if self.options["unbiased"] else 2)
+                x = x - following * (delta * estimate + spread.sqrt() * self.noise())
+        return x
+
+
+_STEPPERS: Mapping[str, type[_Stepper]] = {
+    "heun": _Heun, "ddim": _Ddim, "ancestral": _Ddim, "dpm++": _Dpm, "adams": _Adams, "pc": _PredictorCorrector,
+}  # fmt: skip

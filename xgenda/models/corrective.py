@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xgenda.diffusion.anchors import anchor_tensors, read_anchor
 from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.covariances import DENSE_LIMIT
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.noise import NoiseStream
-from xgenda.diffusion.samplers import SAMPLERS, integrate, karras_schedule
+from xgenda.diffusion.samplers import SAMPLERS, integrate, sampler_options
+from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.grids import Grid
 from xgenda.maps import bilinear_between, block_mean
-from xgenda.models.diffusive import BATCH, SIGMA_MIN, STEPS, anchor_tensors, build_network, read_anchor
+from xgenda.models.diffusive import BATCH, SIGMA_MIN, STEPS, build_network
 from xgenda.models.fitting import kernel_on
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
@@ -127,17 +129,23 @@ class CorrectiveModel(GenerativeModel):
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.sigma_max, self.unit = float(spec.options["sigma_max"]), float(spec.options["unit"])
 
-    def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
+    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options; there is nothing to guide."""
-        check_choice("guidance", guidance, ("auto",))
-        check_choice("sampler", sampler, ("auto", *SAMPLERS))
-        steps = STEPS if steps is None else check_count("steps", steps, 2)
-        batch_size = BATCH if batch_size is None else check_count("batch_size", batch_size)
-        return SamplingOptions("none", "heun" if sampler == "auto" else sampler, steps, batch_size)
+        asked.refuse_all_but(("sampler", "steps", "schedule", "sampler_options"), "a downscaler is not guided by observations")
+        check_choice("sampler", asked.sampler, ("auto", *SAMPLERS))
+        check_choice("schedule", asked.schedule, ("auto", *SCHEDULES))
+        sampler = "heun" if asked.sampler == "auto" else asked.sampler
+        return SamplingOptions(
+            "none", sampler,
+            STEPS if asked.steps is None else check_count("steps", asked.steps, 2),
+            BATCH if asked.batch_size is None else check_count("batch_size", asked.batch_size),
+            "karras" if asked.schedule == "auto" else asked.schedule,
+            sampler_options=sampler_options(sampler, asked.sampler_options),
+        )  # fmt: skip
 
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
         """Return the number of sampler steps of all samples."""
-        return times * members * options.steps
+        return times * members * int(options.steps or STEPS)
 
     def mean(self, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean (batch, channels, ny, nx) for standardised coarse fields (batch, channels, cy, cx), and the condition."""
@@ -153,7 +161,9 @@ class CorrectiveModel(GenerativeModel):
     def posterior(self, request: Request) -> Tensor:
         """Sample in micro-batches of (time, member); `request.fields` are the coarse fields."""
         options, shape = request.options, (self.spec.channels, *self.grid.shape)
-        levels = karras_schedule(options.steps, SIGMA_MIN, self.sigma_max)
+        assert options.steps is not None
+        assert options.batch_size is not None
+        levels = noise_levels(options.schedule, options.steps, SIGMA_MIN, self.sigma_max)
         assert request.climatology is not None
         times = len(request.labels)
         climatology = request.climatology.reshape(times, *shape)
@@ -177,7 +187,9 @@ class CorrectiveModel(GenerativeModel):
                     x,
                     levels,
                     options.sampler,
+                    noise,
                     lambda: request.advance(len(batch)),
+                    **options.sampler_options,
                 )
             return x.cpu()
 

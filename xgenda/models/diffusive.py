@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xgenda.diffusion.anchors import Anchor, anchor_tensors, read_anchor
 from xgenda.diffusion.batches import in_batches
-from xgenda.diffusion.covariances import LowRank
-from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.guidance import GUIDANCES, Evidence, guide
-from xgenda.diffusion.noise import NoiseStream
-from xgenda.diffusion.samplers import SAMPLERS, integrate, karras_schedule, network_calls
+from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
+from xgenda.diffusion.evidence import LinearEvidence
+from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, guidance_options, guide
+from xgenda.diffusion.noise import LabelledNoise
+from xgenda.diffusion.samplers import SAMPLERS, integrate, network_calls, sampler_options
+from xgenda.diffusion.schedules import SCHEDULES, noise_levels
+from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
@@ -27,105 +30,154 @@ BATCH = 16
 
 
 class DiffusionModel(GenerativeModel):
-    """A diffusion prior of the standardised state.
+    """A diffusion prior of the standardised state, or of a window of consecutive states.
 
     Parameters
     ----------
     spec
-        With grid, scaling and ``options``: 'network' (arguments of the U-Net), 'sigma_max'.
+        With grid, scaling and ``options``: 'network' (arguments of the U-Net), 'sigma_max', and where they apply 'feeds_state',
+        'window' (number of states) and 'spacing' (seconds between them).
     denoiser
         Network and, where trained with one, Gaussian anchor.
+    covariance
+        Of the standardised state, for guidance='anchor'; by default that of the denoiser's anchor.
     """
 
-    def __init__(self, spec: ModelSpec, denoiser: EDMDenoiser) -> None:
+    def __init__(self, spec: ModelSpec, denoiser: EDMDenoiser, covariance: Anchor | None = None) -> None:
         if spec.grid is None or spec.scaling is None:
             raise OptionError("A diffusion model needs a grid and a scaling.")
         self.spec, self.denoiser = spec, denoiser.eval().requires_grad_(False)
+        self.covariance = denoiser.anchor if covariance is None else covariance
         self.scaling: Scaling = spec.scaling
         self.sigma_max = float(spec.options["sigma_max"])
 
-    def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
-        """Resolve the options: guidance 'auto' is the anchor where there is one and the operator is linear, else 'sda'."""
-        check_choice("guidance", guidance, ("auto", *GUIDANCES))
-        check_choice("sampler", sampler, ("auto", *SAMPLERS))
+    @property
+    def window(self) -> int:
+        """Number of states that the model sees together."""
+        return int(self.spec.options.get("window", 1))
+
+    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
+        """Resolve the options.
+
+        Guidance 'auto' is 'anchor' where there is a Gaussian and all operators are linear: exact for Gaussians, and without
+        backpropagation. Else it is 'mmps', which linearises the operator and takes the covariance from the network.
+        """
+        check_choice("guidance", asked.guidance, ("auto", *GUIDANCES))
+        check_choice("sampler", asked.sampler, ("auto", *SAMPLERS))
+        check_choice("schedule", asked.schedule, ("auto", *SCHEDULES))
+        check_choice("likelihood", asked.likelihood, tuple(LIKELIHOODS))
+        linear = linear and self.scaling.is_affine
+        has_anchor = self.covariance is not None and self.window == 1
+        guidance = asked.guidance
         if guidance == "auto":
-            guidance = "anchor" if self.denoiser.anchor is not None and self.scaling.is_affine else "sda"
-        if guidance == "anchor" and self.denoiser.anchor is None:
-            raise OptionError(f"guidance='anchor' needs a Gaussian anchor and {self.spec.name!r} has none; use guidance='sda'.")
-        steps = STEPS if steps is None else check_count("steps", steps, 2)
-        batch_size = BATCH if batch_size is None else check_count("batch_size", batch_size)
-        return SamplingOptions(guidance, "heun" if sampler == "auto" else sampler, steps, batch_size)
+            guidance = "anchor" if has_anchor and linear else "mmps"
+        if guidance == "anchor" and not has_anchor:
+            reason = (
+                "has none"
+                if self.window == 1
+                else f"is of windows of {self.window} states, and its Gaussian covers no longer trajectory"
+            )
+            raise OptionError(
+                f"guidance='anchor' needs a Gaussian of the state, and {self.spec.name!r} {reason}; use guidance='mmps'."
+            )
+        if guidance == "inpaint" and not linear:
+            raise OptionError("guidance='inpaint' needs linear operators, and a log-scaled variable is not; use guidance='mmps'.")
+        sampler = asked.sampler
+        if sampler == "auto":  # what is replaced needs fresh noise around it
+            sampler = "ancestral" if guidance == "inpaint" else "heun"
+        return SamplingOptions(
+            guidance, sampler,
+            STEPS if asked.steps is None else check_count("steps", asked.steps, 2),
+            BATCH if asked.batch_size is None else check_count("batch_size", asked.batch_size),
+            "karras" if asked.schedule == "auto" else asked.schedule,
+            asked.likelihood,
+            guidance_options(guidance, asked.guidance_options),
+            sampler_options(sampler, asked.sampler_options),
+        )  # fmt: skip
 
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
         """Return the number of sampler steps of all samples."""
-        return times * members * options.steps
+        return times * members * int(options.steps or STEPS)
 
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
         """Return the climatology and its standard deviation, in physical units."""
         assert request.climatology is not None
         std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).shape).flatten(1)
-        if self.denoiser.anchor is not None:
-            std = std * self.denoiser.anchor.diagonal().sqrt().reshape(std.shape)
+        if self.covariance is not None:
+            spread = self.covariance.diagonal().sqrt().reshape(self.window, *std.shape)
+            std = std * spread[self.window // 2]
         return request.climatology, std.expand_as(request.climatology)
 
     def posterior(self, request: Request) -> Tensor:
-        """Sample in micro-batches of (time, member)."""
-        denoiser = self.denoiser.to(request.device)
-        shape = (self.spec.channels, *_grid(self.spec).shape)
-        options = request.options
-        levels = karras_schedule(options.steps, SIGMA_MIN, self.sigma_max)
-        pairs = [(t, m) for t in range(len(request.labels)) for m in request.members]
-        std = torch.as_tensor(self.scaling.std).expand(shape).flatten(1)
+        """Sample in micro-batches of (time, member), or of members where the model is of windows."""
+        denoiser: Denoiser = self.denoiser.to(request.device)
+        options, times, k = request.options, len(request.labels), self.window // 2
+        assert options.steps is not None
+        assert options.batch_size is not None
+        assert request.climatology is not None
+        levels = noise_levels(options.schedule, options.steps, SIGMA_MIN, self.sigma_max)
+        std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).shape).reshape(-1)
+        shape: tuple[int, ...] = (self.spec.channels, *_grid(self.spec).shape)
+        # an item is what is solved together: one time of one member, or all times of one member
+        if k == 0:
+            spans: list[tuple[int, ...]] = [(t,) for t in range(times)]
+        else:
+            spans, shape = [tuple(range(times))], (times, *shape)
+            # the windows of one member are a batch already
+            denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size * max(1, times - 2 * k))
+        items = [(s, m) for s in range(len(spans)) for m in request.members]
 
         def sample(batch: list[tuple[int, int]]) -> Tensor:
-            times = sorted({t for t, _ in batch})
-            group = torch.tensor([times.index(t) for t, _ in batch], device=request.device)
+            groups = sorted({s for s, _ in batch})
+            group = torch.tensor([groups.index(s) for s, _ in batch])
+            affine = [
+                (request.climatology[list(spans[s])].reshape(-1), std.repeat(len(spans[s])))  # type: ignore[index]
+                for s in groups
+            ]
             evidence = stack_evidence(
-                [request.evidence[t] for t in times], [self._affine(request, t, std) for t in times], self.scaling
-            )
-            moved: dict[str, Any] = {k: None if v is None else v.to(request.device) for k, v in vars(evidence).items()}
-            evidence = Evidence(**moved)
-            noise = NoiseStream([(request.seed, request.labels[t], m) for t, m in batch])
+                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in groups], affine, self.scaling, group
+            ).to(request.device)
+            noise = LabelledNoise([[(request.seed, request.labels[t], m) for t in spans[s]] for s, m in batch])
             # double precision: at large sigma single precision loses what the last steps need, and batches would differ
-            x = self.sigma_max * noise.normal(*shape).double().to(request.device)
-            guided = guide(denoiser, evidence, group, options.guidance, anchor=self.denoiser.anchor, **options.extra)  # type: ignore[arg-type]
+            x = self.sigma_max * noise.normal(*shape, dtype=torch.float64).to(request.device)
+            guided = guide(
+                denoiser, evidence, options.guidance, anchor=self.covariance, likelihood=options.likelihood,
+                **options.guidance_options,
+            )  # fmt: skip
             with torch.no_grad():
                 # At sigma_max the guided estimate hardly depends on x and is the posterior mean; starting around it instead of
                 # around zero removes the largest error of a finite sigma_max where the state is far from the climate.
                 x = x + guided(x, self.sigma_max)
-                x = integrate(guided, x, levels, options.sampler, lambda: request.advance(len(batch)))
-            return x.flatten(1).cpu()
+                done = sum(len(spans[s]) for s, _ in batch)
+                x = integrate(guided, x, levels, options.sampler, noise, lambda: request.advance(done), **options.sampler_options)
+            return x.reshape(len(batch), -1).cpu()
 
-        z = in_batches(sample, pairs, options.batch_size)
-        z = z.reshape(len(request.labels), len(request.members), shape[0], -1).double()
-        assert request.climatology is not None
-        out = z * std + request.climatology[:, None]
+        z = in_batches(sample, items, options.batch_size)
+        z = z.reshape(len(spans), len(request.members), len(spans[0]), self.spec.channels, -1)
+        z = z.transpose(1, 2).flatten(0, 1).double()  # (times, members, channels, cells)
+        out = z * std.reshape(self.spec.channels, -1) + request.climatology[:, None]
         for c, (name, offset) in enumerate(zip(self.scaling.transforms, self.scaling.offsets, strict=True)):
             if name == "log":
                 out[:, :, c] = out[:, :, c].exp() - offset
         return out
 
-    @staticmethod
-    def _affine(request: Request, time: int, std: Tensor) -> tuple[Tensor, Tensor]:
-        assert request.climatology is not None
-        return request.climatology[time].reshape(-1), std.reshape(-1)
-
     def calls(self, options: SamplingOptions) -> int:
         """Return the number of network evaluations of one member."""
-        return network_calls(options.sampler, options.steps) + 1
+        return network_calls(options.sampler, int(options.steps or STEPS), options.sampler_options) + 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return weights and anchor."""
+        """Return weights, anchor, and the Gaussian for guidance where that is another one."""
         out = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
-        return out | anchor_tensors(self.denoiser.anchor)
+        own = self.covariance if self.covariance is not self.denoiser.anchor else None
+        return out | anchor_tensors(self.denoiser.anchor) | anchor_tensors(own, "covariance")
 
     @classmethod
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> DiffusionModel:
         """Rebuild the model; the tensors must be exactly those that it stores."""
-        anchor = read_anchor(tensors)
+        anchor, covariance = read_anchor(tensors), read_anchor(tensors, "covariance")
         network = build_network(spec.options["network"])
         network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()}, strict=True)
-        return cls(spec, EDMDenoiser(network, anchor))
+        return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance)
 
 
 def build_network(options: Mapping[str, Any]) -> UNet:
@@ -134,48 +186,52 @@ def build_network(options: Mapping[str, Any]) -> UNet:
     return UNet(**{**known, "multipliers": tuple(known["multipliers"]), "shape": tuple(known["shape"])})
 
 
-def anchor_tensors(anchor: LowRank | None, prefix: str = "anchor") -> dict[str, Tensor]:
-    """Return the tensors of an anchor in single precision."""
-    return {} if anchor is None else {f"{prefix}.factor": anchor.factor.float(), f"{prefix}.residual": anchor.residual.float()}
-
-
-def read_anchor(tensors: dict[str, Tensor], prefix: str = "anchor") -> LowRank | None:
-    """Take an anchor out of `tensors`, if there is one."""
-    if f"{prefix}.factor" not in tensors:
-        return None
-    return LowRank(tensors.pop(f"{prefix}.factor"), tensors.pop(f"{prefix}.residual"))
-
-
-def highest_sigma(anchor: LowRank | None) -> float:
+def highest_sigma(anchor: Anchor | None) -> float:
     """Return a noise level that drowns the largest mode of the state tenfold (a correlated field's is far above 1)."""
-    if anchor is None:
-        return 80.0
-    gram = anchor.factor.T @ anchor.factor
-    return max(80.0, 10.0 * math.sqrt(float(torch.linalg.eigvalsh(gram)[-1])))
+    return 80.0 if anchor is None else max(80.0, 10.0 * math.sqrt(anchor.largest()))
 
 
-def stack_evidence(items: list[PointEvidence], affine: list[tuple[Tensor, Tensor]], scaling: Scaling) -> Evidence:
+def join_times(items: list[PointEvidence], size: int) -> PointEvidence:
+    """Return the observations of several times as those of one trajectory, whose states of `size` follow each other."""
+    if len(items) == 1:
+        return items[0]
+    widest = max(e.indices.shape[1] for e in items)
+    pad = [(0, widest - e.indices.shape[1]) for e in items]
+    return PointEvidence(
+        torch.cat([torch.nn.functional.pad(e.indices, p) + t * size for t, (e, p) in enumerate(zip(items, pad, strict=True))]),
+        torch.cat([torch.nn.functional.pad(e.weights, p) for e, p in zip(items, pad, strict=True)]),
+        torch.cat([e.value for e in items]),
+        torch.cat([e.variance for e in items]),
+    )
+
+
+def stack_evidence(
+    items: list[PointEvidence], affine: list[tuple[Tensor, Tensor]], scaling: Scaling, group: Tensor
+) -> LinearEvidence:
     """Pad the observations of several times to one size; `affine` holds mean and standard deviation of the flat state per time."""
     longest, widest = max(len(e.value) for e in items), max(e.indices.shape[1] for e in items)
     logs = torch.tensor([t == "log" for t in scaling.transforms])
     offsets = torch.tensor(scaling.offsets, dtype=torch.float64)
-    parts: dict[str, list[Tensor]] = {k: [] for k in ("indices", "weights", "mean", "std", "value", "variance", "log", "offset")}
+    cells = scaling.mean[0][0].size
+    parts: dict[str, list[Tensor]] = {
+        k: [] for k in ("indices", "weights", "mean", "std", "values", "variances", "log", "offset")
+    }
     for e, (mean, std) in zip(items, affine, strict=True):
         pad = (0, widest - e.indices.shape[1], 0, longest - len(e.value))
         index = torch.nn.functional.pad(e.indices, pad)
-        channel = index // (len(mean) // len(scaling.transforms))
+        channel = index // cells % len(scaling.transforms)
         parts["indices"].append(index)
         parts["weights"].append(torch.nn.functional.pad(e.weights.double(), pad))
         parts["mean"].append(mean[index])
         parts["std"].append(std[index])
-        parts["value"].append(torch.nn.functional.pad(e.value.double(), pad[2:]))
-        parts["variance"].append(torch.nn.functional.pad(e.variance.double(), pad[2:], value=1.0))
+        parts["values"].append(torch.nn.functional.pad(e.value.double(), pad[2:]))
+        parts["variances"].append(torch.nn.functional.pad(e.variance.double(), pad[2:], value=1.0))
         parts["log"].append(logs[channel])
         parts["offset"].append(offsets[channel])
     stacked: dict[str, Any] = {k: torch.stack(v) for k, v in parts.items()}
     if not logs.any():
         stacked["log"] = stacked["offset"] = None
-    return Evidence(**stacked)
+    return LinearEvidence(**stacked, group=group)
 
 
 def _grid(spec: ModelSpec) -> Any:

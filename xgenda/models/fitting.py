@@ -12,7 +12,8 @@ import xarray as xr
 from torch import Tensor
 
 from xgenda import metadata
-from xgenda.diffusion.covariances import EARTH_RADIUS, LowRank, SphereKernel
+from xgenda.diffusion.anchors import LowRank
+from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
 from xgenda.errors import OptionError
 from xgenda.grids import Grid, Orientation
 from xgenda.scaling import Scaling, cycle_basis

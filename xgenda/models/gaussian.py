@@ -11,12 +11,12 @@ import xarray as xr
 from torch import Tensor
 
 from xgenda import metadata
+from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import (
     KERNELS,
     Covariance,
     KernelCovariance,
     LocalisedSample,
-    LowRank,
 )
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
@@ -84,11 +84,12 @@ class GaussianModel(GenerativeModel):
         low_rank = LowRank.of(self.covariance(grid))
         return GaussianDenoiser(torch.zeros(low_rank.size), low_rank)
 
-    def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
+    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Accept 'auto' and 'exact' only: the posterior is drawn in closed form."""
-        check_choice("guidance", guidance, ("auto", "exact"))
-        check_choice("sampler", sampler, ("auto", "exact"))
-        return SamplingOptions("exact", "exact", 0, 0)
+        check_choice("guidance", asked.guidance, ("auto", "exact"))
+        check_choice("sampler", asked.sampler, ("auto", "exact"))
+        asked.refuse_all_but(("guidance", "sampler", "steps"), "a Gaussian prior is solved in closed form")
+        return SamplingOptions("exact", "exact", 0, 0, "none")
 
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation in physical units."""

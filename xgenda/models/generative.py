@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xgenda.errors import OptionError
 from xgenda.grids import Grid
 from xgenda.models.spec import ModelSpec
 
@@ -70,13 +71,32 @@ class Request:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to sample; every field is resolved, so that two equal ones give the same numbers."""
+    """How to sample: what the user asked for, or, after `GenerativeModel.plan`, what will be done.
 
-    guidance: str
-    sampler: str
-    steps: int
-    batch_size: int
-    extra: Mapping[str, float] = field(default_factory=dict)
+    In a plan nothing is 'auto' or None, and the options hold every value, so that two equal plans give the same numbers.
+    """
+
+    guidance: str = "auto"
+    sampler: str = "auto"
+    steps: int | None = None
+    batch_size: int | None = None
+    schedule: str = "auto"
+    likelihood: str = "gaussian"
+    guidance_options: Mapping[str, Any] = field(default_factory=dict)
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def refuse_all_but(self, accepted: tuple[str, ...], why: str) -> None:
+        """Refuse options that a model has no use for.
+
+        Raises
+        ------
+        OptionError
+            Naming the first option that is not at its default.
+        """
+        for name in ("guidance", "sampler", "steps", "schedule", "likelihood", "guidance_options", "sampler_options"):
+            value = getattr(self, name)
+            if name not in accepted and value not in ("auto", "gaussian", None) and value != {}:
+                raise OptionError(f"{name}={value!r} has no effect: {why}. Leave it out.")
 
 
 class GenerativeModel(ABC):
@@ -97,8 +117,8 @@ class GenerativeModel(ABC):
     sha256: str = ""
 
     @abstractmethod
-    def plan(self, *, guidance: str, sampler: str, steps: int | None, batch_size: int | None) -> SamplingOptions:
-        """Resolve 'auto' and None, and refuse what this model cannot do."""
+    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
+        """Resolve 'auto' and None, and refuse what this model cannot do; `linear` tells whether all observation operators are."""
 
     @abstractmethod
     def posterior(self, request: Request) -> Tensor:

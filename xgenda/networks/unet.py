@@ -1,37 +1,47 @@
 """A small U-Net for fields, after the layout of Song et al. (2021, arXiv 2011.13456), kept light enough for two CPU cores.
 
-Any grid size (padded to a multiple of the stride, cropped at the end), circular padding in longitude where the grid is periodic,
+Any grid size (padded to a multiple of the stride, cropped at the end), circular padding along the axes where the grid is periodic,
 group normalisation with adaptive scale and shift from the noise level, output initialised to zero.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Periodic = bool | Literal["both"]
+
+
+def pad_field(x: Tensor, left: int, right: int, top: int, bottom: int, periodic: Periodic) -> Tensor:
+    """Pad circularly along the periodic axes (longitude, or 'both'), by the edge value along the others."""
+    if periodic == "both":
+        return functional.pad(x, (left, right, top, bottom), mode="circular")
+    x = functional.pad(x, (left, right, 0, 0), mode="circular" if periodic else "replicate")
+    return functional.pad(x, (0, 0, top, bottom), mode="replicate")
+
 
 class FieldConv(nn.Module):
-    """A 3 x 3 convolution that pads by the edge value in latitude, and circularly or by the edge value in longitude."""
+    """A 3 x 3 convolution with the padding of `pad_field`."""
 
-    def __init__(self, inputs: int, outputs: int, periodic: bool, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, periodic: Periodic, stride: int = 1) -> None:
         super().__init__()
         self.periodic = periodic
         self.conv = nn.Conv2d(inputs, outputs, 3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, outputs, ny / stride, nx / stride)."""
-        x = functional.pad(x, (1, 1, 0, 0), mode="circular" if self.periodic else "replicate")
-        out: Tensor = self.conv(functional.pad(x, (0, 0, 1, 1), mode="replicate"))
+        out: Tensor = self.conv(pad_field(x, 1, 1, 1, 1, self.periodic))
         return out
 
 
 class Block(nn.Module):
     """Two convolutions with a residual connection; the noise embedding scales and shifts between them."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, periodic: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, embedding: int, periodic: Periodic) -> None:
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(min(8, inputs // 4), inputs), FieldConv(inputs, outputs, periodic)
         self.norm2, self.conv2 = nn.GroupNorm(min(8, outputs // 4), outputs), FieldConv(outputs, outputs, periodic)
@@ -63,7 +73,7 @@ class UNet(nn.Module):
     width, multipliers
         Channels of each level.
     periodic
-        Whether longitude wraps.
+        Whether longitude wraps; 'both' where latitude does too (doubly periodic boxes).
     """
 
     def __init__(
@@ -75,7 +85,7 @@ class UNet(nn.Module):
         multipliers: tuple[int, ...] = (1, 2, 2),
         position: int = 0,
         shape: tuple[int, int] = (1, 1),
-        periodic: bool = False,
+        periodic: Periodic = False,
     ) -> None:
         super().__init__()
         self.stride = 2 ** (len(multipliers) - 1)
@@ -103,6 +113,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.conv.weight)
         nn.init.zeros_(self.last.conv.bias)  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def scale_output(self, weight: float) -> None:
+        """Multiply everything that the network returns by a number."""
+        for parameter in self.last.conv.parameters():
+            parameter.mul_(weight)
+
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return F, of the shape of `x` (batch, channels, ny, nx); `label` (batch,), `condition` (batch, c, ny, nx)."""
         angles = label[:, None] * self.frequencies
@@ -113,8 +129,7 @@ class UNet(nn.Module):
         h, size = torch.cat(parts, 1), x.shape[-2:]
         bottom, right = (-size[0]) % self.stride, (-size[1]) % self.stride
         if bottom or right:
-            h = functional.pad(h, (0, right, 0, 0), mode="circular" if self.periodic else "replicate")
-            h = functional.pad(h, (0, 0, 0, bottom), mode="replicate")
+            h = pad_field(h, 0, right, 0, bottom, self.periodic)
         h = self.first(h)
         kept = []
         for block, shrink in zip(self.down, self.shrink, strict=True):

@@ -10,13 +10,14 @@ residuals would be too small, and the network would learn a confidence that does
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from xgenda.diffusion.covariances import LowRank
-from xgenda.diffusion.denoisers import anchor_scales
+from xgenda.diffusion.anchors import Anchor
+from xgenda.diffusion.denoisers import precondition
 
 LEVELS = 48
 
@@ -46,42 +47,49 @@ class Denoising:
         Levels are drawn log-uniformly between these, which is the range that samplers ask for.
     condition
         Shape (n, c, ny, nx) or None.
+    feeds_state
+        As in `xgenda.diffusion.denoisers.EDMDenoiser`.
+    shifts
+        Whether to shift each state around the grid by random cells: where all places are alike (a doubly periodic box), a shifted
+        field is as likely as the field.
     """
 
     def __init__(
         self,
         states: Tensor,
         fold: Tensor,
-        anchors: list[LowRank] | None,
+        anchors: Sequence[Anchor] | None,
         sigma_min: float,
         sigma_max: float,
         condition: Tensor | None = None,
+        feeds_state: bool = False,
+        shifts: bool = False,
     ) -> None:
         self.states, self.fold, self.anchors, self.condition = states, fold, anchors, condition
+        self.feeds_state, self.shifts = feeds_state, shifts
         self.levels = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), LEVELS, dtype=torch.float64).tolist()
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Draw noise for some samples."""
         clean = self.states[rows]
+        if self.shifts:
+            cells = [torch.randint(n, (len(rows),), generator=generator).tolist() for n in clean.shape[-2:]]
+            clean = torch.stack([c.roll((i, j), (-2, -1)) for c, i, j in zip(clean, *cells, strict=True)])
         level = torch.randint(len(self.levels), (len(rows),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        inputs, targets, labels = [], [], []
+        inputs, targets, labels, fed = [], [], [], []
         for i in range(len(rows)):
             sigma = self.levels[int(level[i])]
-            x = clean[i] + sigma * noise[i]
-            if self.anchors is None:
-                total = math.sqrt(sigma**2 + 1)
-                inputs.append(x / total)
-                targets.append((clean[i] - x / total**2) * (total / sigma))
-            else:
-                given = self.anchors[int(self.fold[rows[i]])].given_noise(sigma)
-                guess = given.shrink(x.reshape(1, -1)).reshape(x.shape)
-                scale_in, scale_out = (s.to(x).reshape(x.shape) for s in anchor_scales(given))
-                inputs.append((x - guess) / scale_in)
-                targets.append((clean[i] - guess) / scale_out)
+            anchor = None if self.anchors is None else self.anchors[int(self.fold[rows[i]])]
+            skip, scale, inner, state = precondition(anchor, (clean[i] + sigma * noise[i])[None], sigma)
+            inputs.append(inner[0])
+            targets.append(((clean[i] - skip) / scale)[0])
             labels.append(math.log(sigma) / 4)
-        condition = None if self.condition is None else self.condition[rows]
-        return Batch(torch.stack(inputs), torch.tensor(labels), condition, torch.stack(targets))
+            if state is not None and self.feeds_state:
+                fed.append(state[0])
+        parts = [] if self.condition is None else [self.condition[rows]]
+        parts += [torch.stack(fed)] if fed else []
+        return Batch(torch.stack(inputs), torch.tensor(labels), torch.cat(parts, 1) if parts else None, torch.stack(targets))
 
 
 class Regression:

@@ -80,3 +80,22 @@ def blocks(time: xr.DataArray | None, size: int, count: int) -> np.ndarray:
     for k, members in enumerate(np.array_split(time_order(time, size), count)):
         out[members] = k
     return out
+
+
+def spacing_of(samples: Samples, order: np.ndarray) -> float:
+    """Return the seconds between consecutive times, which a model of windows needs to be the same throughout.
+
+    Raises
+    ------
+    StateError
+        If there is no time, or the spacing varies by more than a hundredth.
+    """
+    if samples.time is None:
+        raise StateError("window above 1 needs consecutive times, and ds has no time coordinate.")
+    steps = metadata.seconds_between(samples.time.values[order])
+    if not steps.size or steps.min() <= 0 or steps.max() > 1.01 * steps.min():
+        raise StateError(
+            f"window above 1 needs equally spaced times, and those of ds are from {steps.min():g} to {steps.max():g} seconds apart. Select "
+            f"one unbroken run, or interpolate: ds.resample(time='1D').interpolate()"
+        )
+    return float(np.median(steps))

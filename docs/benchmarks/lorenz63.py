@@ -1,0 +1,293 @@
+"""Noisy Lorenz-63 of Rozet & Louppe (2023): posteriors of 65 states from models of 3 to 9 states, against a particle filter.
+
+python docs/benchmarks/lorenz63.py            # hours on one core; results are kept in --cache as they come
+python docs/benchmarks/lorenz63.py --quick    # about a minute, numbers without meaning
+
+The distance is the 1-Wasserstein distance between as many draws of a method as of the particle filter. It never falls below that between
+two independent filters, the floor, and grows as the number of draws falls: compare a row with the floor of the same table only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
+from xgenda.diffusion.evidence import FunctionEvidence
+from xgenda.diffusion.guidance import guide
+from xgenda.diffusion.noise import NoiseStream
+from xgenda.diffusion.samplers import integrate
+from xgenda.diffusion.schedules import noise_levels, sigma_of
+from xgenda.diffusion.trajectories import TrajectoryDenoiser
+
+DT, LENGTH = 0.025, 65
+MEAN, STD = torch.tensor([0.0, 0.0, 25.0]), torch.tensor([8.0, 9.0, 8.6])
+#: Every how many states the first component is observed, and the standard deviation of its error in units of the state's.
+CASES = {"lo": (8, 0.05), "hi": (1, 0.25)}
+
+
+# The system, in physical units
+
+
+def forecast(x: Tensor) -> Tensor:
+    """Return the mean of the next state: one step of the fourth-order Runge-Kutta method."""
+
+    def slope(x: Tensor) -> Tensor:
+        a, b, c = x.unbind(-1)
+        return torch.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], -1)
+
+    k1 = slope(x)
+    k2 = slope(x + DT / 2 * k1)
+    k3 = slope(x + DT / 2 * k2)
+    k4 = slope(x + DT * k3)
+    return x + DT / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def simulate(count: int, length: int, seed: int, spin_up: int = 1024) -> Tensor:
+    """Return trajectories of the noisy system, (count, length, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = MEAN + STD * torch.randn(count, 3, generator=generator)
+    states = torch.empty(count, length, 3)
+    for i in range(-spin_up, length):
+        x = forecast(x) + math.sqrt(DT) * torch.randn(count, 3, generator=generator)
+        if i >= 0:
+            states[:, i] = x
+    return states
+
+
+def log_prior(x: Tensor) -> Tensor:
+    """Return log p(x_2, ..., x_L | x_1) of trajectories."""
+    squares = (x[:, 1:] - forecast(x[:, :-1])).square().sum((1, 2)) / DT
+    return -0.5 * squares - 1.5 * (x.shape[1] - 1) * math.log(2 * math.pi * DT)
+
+
+def observe(x: Tensor, case: str) -> Tensor:
+    """Return what is observed of standardised trajectories, without errors."""
+    return x[:, :: CASES[case][0], 0]
+
+
+def log_likelihood(x: Tensor, y: Tensor, case: str) -> Tensor:
+    """Return log p(y | x) of trajectories in physical units."""
+    error = CASES[case][1]
+    departure = (y - observe((x - MEAN) / STD, case)) / error
+    return (-0.5 * departure.square() - math.log(error * math.sqrt(2 * math.pi))).sum(1)
+
+
+def particle_filter(y: Tensor, case: str, first: Tensor, draws: int, seed: int) -> Tensor:
+    """Return trajectories of the posterior: a bootstrap filter with systematic resampling that carries whole trajectories."""
+    generator = torch.Generator().manual_seed(seed)
+    every, error = CASES[case]
+    count = len(first)
+    x = first[torch.randperm(count, generator=generator)][:, None]
+    for i in range(LENGTH):
+        if i:
+            step = forecast(x[:, -1]) + math.sqrt(DT) * torch.randn(count, 3, generator=generator)
+            x = torch.cat([x, step[:, None]], 1)
+        if i % every == 0:
+            departure = (y[i // every] - (x[:, -1, 0] - MEAN[0]) / STD[0]) / error
+            weight = torch.softmax(-0.5 * departure.double().square(), 0)
+            comb = (torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)) / count
+            x = x[torch.searchsorted(weight.cumsum(0), comb).clamp(max=count - 1)]
+    return x[torch.randperm(count, generator=generator)[:draws]]
+
+
+def wasserstein(a: Tensor, b: Tensor) -> float:
+    """Return the exact earth mover's distance between equally many trajectories."""
+    cost = cdist(a.flatten(1).double().numpy(), b.flatten(1).double().numpy())
+    return float(cost[linear_sum_assignment(cost)].mean())
+
+
+# The model of a window
+
+
+class WindowNetwork(nn.Module):
+    """F of `EDMDenoiser` for windows of 2 k + 1 states: a residual network of fully connected layers.
+
+    It sees the states and their first and second differences in time, each divided by its standard deviation at this noise level:
+    neighbouring states differ little, and layers in bfloat16 would lose that. The differences are taken in float32.
+    """
+
+    def __init__(self, k: int, width: int = 128, blocks: int = 4, spread: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        states = 2 * k + 1
+        eye = torch.eye(states)
+        first = eye.diff(dim=0)
+        rows = torch.cat([eye, first, first.diff(dim=0)])
+        order = torch.tensor([0] * states + [1] * (states - 1) + [2] * (states - 2))
+        self.register_buffer("differences", torch.kron(rows, torch.eye(3)))
+        self.register_buffer("gain", rows.square().sum(1).repeat_interleave(3))
+        self.register_buffer("natural", torch.tensor([1.0, *spread])[order].repeat_interleave(3) ** 2)
+        self.register_buffer("frequencies", math.pi / 4 * torch.arange(1, 17))
+        self.embed = nn.Sequential(nn.Linear(33, width), nn.SiLU())
+        self.enter = nn.Linear(len(self.differences), width)
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.outer = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.shift = nn.Linear(width, blocks * width)
+        self.leave = nn.Linear(width, 3 * states)
+        for layer in self.outer:
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.leave.weight)
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return F for x / sqrt(1 + sigma^2) and ln(sigma) / 4."""
+        if not self.training:
+            label = label[:1]  # a sampler asks for one noise level at a time
+        variance = (8 * label).exp()[:, None]
+        scale = ((1 + variance) / (self.natural + self.gain * variance)).sqrt()
+        phase = label[:, None] * self.frequencies
+        time = self.embed(torch.cat([label[:, None], phase.sin(), phase.cos()], 1))
+        shifts = self.shift(time).chunk(len(self.inner), 1)
+        seen = (x @ self.differences.T) * scale
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.enter(seen)
+            for inner, outer, shift in zip(self.inner, self.outer, shifts, strict=True):
+                if self.training:
+                    part = inner(h) + shift.to(h.dtype)
+                else:
+                    part = F.linear(h, inner.weight, inner.bias + shift[0])
+                h = h + outer(F.silu(part))
+            return self.leave(F.silu(h)).float()
+
+
+def windows(states: Tensor, k: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return random windows of trajectories (n, length, 3), flattened."""
+    which = torch.randint(len(states), (count,), generator=generator)
+    start = torch.randint(states.shape[1] - 2 * k, (count,), generator=generator)
+    return states[which[:, None], start[:, None] + torch.arange(2 * k + 1)].flatten(1)
+
+
+def noisy(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input, label and target of the network for clean windows (n, m) and levels (n, 1)."""
+    total = (1 + sigma**2).sqrt()
+    e = torch.randn(clean.shape, generator=generator)
+    # x0 - (x0 + sigma e) / total^2, over sigma / total: the target has unit variance where the states have
+    return (clean + sigma * e) / total, sigma[:, 0].log() / 4, (sigma * clean - e) / total
+
+
+def train(k: int, steps: int, cache: Path, *, width: int = 128, blocks: int = 4, batch: int = 2048, rate: float = 2e-3) -> EDMDenoiser:
+    """Return the denoiser of windows of 2 k + 1 states, from the cache where it was trained before."""
+    path = cache / f"window{k}-{width}x{blocks}-{steps}.pt"
+    data = (simulate(1024, 1024, seed=1) - MEAN) / STD if not path.exists() else torch.zeros(1, 16, 3)
+    spread = (float(data.diff(dim=1).std()), float(data.diff(n=2, dim=1).std()))
+    torch.manual_seed(k)
+    network = WindowNetwork(k, width, blocks, spread)
+    if path.exists():
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return EDMDenoiser(network).eval().requires_grad_(False)
+    average = {n: p.clone() for n, p in network.state_dict().items()}
+    # the composition keeps the centre of a window, and of the others only those at the two ends of the trajectory
+    importance = torch.ones(2 * k + 1, 1).expand(-1, 3).clone()
+    importance[k] = 2 * k
+    importance = (importance / importance.mean()).flatten()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-3)
+    generator = torch.Generator().manual_seed(100 + k)
+    network.train()
+    began, recent = time.perf_counter(), 0.0
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * (1 - step / steps)
+        sigma = sigma_of("vp-cosine", torch.rand(batch, 1, generator=generator)).clamp(1e-3, 1e3)
+        x, label, target = noisy(windows(data, k, batch, generator), sigma, generator)
+        loss = (importance * (network(x, label) - target).square()).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        recent += float(loss.detach())
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                average[name].lerp_(value, 1 / min(step + 1, 500))
+        if (step + 1) % max(steps // 8, 1) == 0:
+            mean = recent / max(steps // 8, 1)
+            print(f"k = {k}: step {step + 1}, loss {mean:.5f}, {time.perf_counter() - began:.0f} s", flush=True)
+            recent = 0.0
+    network.load_state_dict(average)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(average, path)
+    return EDMDenoiser(network).eval().requires_grad_(False)
+
+
+# Posteriors
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to sample a posterior."""
+
+    guidance: str
+    options: dict[str, float | int | str]
+    sampler: str
+    sampler_options: dict[str, float | int]
+    schedule: str = "vp-cosine"
+    levels: int = 256
+    ends: tuple[float, float] = (1e-3, 1e3)
+
+    def __str__(self) -> str:
+        """Return a line for a table."""
+
+        def listed(name: str, options: dict[str, float | int | str]) -> str:
+            return name + (f" ({', '.join(f'{k} {v}' for k, v in options.items())})" if options else "")
+
+        low, high = self.ends
+        return (
+            f"{listed(self.guidance, self.options)}, {listed(self.sampler, dict(self.sampler_options))}, "
+            f"{self.levels} levels {self.schedule} {low:g} to {high:g}"
+        )
+
+
+def published(corrections: int) -> Method:
+    """Return the method of Rozet & Louppe (2023) as in their evaluation."""
+    return Method("sda", {"gamma": 3e-2}, "pc", {"corrections": corrections, "tau": 0.25})
+
+
+@dataclass
+class Counter:
+    """A denoiser that counts its evaluations and the vector-Jacobian products through it."""
+
+    denoise: Denoiser
+    forward: int = 0
+    backward: int = 0
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Return the denoised state."""
+        self.forward += 1
+        out = self.denoise(x, sigma)
+        if out.requires_grad:
+            out.register_hook(self._count)
+        return out
+
+    def _count(self, _: Tensor) -> None:
+        self.backward += 1
+
+
+def sample(model: Denoiser, k: int, y: Tensor, case: str, method: Method, draws: int, label: str) -> tuple[Tensor, Counter]:
+    """Return draws of the posterior in physical units, and the counted denoiser."""
+    counter = Counter(TrajectoryDenoiser(model, k))
+    evidence = FunctionEvidence(lambda x: observe(x, case), (LENGTH, 3), y, CASES[case][1] ** 2, linear=True)
+    guided = guide(counter, evidence, method.guidance, **method.options)
+    noise = NoiseStream([(0, label, member) for member in range(draws)])
+    levels = noise_levels(method.schedule, method.levels, *method.ends)
+    start = levels[0] * noise.normal(LENGTH, 3)
+    found = integrate(guided, start, levels, method.sampler, noise, **method.sampler_options)
+    return MEAN + STD * found, counter
+
+
+def main() -> None:
+    raise SystemExit
+
+
+if __name__ == "__main__":
+    main()

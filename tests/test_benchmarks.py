@@ -1,0 +1,63 @@
+"""The parts of the benchmark programs that have a known answer."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PROGRAMS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+def program(name: str) -> ModuleType:
+    """Import a benchmark program by its path."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", PROGRAMS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def kolmogorov() -> ModuleType:
+    return program("kolmogorov")
+
+
+def test_kolmogorov_solver(kolmogorov: ModuleType) -> None:
+    found = kolmogorov.check_flow(32)
+    for name in ("taylor_green", "shear", "advection", "divergence"):
+        assert found[name] < 1e-12, name
+    assert found["energy"] < 1e-9
+    assert found["enstrophy"] < 1e-7
+
+
+def test_kolmogorov_symmetries(kolmogorov: ModuleType) -> None:
+    # a symmetry commutes with the forced dynamics: a run from the transformed start is the transformed run
+    flow = kolmogorov.Flow(64, 0.01, dtype=torch.float64)
+    w = flow.start(1, torch.Generator().manual_seed(0))
+
+    def run(velocity: torch.Tensor) -> torch.Tensor:
+        u, v = torch.fft.rfft2(velocity)
+        w = 1j * flow.kx * v - 1j * flow.ky * u
+        for _ in range(10):
+            w = flow.advance(w)
+        return torch.stack(flow.velocity(w))
+
+    start = torch.stack(flow.velocity(w[0]))
+    end = run(start)
+    assert (end - start).norm() > 0.02 * start.norm()
+    for seed in range(3):
+        both = kolmogorov.symmetric(torch.stack([start, end]), torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(run(both[0]), both[1], atol=1e-10, rtol=0)
+
+
+def test_kolmogorov_vorticity(kolmogorov: ModuleType) -> None:
+    # solid rotation turns twice as fast as it looks
+    y, x = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
+    torch.testing.assert_close(kolmogorov.vorticity(torch.stack([-y, x])), torch.full((4, 4), 2.0))

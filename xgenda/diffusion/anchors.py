@@ -1,0 +1,299 @@
+r"""Gaussian anchors: covariances whose posterior given a noisy copy of the state is cheap at every noise level.
+
+A denoiser can be built on one (`EDMDenoiser`), and so can a guidance. Three forms: low rank plus a diagonal (EOFs), a full set of modes
+(a localised sample of moderate size), and a spectrum (homogeneous fields on a doubly periodic grid).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xgenda.diffusion.covariances import DENSE_LIMIT, Covariance, matrix_root
+from xgenda.diffusion.noise import NoiseStream
+from xgenda.errors import OptionError
+
+CACHE_ELEMENTS = 2**24  # of all noise levels of one anchor together
+
+
+class Anchor(Covariance, Protocol):
+    """A covariance that a denoiser can be built on: its posterior given a noisy copy of the state is cheap."""
+
+    def given_noise(self, sigma: float) -> Conditional:
+        """Return the covariance of x given x + sigma e."""
+        ...
+
+    def largest(self) -> float:
+        """Return the variance of the largest mode."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `read_anchor` needs, by name."""
+        ...
+
+
+class Conditional(Protocol):
+    r"""C = (S^-1 + sigma^-2 I)^-1, the covariance of the state given a noisy copy of it with noise `sigma`."""
+
+    sigma: float
+    variance: Tensor
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return C v for vectors (batch, n)."""
+        ...
+
+    def shrink(self, vector: Tensor) -> Tensor:
+        """Return S (S + sigma^2 I)^-1 v = C v / sigma^2: the best linear estimate of the state from a noisy one."""
+        ...
+
+
+class LowRank:
+    """S = F F^T + diag(d).
+
+    Parameters
+    ----------
+    factor
+        F, shape (n, r).
+    residual
+        d, shape (n,), not negative.
+    """
+
+    def __init__(self, factor: Tensor, residual: Tensor) -> None:
+        self.factor, self.residual = factor.double(), residual.double()
+        self.size = len(residual)
+        self._cache: dict[float, LowRankConditional] = {}
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        same = rows[:, None] == columns
+        return self.factor[rows] @ self.factor[columns].T + torch.where(same, self.residual[columns], 0.0)
+
+    def diagonal(self) -> Tensor:
+        """Return the variances."""
+        return (self.factor**2).sum(1) + self.residual
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one field per sample."""
+        modes = noise.normal(self.factor.shape[1], dtype=torch.float64)
+        return modes @ self.factor.T + self.residual.sqrt() * noise.normal(self.size, dtype=torch.float64)
+
+    def largest(self) -> float:
+        """Return the variance of the largest mode of the factor."""
+        return float(torch.linalg.eigvalsh(self.factor.T @ self.factor)[-1]) if self.factor.shape[1] else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return factor and residual in single precision."""
+        return {"factor": self.factor.float(), "residual": self.residual.float()}
+
+    def given_noise(self, sigma: float) -> LowRankConditional:
+        r"""Return the covariance of x given x + sigma e as a diagonal plus a low rank.
+
+        With D = d + sigma^2 and M = (I + F^T D^-1 F)^-1 (Woodbury), every term is positive, so nothing cancels:
+        C = diag(sigma^2 d / D) + (sigma^2 / D) F M F^T (sigma^2 / D).
+        """
+        if sigma not in self._cache:
+            if len(self._cache) * self.factor.numel() > CACHE_ELEMENTS:
+                self._cache.clear()
+            total = self.residual + sigma**2
+            inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])
+            upper = torch.linalg.cholesky(inner)
+            half = torch.linalg.solve_triangular(upper, self.factor.T, upper=False).T
+            weight = sigma**2 / total
+            self._cache[sigma] = LowRankConditional(weight * self.residual, weight[:, None] * half, sigma)
+        return self._cache[sigma]
+
+    @classmethod
+    def of(cls, covariance: Covariance) -> LowRank:
+        """Factorise any covariance of moderate size exactly.
+
+        Raises
+        ------
+        OptionError
+            If it is too large for a dense eigenproblem.
+        """
+        if isinstance(covariance, LowRank):
+            return covariance
+        if covariance.size > DENSE_LIMIT:
+            raise OptionError(
+                f"A denoiser of this covariance needs a dense eigenproblem of {covariance.size} cells (limit {DENSE_LIMIT}); "
+                f"use a low-rank one: gaussian_prior(ds, covariance='eof')"
+            )
+        everything = torch.arange(covariance.size)
+        return Modes(matrix_root(covariance.block(everything, everything)))
+
+
+class Modes(LowRank):
+    """S = F F^T with orthogonal columns: the same as a sum over modes, for which nothing needs solving.
+
+    Parameters
+    ----------
+    factor
+        F, shape (n, r), its columns eigenvectors times the root of their eigenvalue.
+    """
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__(factor, torch.zeros(len(factor)))
+        self.power = (self.factor**2).sum(0)
+
+    def given_noise(self, sigma: float) -> LowRankConditional:
+        """Return C, mode by mode: an eigenvalue p becomes sigma^2 p / (p + sigma^2)."""
+        if sigma not in self._cache:
+            half = self.factor * (sigma**2 / (self.power + sigma**2)).sqrt()
+            if len(self._cache) * self.factor.numel() > CACHE_ELEMENTS:
+                self._cache.clear()
+            self._cache[sigma] = LowRankConditional(self.residual, half, sigma)
+        return self._cache[sigma]
+
+
+class LowRankConditional:
+    """C = diag(a) + B B^T."""
+
+    def __init__(self, diagonal: Tensor, factor: Tensor, sigma: float) -> None:
+        self.diagonal, self.factor, self.sigma = diagonal, factor, sigma
+        self.variance = diagonal + (factor**2).sum(1)
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def parts(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and B in the dtype and on the device of `like`."""
+        key = (like.dtype, like.device)
+        if key not in self._cast:
+            self._cast[key] = (self.diagonal.to(like), self.factor.to(like))
+        return self._cast[key]
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return C v for vectors (..., n)."""
+        a, b = self.parts(vector)
+        return a * vector + (vector @ b) @ b.T
+
+    def shrink(self, vector: Tensor) -> Tensor:
+        """Return C v / sigma^2."""
+        return self.multiply(vector) / self.sigma**2
+
+
+class Spectral:
+    """The covariance of fields that are statistically homogeneous on a doubly periodic grid.
+
+    Such a covariance is block diagonal in the wavenumbers: one Hermitian matrix between channels each.
+
+    Parameters
+    ----------
+    spectrum
+        E[f f^H] of the orthonormal two-dimensional Fourier transform f of the state, shape (ny, nx // 2 + 1, channels, channels),
+        complex Hermitian, or real where channels do not depend on each other.
+    shape
+        (channels, ny, nx).
+    """
+
+    def __init__(self, spectrum: Tensor, shape: tuple[int, int, int]) -> None:
+        self.shape, self.size = shape, shape[0] * shape[1] * shape[2]
+        self.spectrum = spectrum.to(torch.complex128)
+        self.power, self.vectors = torch.linalg.eigh(self.spectrum)
+        self.power = self.power.clamp(min=0.0)
+        self._cache: dict[float, SpectralConditional] = {}
+        self._kernel: Tensor | None = None
+
+    @classmethod
+    def fit(cls, fields: Tensor, inflation: float = 1.0) -> Spectral:
+        """Fit to anomalies (samples, channels, ny, nx): the mean of their cross-spectra."""
+        f = torch.fft.rfft2(fields.double(), norm="ortho")
+        spectrum = torch.einsum("scyx,sdyx->yxcd", f, f.conj()) * (inflation / (len(fields) - 1))
+        return cls(spectrum, (fields.shape[1], fields.shape[2], fields.shape[3]))
+
+    def _of_kernel(self, kernel: Tensor) -> Tensor:
+        """Return the covariance as a function of lag, shape (ny, nx, channels, channels)."""
+        lags: Tensor = torch.fft.irfft2(kernel, s=self.shape[1:], dim=(0, 1), norm="forward")
+        return lags / (self.shape[1] * self.shape[2])
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        if self._kernel is None:
+            self._kernel = self._of_kernel(self.spectrum)
+        _, ny, nx = self.shape
+        cells = ny * nx
+        (c, i, j), (d, k, m) = ((index // cells, index % cells // nx, index % nx) for index in (rows[:, None], columns[None, :]))
+        return self._kernel[(i - k) % ny, (j - m) % nx, c, d]
+
+    def diagonal(self) -> Tensor:
+        """Return the variances: one number per channel."""
+        return _channel_variance(self.spectrum, self.shape)
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one field per sample."""
+        white = torch.fft.rfft2(noise.normal(*self.shape, dtype=torch.float64), norm="ortho")
+        root = self.vectors * self.power.sqrt()[..., None, :] @ self.vectors.conj().transpose(-1, -2)
+        shaped = torch.einsum("yxcd,sdyx->scyx", root, white)
+        out: Tensor = torch.fft.irfft2(shaped, s=self.shape[1:], norm="ortho").flatten(1)
+        return out
+
+    def largest(self) -> float:
+        """Return the variance of the largest mode."""
+        return float(self.power.max())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the spectrum in single precision, real and imaginary part apart."""
+        return {"spectrum": torch.view_as_real(self.spectrum).float(), "shape": torch.tensor(self.shape)}
+
+    def given_noise(self, sigma: float) -> SpectralConditional:
+        """Return C, wavenumber by wavenumber."""
+        if sigma not in self._cache:
+            if len(self._cache) * self.spectrum.numel() > CACHE_ELEMENTS:
+                self._cache.clear()
+            left = (sigma**2 * self.power / (self.power + sigma**2)).to(self.vectors.dtype)
+            kernel = self.vectors * left[..., None, :] @ self.vectors.conj().transpose(-1, -2)
+            self._cache[sigma] = SpectralConditional(kernel, self.shape, sigma)
+        return self._cache[sigma]
+
+
+class SpectralConditional:
+    """C of a homogeneous covariance, applied by Fourier transform."""
+
+    def __init__(self, kernel: Tensor, shape: tuple[int, int, int], sigma: float) -> None:
+        self.kernel, self.shape, self.sigma = kernel, shape, sigma
+        self.variance = _channel_variance(kernel, shape)
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return C v for vectors (batch, n)."""
+        key = (vector.dtype, vector.device)
+        if key not in self._cast:
+            complex_dtype = torch.complex128 if vector.dtype == torch.float64 else torch.complex64
+            self._cast[key] = self.kernel.to(device=vector.device, dtype=complex_dtype)
+        field = torch.fft.rfft2(vector.reshape(-1, *self.shape), norm="ortho")
+        shaped = torch.einsum("yxcd,sdyx->scyx", self._cast[key], field)
+        out: Tensor = torch.fft.irfft2(shaped, s=self.shape[1:], norm="ortho").reshape(vector.shape)
+        return out
+
+    def shrink(self, vector: Tensor) -> Tensor:
+        """Return C v / sigma^2."""
+        return self.multiply(vector) / self.sigma**2
+
+
+def _channel_variance(kernel: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Return the diagonal of a homogeneous covariance: the mean of its spectrum over all wavenumbers."""
+    _, ny, nx = shape
+    twice = torch.full((nx // 2 + 1,), 2.0, dtype=torch.float64)  # the half that a real transform leaves out
+    twice[0] = 1.0
+    if nx % 2 == 0:
+        twice[-1] = 1.0
+    diagonal = torch.diagonal(kernel, dim1=-2, dim2=-1).real
+    mean = (diagonal * twice[:, None]).sum((0, 1)) / (ny * nx)
+    return mean.repeat_interleave(ny * nx)
+
+
+def read_anchor(tensors: dict[str, Tensor], prefix: str = "anchor") -> Anchor | None:
+    """Take an anchor out of stored tensors, if there is one."""
+    if f"{prefix}.spectrum" in tensors:
+        spectrum = torch.view_as_complex(tensors.pop(f"{prefix}.spectrum").double())
+        channels, ny, nx = (int(n) for n in tensors.pop(f"{prefix}.shape"))
+        return Spectral(spectrum, (channels, ny, nx))
+    if f"{prefix}.factor" not in tensors:
+        return None
+    factor, residual = tensors.pop(f"{prefix}.factor"), tensors.pop(f"{prefix}.residual")
+    return LowRank(factor, residual) if residual.any() else Modes(factor)
+
+
+def anchor_tensors(anchor: Anchor | None, prefix: str = "anchor") -> dict[str, Tensor]:
+    """Return the tensors of an anchor under a prefix."""
+    return {} if anchor is None else {f"{prefix}.{k}": v for k, v in anchor.tensors().items()}

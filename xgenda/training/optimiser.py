@@ -1,0 +1,161 @@
+"""The training loop: AdamW, averaged weights, the best of them on the validation block."""
+
+from __future__ import annotations
+
+import copy
+import time as clock
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from xgenda.engine import progress_bar
+from xgenda.errors import StateError
+from xgenda.networks.unet import UNet
+from xgenda.training.objectives import Batch
+
+DEFAULT_EPOCHS = 60
+VALIDATION_REPEATS = 4
+
+
+class Objective(Protocol):
+    """Draws training batches."""
+
+    def batch(self, rows: torch.Tensor, generator: torch.Generator) -> Batch:
+        """Return a batch for some samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to train: the first of these that is reached ends it."""
+
+    epochs: int | None
+    steps: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW with warm-up and cosine decay, averaged weights, and the best weights on the validation block."""
+
+    effort: Effort
+    batch_size: int
+    learning_rate: float
+    ema: float
+    seed: int
+    device: torch.device
+    progress: bool | None
+    dtype: torch.dtype = torch.float32
+
+    def fit(
+        self, network: UNet, objective: Objective, rows: torch.Tensor, held: torch.Tensor, share: float, label: str
+    ) -> dict[str, Any]:
+        """Train `network` in place and leave the best averaged weights in it.
+
+        Parameters
+        ----------
+        rows, held
+            Training and validation samples.
+        share
+            Part of the effort that this network may use.
+        label
+            For the progress bar.
+
+        Returns
+        -------
+        dict
+            Steps taken, validation loss before training and of the kept weights, and the weight that the correction earned there.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        per_epoch = max(1, len(rows) // self.batch_size)
+        epochs = self.effort.epochs or (DEFAULT_EPOCHS if self.effort.steps is None and self.effort.seconds is None else 10**9)
+        limit = min(per_epoch * epochs, max(1, round((self.effort.steps or 10**9) * share)))
+        seconds = None if self.effort.seconds is None else self.effort.seconds * share
+        network.to(self.device).train()
+        averaged = copy.deepcopy(network)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        checks = [objective.batch(held, torch.Generator().manual_seed(1000 + k)) for k in range(VALIDATION_REPEATS)]
+        first = lowest = self._validate(averaged, checks)
+        best, best_step, step = copy.deepcopy(averaged.state_dict()), 0, 0
+        begin = clock.monotonic()
+        order: list[torch.Tensor] = []
+        with progress_bar(limit if seconds is None else round(seconds), self.progress, label) as advance:
+            told = 0
+            while step < limit:
+                elapsed = clock.monotonic() - begin
+                fraction = step / limit if seconds is None else max(step / limit, elapsed / seconds)
+                if fraction >= 1:
+                    break
+                if not order:
+                    order = list(rows[torch.randperm(len(rows), generator=generator)].split(self.batch_size))
+                batch = objective.batch(order.pop(), generator)
+                loss = self._loss(network, batch)
+                if not torch.isfinite(loss):
+                    raise StateError(
+                        f"The {label} loss is not finite at step {step}. Lower learning_rate (now {self.learning_rate:g})."
+                    )
+                for group in optimiser.param_groups:
+                    group["lr"] = self.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, fraction)))
+                optimiser.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimiser.step()
+                step += 1
+                decay = min(self.ema, (1 + step) / (10 + step))
+                with torch.no_grad():
+                    for mean, now in zip(averaged.parameters(), network.parameters(), strict=True):
+                        mean.lerp_(now, 1 - decay)
+                if step % max(20, per_epoch) == 0 or step == limit:
+                    found = self._validate(averaged, checks)
+                    if found < lowest:
+                        lowest, best_step = found, step
+                        best = {k: v.clone() for k, v in averaged.state_dict().items()}
+                now_told = step if seconds is None else min(round(seconds), round(clock.monotonic() - begin))
+                advance(now_told - told)
+                told = now_told
+        network.load_state_dict(best)
+        weight, weighted = self._earn(network, checks) if best_step else (0.0, first)
+        network.cpu().eval()
+        return {
+            "steps": step, "best_step": best_step, "validation_start": first, "validation_best": min(lowest, weighted),
+            "correction_weight": weight,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _earn(self, network: UNet, batches: list[Batch]) -> tuple[float, float]:
+        """Scale the output of the network by what it is worth on the validation block, and return that weight and the loss.
+
+        The loss is quadratic in the weight w of the correction: E |w F - T|^2, least at w = E F T / E F^2. A correction that explains
+        nothing there gets a weight of zero, which leaves the classical answer.
+        """
+        network.eval()
+        product = power = target = 0.0
+        for b in batches:
+            found, wanted = self._apply(network, b), b.target.to(self.device)
+            product += float((found * wanted).double().mean()) / len(batches)
+            power += float((found**2).double().mean()) / len(batches)
+            target += float((wanted**2).double().mean()) / len(batches)
+        weight = min(1.0, max(0.0, product / power)) if power > 0 else 0.0
+        network.scale_output(weight)
+        return weight, weight**2 * power - 2 * weight * product + target
+
+    def _apply(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        condition = None if batch.condition is None else batch.condition.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            found: torch.Tensor = network(batch.x.to(self.device), batch.label.to(self.device), condition)
+        return found.float()
+
+    def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        found = self._apply(network, batch)
+        loss: torch.Tensor = (found - batch.target.to(self.device)).square().mean()
+        return loss
+
+    @torch.no_grad()
+    def _validate(self, network: nn.Module, batches: list[Batch]) -> float:
+        network.eval()
+        found = float(np.mean([float(self._loss(network, b)) for b in batches]))
+        network.train()
+        return found

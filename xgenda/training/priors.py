@@ -1,0 +1,206 @@
+"""Training of diffusion priors, from scratch or from an existing one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from xgenda import metadata
+from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
+from xgenda.diffusion.covariances import LocalisedSample
+from xgenda.diffusion.denoisers import EDMDenoiser
+from xgenda.diffusion.trajectories import windows_of
+from xgenda.errors import OptionError, StateError
+from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
+from xgenda.models.fitting import Choice, candidates, cross_validate, fit_eofs, kernel_on, standardise
+from xgenda.models.generative import GenerativeModel
+from xgenda.models.loading import load_model
+from xgenda.models.spec import ModelSpec
+from xgenda.scaling import fit_scaling
+from xgenda.training.objectives import Denoising
+from xgenda.training.optimiser import Optimiser
+from xgenda.training.windows import Samples, blocks, spacing_of, time_order
+
+ANCHORS = ("eof", "localized", "spectral")
+FOLDS = 6
+LOCALIZED_LIMIT = 2500  # cells up to which 'auto' tries the localised covariance, whose eigenvectors are a dense matrix
+
+
+def train_prior(
+    samples: Samples,
+    climatology: str,
+    anchor: str | None,
+    window: int,
+    periodic: Any,
+    width: int,
+    optimiser: Optimiser,
+    name: str | None,
+    licence: str,
+) -> DiffusionModel:
+    """Train an unconditional prior of one state, or of a window of states."""
+    names = [v.name for v in samples.variables]
+    scaling = fit_scaling(samples.values, samples.time, names, cycle=climatology)
+    z = standardise(scaling, samples.values, samples.time)
+    fold = blocks(samples.time, len(z), FOLDS)
+    z, fold, extra = _windows(samples, z, fold, window)
+    final, crossed, note = fit_anchors(z, samples, fold, anchor or "auto")
+    torch.manual_seed(optimiser.seed)
+    channels = len(names) * window
+    feeds_state = anchor is not None
+    network_options = network_arguments(channels, channels if feeds_state else 0, width, samples, periodic)
+    network = build_network(network_options)
+    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), channels, *samples.grid.shape)
+    sigma_max = highest_sigma(final)
+    objective = Denoising(
+        states, torch.as_tensor(fold), None if anchor is None else crossed, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
+        shifts=periodic == "both",
+    )  # fmt: skip
+    report = optimiser.fit(network, objective, *split_rows(fold), 1.0, "training the prior")
+    report["card"] = _card(anchor, report)
+    spec = ModelSpec(
+        name or "trained-prior", "prior", "diffusion", samples.variables, samples.grid, scaling,
+        options={"network": network_options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
+        training=record_of(samples, optimiser, {"anchor": "none" if anchor is None else note, "guidance_covariance": note}, report),
+        licence=licence,
+        description="Unconditional diffusion prior" + ("" if anchor is None else " with a Gaussian anchor"),
+    )  # fmt: skip
+    denoiser = EDMDenoiser(network, final if anchor is not None else None, feeds_state)
+    return DiffusionModel(spec, denoiser, final)
+
+
+def _windows(samples: Samples, z: np.ndarray, fold: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return windows of consecutive states instead of states; none straddles two blocks."""
+    if window == 1:
+        return z, fold, {}
+    order = time_order(samples.time, len(z))
+    spacing = spacing_of(samples, order)
+    rows, folds = [], []
+    for k in range(FOLDS):
+        inside = order[fold[order] == k]
+        if len(inside) < window:
+            raise StateError(
+                f"window={window} needs at least {FOLDS * window} times for {FOLDS} blocks, and ds has {len(z)}; use a shorter window."
+            )
+        states = torch.as_tensor(z[inside]).reshape(len(inside), 1, -1)
+        rows.append(windows_of(states, window // 2).flatten(1).numpy())
+        folds.append(np.full(len(rows[-1]), k))
+    return np.concatenate(rows), np.concatenate(folds), {"window": window, "spacing": spacing}
+
+
+def _card(anchor: str | None, report: dict[str, Any]) -> str:
+    """Say in a sentence what training was worth on the validation block."""
+    if anchor is None:
+        return "plain network; no classical answer to fall back on"
+    if not report["correction_weight"]:
+        return "the learned correction explained nothing on the validation block: its weight is zero, and this is the Gaussian"
+    ratio = report["validation_best"] / report["validation_start"]
+    return f"validation loss {ratio:.3f} of the Gaussian's, with the correction at weight {report['correction_weight']:.2f}"
+
+
+def continue_prior(
+    samples: Samples,
+    start: GenerativeModel | str | os.PathLike[str],
+    optimiser: Optimiser,
+    name: str | None,
+    licence: str,
+) -> DiffusionModel:
+    """Go on training an existing prior on other fields."""
+    before = start if isinstance(start, GenerativeModel) else load_model(start)
+    if not isinstance(before, DiffusionModel):
+        raise OptionError(
+            f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed."
+        )
+    expected = [v.name for v in before.spec.variables]
+    found = [v.name for v in samples.variables]
+    if found != expected or before.spec.grid is None or not before.spec.grid.same_as(samples.grid):
+        raise OptionError(
+            f"start={before.spec.name!r} has variables {expected} on {before.spec.grid and before.spec.grid.describe()}; "
+            f"ds has {found} on {samples.grid.describe()}. Both must be the same; leave out start to train from scratch."
+        )
+    values = np.stack([
+        samples.values[:, c] * s + o
+        for c, (s, o) in enumerate(metadata.unit_factors(str(a.units), str(b.units)) if a.units and b.units else (1.0, 0.0)
+                                   for a, b in zip(samples.variables, before.spec.variables, strict=True))
+    ], 1)  # fmt: skip
+    z = standardise(before.scaling, values, samples.time)
+    z, fold, _ = _windows(samples, z, blocks(samples.time, len(z), FOLDS), before.window)
+    anchor = before.denoiser.anchor
+    network = build_network(before.spec.options["network"])
+    network.load_state_dict(before.denoiser.network.state_dict())
+    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), -1, *samples.grid.shape)
+    feeds_state = before.denoiser.feeds_state
+    objective = Denoising(
+        states, torch.as_tensor(fold), None if anchor is None else [anchor] * FOLDS, SIGMA_MIN, before.sigma_max,
+        feeds_state=feeds_state, shifts=before.spec.options["network"]["periodic"] == "both",
+    )  # fmt: skip
+    report = optimiser.fit(network, objective, *split_rows(fold), 1.0, "fine-tuning the prior")
+    training = record_of(samples, optimiser, {"started_from": f"{before.spec.name} ({before.sha256[:12]})"}, report)
+    spec = ModelSpec(
+        name or f"{before.spec.name}-tuned", "prior", "diffusion", before.spec.variables, before.spec.grid, before.scaling,
+        options=before.spec.options, training=training, licence=licence, description=before.spec.description,
+    )  # fmt: skip
+    return DiffusionModel(spec, EDMDenoiser(network, anchor, feeds_state), before.covariance)
+
+
+def fit_anchors(z: np.ndarray, samples: Samples, fold: np.ndarray, kind: str = "eof") -> tuple[Anchor, list[Anchor], str]:
+    """Return the anchor of all samples, one per fold fitted without it, and a note on the choice."""
+    cells = samples.grid.size
+    parts = [z[fold != k] - z[fold != k].mean(0) for k in range(FOLDS)]
+    everything = z - z.mean(0)
+    if kind == "spectral":
+        shape = (-1, z.shape[1] // cells, *samples.grid.shape)
+        fit = [Spectral.fit(torch.as_tensor(p).reshape(shape)) for p in [everything, *parts]]
+        return fit[0], list(fit[1:]), "spectral"
+    kinds: tuple[str, ...] = (kind,)
+    if kind == "auto":
+        kinds = ("localized", "eof") if z.shape[1] <= LOCALIZED_LIMIT else ("eof",)
+    order = np.argsort(fold, kind="stable")
+    scores = cross_validate(z[order], samples.grid, list(candidates(kinds, samples.grid, z.shape, None, None, None)), 5)
+    choice: Choice = max(scores, key=lambda c: scores[c])
+    built = [_anchor_of(p, samples, choice) for p in [everything, *parts]]
+    size = f"rank {int(choice[1])}" if choice[0] == "eof" else f"radius {choice[1] / 1e3:.0f} km"
+    return built[0], list(built[1:]), f"{choice[0]}, {size}, inflation {choice[2]:g}"
+
+
+def _anchor_of(anomaly: np.ndarray, samples: Samples, choice: Choice) -> Anchor:
+    kind, size, inflation = choice
+    if kind == "eof":
+        return fit_eofs(anomaly, int(size), inflation)
+    taper = kernel_on(samples.grid, "gaspari-cohn", size)
+    return LowRank.of(LocalisedSample(torch.as_tensor(anomaly), taper, inflation))
+
+
+def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training rows and the rows of the validation block, the last but one: late, yet inside the period."""
+    held = fold == FOLDS - 2
+    return torch.as_tensor(np.flatnonzero(~held)), torch.as_tensor(np.flatnonzero(held))
+
+
+def network_arguments(channels: int, condition: int, width: int, samples: Samples, periodic: Any = None) -> dict[str, Any]:
+    """Return the arguments of the U-Net; on a doubly periodic grid no place differs from another."""
+    periodic = samples.grid.periodic if periodic is None else periodic
+    return {
+        "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2],
+        "position": 0 if periodic == "both" else 2, "shape": list(samples.grid.shape), "periodic": periodic,
+    }  # fmt: skip
+
+
+def record_of(samples: Samples, optimiser: Optimiser, extra: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model file says of its training."""
+    return {
+        "samples": f"{len(samples.values)} along {samples.dimension}",
+        "period": samples.period,
+        **extra,
+        **report,
+        "validation_ratio": report["validation_best"] / report["validation_start"],
+        "batch_size": optimiser.batch_size,
+        "learning_rate": optimiser.learning_rate,
+        "ema": optimiser.ema,
+        "seed": optimiser.seed,
+        "trained_on": datetime.date.today().isoformat(),
+        "versions": f"xgenda {metadata.package_version()}, torch {torch.__version__}",
+    }
