@@ -139,6 +139,7 @@ def fit_scaling(
     transform: str | Mapping[str, str] = "none",
     offset: float | Mapping[str, float] = 1e-3,
     pointwise_std: bool = False,
+    homogeneous: bool = False,
 ) -> Scaling:
     """Fit a `Scaling` to training fields.
 
@@ -158,6 +159,8 @@ def fit_scaling(
         Offset of the logarithm in the units of the variable, for all or per variable.
     pointwise_std
         One standard deviation per cell instead of one per variable.
+    homogeneous
+        One climatology for all cells, where all places are alike.
 
     Raises
     ------
@@ -178,6 +181,8 @@ def fit_scaling(
     blank = Scaling(np.zeros((1, len(names), 1, 1)), np.ones((len(names), 1, 1)), "none", tuple(per), tuple(offsets))
     transformed = blank.transform(values)
     mean = np.linalg.lstsq(basis, transformed.reshape(len(values), -1), rcond=None)[0].reshape(-1, *values.shape[1:])
+    if homogeneous:
+        mean = mean.mean((2, 3), keepdims=True)
     anomaly = transformed - np.tensordot(basis, mean, axes=(1, 0))
     axes = (0,) if pointwise_std else (0, 2, 3)
     std = np.sqrt(np.mean(anomaly**2, axis=axes, keepdims=True))[0]

@@ -177,7 +177,9 @@ def noisy(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> tuple[Ten
     return (clean + sigma * e) / total, sigma[:, 0].log() / 4, (sigma * clean - e) / total
 
 
-def train(k: int, steps: int, cache: Path, *, width: int = 128, blocks: int = 4, batch: int = 2048, rate: float = 2e-3) -> EDMDenoiser:
+def train(
+    k: int, steps: int, cache: Path, *, width: int = 128, blocks: int = 4, batch: int = 2048, rate: float = 2e-3
+) -> EDMDenoiser:
     """Return the denoiser of windows of 2 k + 1 states, from the cache where it was trained before."""
     path = cache / f"window{k}-{width}x{blocks}-{steps}.pt"
     data = (simulate(1024, 1024, seed=1) - MEAN) / STD if not path.exists() else torch.zeros(1, 16, 3)
@@ -253,6 +255,9 @@ def published(corrections: int) -> Method:
     return Method("sda", {"gamma": 3e-2}, "pc", {"corrections": corrections, "tau": 0.25})
 
 
+FASTER: list[Method] = []
+
+
 @dataclass
 class Counter:
     """A denoiser that counts its evaluations and the vector-Jacobian products through it."""
@@ -285,8 +290,127 @@ def sample(model: Denoiser, k: int, y: Tensor, case: str, method: Method, draws:
     return MEAN + STD * found, counter
 
 
+@dataclass
+class Problem:
+    """Observations of test trajectories with the draws of two particle filters each."""
+
+    case: str
+    y: Tensor
+    first: Tensor
+    draws: int
+    filters: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, case: str, observations: int, first: Tensor, draws: int) -> Problem:
+        """Return the same observations for all methods and any number of them."""
+        truth = (simulate(64, LENGTH, seed=4) - MEAN) / STD
+        generator = torch.Generator().manual_seed(5)
+        y = observe(truth, case)
+        return cls(case, (y + CASES[case][1] * torch.randn(y.shape, generator=generator))[:observations], first, draws)
+
+    def oracle(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return draws of two independent filters."""
+        if i not in self.filters:
+            a, b = (particle_filter(self.y[i], self.case, self.first, self.draws, seed) for seed in (1, 2))
+            self.filters[i] = a, b
+        return self.filters[i]
+
+    def scores(self, i: int, x: Tensor) -> dict[str, float]:
+        """Return the scores of draws of the posterior of an observation."""
+        return {
+            "W1": wasserstein(x, self.oracle(i)[0]),
+            "prior": float(log_prior(x).mean()),
+            "likelihood": float(log_likelihood(x, self.y[i], self.case).mean()),
+        }
+
+
+class Results:
+    """Scores on disk, one line each, so that an interrupted run goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, float]] = {}
+        if path.exists():
+            self.known = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())}
+
+    def get(self, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return the scores under this key, computed if they are not there."""
+        if key not in self.known:
+            began = time.perf_counter()
+            found = {**make(), "seconds": time.perf_counter() - began}
+            self.known[key] = found
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, **found}) + "\n")
+        return self.known[key]
+
+
+def row(name: str, scores: list[dict[str, float]], floors: list[float]) -> str:
+    """Return a line of a table: medians over the observations, and the mean of the paired difference to the floor."""
+    median = {k: float(np.median([s[k] for s in scores])) for k in scores[0]}
+    above = np.array([s["W1"] for s in scores]) - np.array(floors)
+    error = above.std(ddof=1) / math.sqrt(len(above)) if len(above) > 1 else math.nan
+    return (
+        f"| {name} | {median['W1']:.2f} | {above.mean():+.2f} ({error:.2f}) | {median['prior']:.1f} | {median['likelihood']:.2f} | "
+        f"{median['forward']:.0f} + {median['backward']:.0f} | {median['seconds']:.0f} |"
+    )
+
+
+def run(problem: Problem, models: dict[int, Denoiser], plan: list[tuple[int, Method]], results: Results, training: int) -> None:
+    """Print a table of the methods of a plan on all observations of a problem."""
+    count, case = len(problem.y), problem.case
+    print(
+        f"\n{case}: {count} observations, {problem.draws} draws, {len(problem.first)} particles, training of {training} steps\n"
+    )
+    print(
+        "| k | method | W1 | above the floor (standard error) | log p(x2:L given x1) | log p(y given x) | forward + backward | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+
+    def floor(i: int) -> dict[str, float]:
+        return {**problem.scores(i, problem.oracle(i)[1]), "forward": 0, "backward": 0}
+
+    tag = f"{case}|{problem.draws}|{len(problem.first)}"
+    reference = [results.get(f"{tag}|{i}|filter", lambda i=i: floor(i)) for i in range(count)]
+    floors = [s["W1"] for s in reference]
+    print(row("| particle filter", reference, floors), flush=True)
+    for k, method in plan:
+
+        def scored(i: int, k: int = k, method: Method = method) -> dict[str, float]:
+            x, counter = sample(models[k], k, problem.y[i], case, method, problem.draws, f"{case} {i}")
+            return {**problem.scores(i, x), "forward": counter.forward, "backward": counter.backward}
+
+        found = [results.get(f"{tag}|{i}|{k}|{training}|{method}", lambda i=i, s=scored: s(i)) for i in range(count)]
+        print(row(f"{k} | {method}", found, floors), flush=True)
+
+
 def main() -> None:
-    raise SystemExit
+    """Train what is not in the cache, sample, and print one table per case."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xgenda-benchmarks" / "lorenz63"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=home, help="where weights and scores are kept")
+    parser.add_argument("--quick", action="store_true", help="a minute: little training, one observation, few draws")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--k", nargs="+", type=int, default=[1, 2, 3, 4])
+    parser.add_argument("--corrections", nargs="*", type=int, default=[1, 4, 16], help="of the published method")
+    parser.add_argument(
+        "--faster", nargs="*", type=int, default=[4], help="values of k for the methods with a quarter of the calls"
+    )
+    parser.add_argument("--observations", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=256)
+    parser.add_argument("--training", type=int, default=10000, help="steps")
+    parser.add_argument("--particles", type=int, default=16384)
+    args = parser.parse_args()
+    if args.quick:
+        args.case, args.k, args.corrections, args.faster = ["lo"], [2], [1], [2]
+        args.observations, args.draws, args.training = 2, 32, 400
+    torch.set_num_threads(1)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    models = {k: train(k, args.training, args.cache) for k in sorted({*args.k, *args.faster})}
+    first = simulate(args.particles, 1, seed=3, spin_up=512)[:, 0]
+    results = Results(args.cache / "scores.jsonl")
+    plan = [(k, published(c)) for k in args.k for c in args.corrections] + [(k, m) for k in args.faster for m in FASTER]
+    for case in args.case:
+        run(Problem.make(case, args.observations, first, args.draws), models, plan, results, args.training)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class DiffusionModel(GenerativeModel):
                 for s in groups
             ]
             evidence = stack_evidence(
-                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in groups], affine, self.scaling, group
+                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in groups], affine, self.scaling, group, len(std) // self.spec.channels
             ).to(request.device)
             noise = LabelledNoise([[(request.seed, request.labels[t], m) for t in spans[s]] for s, m in batch])
             # double precision: at large sigma single precision loses what the last steps need, and batches would differ
@@ -206,13 +206,12 @@ def join_times(items: list[PointEvidence], size: int) -> PointEvidence:
 
 
 def stack_evidence(
-    items: list[PointEvidence], affine: list[tuple[Tensor, Tensor]], scaling: Scaling, group: Tensor
+    items: list[PointEvidence], affine: list[tuple[Tensor, Tensor]], scaling: Scaling, group: Tensor, cells: int
 ) -> LinearEvidence:
     """Pad the observations of several times to one size; `affine` holds mean and standard deviation of the flat state per time."""
     longest, widest = max(len(e.value) for e in items), max(e.indices.shape[1] for e in items)
     logs = torch.tensor([t == "log" for t in scaling.transforms])
     offsets = torch.tensor(scaling.offsets, dtype=torch.float64)
-    cells = scaling.mean[0][0].size
     parts: dict[str, list[Tensor]] = {
         k: [] for k in ("indices", "weights", "mean", "std", "values", "variances", "log", "offset")
     }

@@ -17,7 +17,7 @@ from xgenda.networks.unet import UNet
 from xgenda.training.objectives import Batch
 
 DEFAULT_EPOCHS = 60
-VALIDATION_REPEATS = 4
+VALIDATION_SAMPLES = 200  # about as many as tell 1 % from nothing; fewer fields are used with several draws of noise
 
 
 class Objective(Protocol):
@@ -77,7 +77,8 @@ class Optimiser:
         network.to(self.device).train()
         averaged = copy.deepcopy(network)
         optimiser = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-        checks = [objective.batch(held, torch.Generator().manual_seed(1000 + k)) for k in range(VALIDATION_REPEATS)]
+        repeats = max(1, min(4, VALIDATION_SAMPLES // len(held)))
+        checks = [objective.batch(held, torch.Generator().manual_seed(1000 + k)) for k in range(repeats)]
         first = lowest = self._validate(averaged, checks)
         best, best_step, step = copy.deepcopy(averaged.state_dict()), 0, 0
         begin = clock.monotonic()

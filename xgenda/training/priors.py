@@ -43,11 +43,12 @@ def train_prior(
 ) -> DiffusionModel:
     """Train an unconditional prior of one state, or of a window of states."""
     names = [v.name for v in samples.variables]
-    scaling = fit_scaling(samples.values, samples.time, names, cycle=climatology)
+    scaling = fit_scaling(samples.values, samples.time, names, cycle=climatology, homogeneous=periodic == "both")
     z = standardise(scaling, samples.values, samples.time)
     fold = blocks(samples.time, len(z), FOLDS)
     z, fold, extra = _windows(samples, z, fold, window)
-    final, crossed, note = fit_anchors(z, samples, fold, anchor or "auto")
+    kind = anchor or ("spectral" if periodic == "both" else "auto")  # without one in the denoiser, still for guidance
+    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=anchor is not None)
     torch.manual_seed(optimiser.seed)
     channels = len(names) * window
     feeds_state = anchor is not None
@@ -146,10 +147,12 @@ def continue_prior(
     return DiffusionModel(spec, EDMDenoiser(network, anchor, feeds_state), before.covariance)
 
 
-def fit_anchors(z: np.ndarray, samples: Samples, fold: np.ndarray, kind: str = "eof") -> tuple[Anchor, list[Anchor], str]:
-    """Return the anchor of all samples, one per fold fitted without it, and a note on the choice."""
+def fit_anchors(
+    z: np.ndarray, samples: Samples, fold: np.ndarray, kind: str = "eof", *, crossed: bool = True
+) -> tuple[Anchor, list[Anchor], str]:
+    """Return the anchor of all samples, one per fold fitted without it (if `crossed`), and a note on the choice."""
     cells = samples.grid.size
-    parts = [z[fold != k] - z[fold != k].mean(0) for k in range(FOLDS)]
+    parts = [z[fold != k] - z[fold != k].mean(0) for k in range(FOLDS)] if crossed else []
     everything = z - z.mean(0)
     if kind == "spectral":
         shape = (-1, z.shape[1] // cells, *samples.grid.shape)
