@@ -679,7 +679,32 @@ CASES: dict[str, Case] = {
         OptionError,
         r"climatology='monthly' is not accepted; choose one of 'none', 'dayofyear'",
     ),
-    "unknown anchor": (lambda k: k.train(anchor="iron"), OptionError, r"anchor='iron' is not accepted; choose one of 'eof'"),
+    "unknown anchor": (
+        lambda k: k.train(anchor="iron"),
+        OptionError,
+        r"anchor='iron' is not accepted; choose one of 'auto', 'eof'",
+    ),
+    "even window": (lambda k: k.train(window=2), OptionError, r"window=2 is not accepted; it must be odd"),
+    "window of a downscaler": (
+        lambda k: k.train(task="downscale", factor=4, window=3),
+        OptionError,
+        r"window=3 belongs to task='prior'",
+    ),
+    "spectral anchor of a region": (
+        lambda k: k.train(anchor="spectral"),
+        OptionError,
+        r"anchor='spectral' is for doubly periodic grids; pass periodic='both' too",
+    ),
+    "periodic in what": (
+        lambda k: k.train(periodic="yes"),
+        OptionError,
+        r"periodic='yes' is not accepted; it must be True, False",
+    ),
+    "unknown precision": (
+        lambda k: k.train(dtype="float16"),
+        OptionError,
+        r"dtype='float16' is not accepted; choose one of 'float32'",
+    ),
     "existing training output": (
         lambda k: k.train(out=k.saved()),
         OutputExistsError,

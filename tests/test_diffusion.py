@@ -363,6 +363,15 @@ def test_levels_outside_of_the_training_are_told() -> None:
         check_levels(noise_levels("log", 16, 0.02, 80.0), (0.02, 80.0))
 
 
+def test_samplers_pass_the_range_on() -> None:
+    trained = EDMDenoiser(UNet(1, width=8), sigma_range=(0.1, 5.0)).requires_grad_(False)
+    ev = evidence(torch.tensor([[0]]), torch.ones(1, 1), torch.zeros(1).double(), torch.ones(1).double())
+    start = torch.zeros(1, 1, NY, NX)
+    with pytest.warns(UserWarning, match="trained from 0.1 to 5"):
+        integrate(guide(trained, ev, "w2c"), start, karras_schedule(3, 0.05, 5.0), "ddim")
+    integrate(trained, start, karras_schedule(3, 0.1, 5.0), "ddim")
+
+
 def _network(anchor: LowRank) -> EDMDenoiser:
     torch.manual_seed(0)
     network = UNet(1, 1, width=8)

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 
 from xgenda.errors import GridError
-from xgenda.grids import TOLERANCE, Grid
+from xgenda.grids import EARTH_RADIUS, TOLERANCE, Grid
 
 NODE = 1e-4  # of a cell
 
@@ -138,6 +138,46 @@ def block_mean(grid: Grid, factor: int) -> LinearMap:
     ny, nx = grid.coarsened(factor).shape
     cells = np.arange(grid.size).reshape(ny, factor, nx, factor).transpose(0, 2, 1, 3).reshape(ny * nx, factor**2)
     return LinearMap(cells.astype(np.int64), np.full(cells.shape, 1.0 / factor**2), grid.size)
+
+
+def gaussian_footprint(grid: Grid, cells: np.ndarray, sigma: float, *, wrap: bool = False) -> LinearMap:
+    """Build means under a Gaussian footprint around some cells, cut off at three standard deviations.
+
+    Distances are on the sphere, with the metric of the row of each footprint's centre. Weights add up to 1, also where the
+    footprint reaches over the edge of the grid.
+
+    Parameters
+    ----------
+    grid
+        Source grid.
+    cells
+        Flat indices of the centres, shape (m,).
+    sigma
+        Standard deviation in metres.
+    wrap
+        Whether both axes wrap (a doubly periodic box); otherwise only longitude does, where the grid is periodic.
+
+    Returns
+    -------
+    LinearMap
+        Shape (m, grid.size).
+    """
+    ny, nx = grid.shape
+    row, column = np.divmod(np.asarray(cells), nx)
+    metre = np.pi / 180 * EARTH_RADIUS
+    dy = metre * abs(np.diff(grid.latitude)).mean()
+    dx = metre * abs(np.diff(grid.longitude)).mean() * np.cos(np.radians(grid.latitude))
+    reach_y, reach_x = (int(np.ceil(3 * sigma / d)) for d in (dy, dx.min()))
+    i, j = (a.ravel() for a in np.meshgrid(np.arange(-reach_y, reach_y + 1), np.arange(-reach_x, reach_x + 1), indexing="ij"))
+    distance = np.hypot(i * dy, j * dx[row][:, None])
+    weights = np.where(distance <= 3 * sigma, np.exp(-0.5 * (distance / sigma) ** 2), 0.0)
+    to_row, to_column = row[:, None] + i, column[:, None] + j
+    if not wrap:
+        weights[(to_row < 0) | (to_row >= ny)] = 0.0
+        if not grid.periodic:
+            weights[(to_column < 0) | (to_column >= nx)] = 0.0
+    indices = np.where(weights > 0, (to_row % ny) * nx + to_column % nx, np.asarray(cells)[:, None])
+    return LinearMap(indices.astype(np.int64), weights / weights.sum(1, keepdims=True), grid.size)
 
 
 def bilinear_between(source: Grid, target: Grid) -> LinearMap:

@@ -255,7 +255,13 @@ def published(corrections: int) -> Method:
     return Method("sda", {"gamma": 3e-2}, "pc", {"corrections": corrections, "tau": 0.25})
 
 
-FASTER: list[Method] = []
+#: A quarter of the 4,352 evaluations of the published method with 16 corrections, counting forward and backward passes alike. The composed
+#: score is at its best at low noise: start at twice the standard deviation of the state, and correct often and far.
+FASTER = [
+    Method("mmps", {"iterations": 2}, "pc", {"corrections": 16, "tau": 0.8}, "log", 16, (1e-2, 2.0)),
+    Method("mmps", {"iterations": 1}, "pc", {"corrections": 16, "tau": 0.5}, "log", 21, (1e-2, 2.0)),
+    Method("sda", {"gamma": 3e-2}, "pc", {"corrections": 16, "tau": 0.5}, "log", 32, (1e-2, 2.0)),
+]
 
 
 @dataclass
@@ -331,7 +337,7 @@ class Results:
         self.path = path
         self.known: dict[str, dict[str, float]] = {}
         if path.exists():
-            self.known = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())}
+            self.known = {r.pop("key"): r for r in map(json.loads, path.read_text().splitlines())}
 
     def get(self, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Return the scores under this key, computed if they are not there."""

@@ -15,6 +15,7 @@ from xgenda.diffusion.covariances import DENSE_LIMIT, Covariance, matrix_root
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError
 
+FEW_CHANNELS = 8  # up to which sums over channels are faster than a batch of tiny matrix products
 CACHE_ELEMENTS = 2**24  # of all noise levels of one anchor together
 
 
@@ -259,9 +260,15 @@ class SpectralConditional:
         key = (vector.dtype, vector.device)
         if key not in self._cast:
             complex_dtype = torch.complex128 if vector.dtype == torch.float64 else torch.complex64
-            self._cast[key] = self.kernel.to(device=vector.device, dtype=complex_dtype)
-        field = torch.fft.rfft2(vector.reshape(-1, *self.shape), norm="ortho")
-        shaped = torch.einsum("yxcd,sdyx->scyx", self._cast[key], field)
+            kernel = self.kernel.to(device=vector.device, dtype=complex_dtype)
+            self._cast[key] = kernel.permute(2, 3, 0, 1).contiguous()
+        kernel, field = self._cast[key], torch.fft.rfft2(vector.reshape(-1, *self.shape), norm="ortho")
+        if self.shape[0] <= FEW_CHANNELS:
+            shaped = torch.stack(
+                [sum((k * f for k, f in zip(row, field.unbind(1), strict=True)), 0 * field[:, 0]) for row in kernel], 1
+            )
+        else:
+            shaped = torch.einsum("cdyx,sdyx->scyx", kernel, field)
         out: Tensor = torch.fft.irfft2(shaped, s=self.shape[1:], norm="ortho").reshape(vector.shape)
         return out
 

@@ -92,11 +92,19 @@ class EDMDenoiser(nn.Module):
         Covariance of the standardised state, or None.
     feeds_state
         Whether the network gets the bounded G.
+    sigma_range
+        Lowest and highest noise level of the training, if known.
     """
 
-    def __init__(self, network: nn.Module, anchor: Anchor | None = None, feeds_state: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        anchor: Anchor | None = None,
+        feeds_state: bool = False,
+        sigma_range: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.network, self.anchor, self.feeds_state = network, anchor, feeds_state
+        self.network, self.anchor, self.feeds_state, self.sigma_range = network, anchor, feeds_state, sigma_range
 
     def forward(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> Tensor:
         """Return the denoised state."""

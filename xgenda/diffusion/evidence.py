@@ -7,13 +7,15 @@ directions (`Tangent`); nothing differentiates through A itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from xgenda.errors import OptionError
+
+NARROW = 8  # cells per observation up to which padded rows beat a sparse matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,7 @@ class LinearEvidence:
     group: Tensor
     log: Tensor | None = None
     offset: Tensor | None = None
+    _cache: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def value(self) -> Tensor:
@@ -113,7 +116,8 @@ class LinearEvidence:
 
     def to(self, device: torch.device) -> LinearEvidence:
         """Return the same on a device."""
-        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
+        parts = {k: v for k, v in vars(self).items() if k != "_cache"}
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in parts.items()}
         return LinearEvidence(**moved)
 
     def _take(self, state: Tensor) -> Tensor:
@@ -127,8 +131,35 @@ class LinearEvidence:
         """Return a (groups, m, k) array for every sample, broadcast where there is one group."""
         return (part if len(part) == 1 else part[self.group]).to(like)
 
+    def _sparse(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return per group A and A^T as sparse matrices and what they observe of the climatology; for wide rows."""
+        if not self._cache:
+            weights = (self.weights * self.std).double()
+            for index, weight, constant in zip(self.indices, weights, (self.weights * self.mean).double().sum(-1), strict=True):
+                row, place = torch.nonzero(weight, as_tuple=True)
+                where, size = torch.stack([row, index[row, place]]), (len(index), int(self.indices.max()) + 1)
+                matrix = torch.sparse_coo_tensor(where, weight[row, place], size, check_invariants=False).coalesce()
+                self._cache.append((matrix, matrix.t().coalesce(), constant))
+        return self._cache
+
+    def _multiply(self, which: int, vector: Tensor, columns: int) -> Tensor:
+        """Return A x (0) or A^T v (1) for the rows of `vector`, group by group."""
+        out = torch.zeros(len(vector), columns, dtype=torch.float64, device=vector.device)
+        for g, matrices in enumerate(self._sparse()):
+            members = torch.nonzero(self.group == g)[:, 0] if len(self.indices) > 1 else slice(None)
+            matrix, part = matrices[which], vector[members].double()
+            out[members, : matrix.shape[0]] = torch.sparse.mm(matrix, part[:, : matrix.shape[1]].T).T
+        return out.to(vector)
+
+    @property
+    def _wide(self) -> bool:
+        return self.log is None and self.indices.shape[-1] > NARROW
+
     def observe(self, state: Tensor) -> Tensor:
         """Return the observed values, shape (batch, m)."""
+        if self._wide:
+            constant = torch.stack([c for _, _, c in self._sparse()])[self.group]
+            return self._multiply(0, state, self.indices.shape[1]) + constant.to(state)
         taken = self._of(self.mean, state) + self._of(self.std, state) * self._take(state)
         if self.log is not None and self.offset is not None:
             log = self._of(self.log, state) > 0
@@ -145,6 +176,9 @@ class LinearEvidence:
 
     def tangent(self, state: Tensor) -> Tangent:
         """Return the derivative, by gather and scatter."""
+        if self._wide:
+            rows, columns = self.indices.shape[1], state.shape[1]
+            return Tangent(lambda change: self._multiply(0, change, rows), lambda vector: self._multiply(1, vector, columns))
         slope, shape = self.slope(state), state.shape
         index = self.indices if len(self.indices) == 1 else self.indices[self.group]
 

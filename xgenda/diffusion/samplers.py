@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from xgenda.diffusion.denoisers import Denoiser
-from xgenda.diffusion.schedules import karras_schedule as karras_schedule  # where it used to be
+from xgenda.diffusion.schedules import check_levels
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 
 SAMPLERS = ("heun", "ddim", "ancestral", "dpm++", "adams", "pc")
@@ -122,7 +122,7 @@ def integrate(
     Parameters
     ----------
     denoise
-        D(x; sigma).
+        D(x; sigma). If it has a `sigma_range`, levels outside of it are warned of.
     start
         Shape (batch, ...), standard deviation ``levels[0]``. Its dtype is that of the solver's arithmetic: give float64 where members
         must not depend on the batch, whatever the precision of the network.
@@ -147,6 +147,8 @@ def integrate(
     known = sampler_options(sampler, options)
     if noise is None and is_stochastic(sampler, options):
         raise OptionError(f"sampler={sampler!r} draws random numbers; pass noise=NoiseStream(keys) with one key per sample.")
+    if (trained := getattr(denoise, "sigma_range", None)) is not None:
+        check_levels(levels, trained)
     stepper = _STEPPERS[sampler](denoise, levels, _source(noise, start), known)
     x = start
     for i, (sigma, following) in enumerate(itertools.pairwise(levels)):

@@ -12,7 +12,13 @@ Product = Callable[[Tensor], Tensor]
 
 
 def conjugate_gradients(
-    multiply: Product, target: Tensor, iterations: int, *, tolerance: float = 1e-6, preconditioner: Tensor | None = None
+    multiply: Product,
+    target: Tensor,
+    iterations: int,
+    *,
+    tolerance: float = 1e-6,
+    preconditioner: Tensor | None = None,
+    guess: Tensor | None = None,
 ) -> Tensor:
     """Solve symmetric positive definite systems.
 
@@ -30,15 +36,18 @@ def conjugate_gradients(
         Of the residual, relative to the target.
     preconditioner
         Approximate inverse diagonal, shape (batch, m).
+    guess
+        Where to start, shape (batch, m); zero by default.
     """
 
     def precondition(residual: Tensor) -> Tensor:
         return residual if preconditioner is None else preconditioner * residual
 
-    solution, residual = torch.zeros_like(target), target.clone()
+    solution = torch.zeros_like(target) if guess is None else guess
+    residual = target.clone() if guess is None else target - multiply(guess)
     direction = precondition(residual)
     power = (residual * direction).sum(-1, keepdim=True)
-    start = power.clone()
+    start = (target * precondition(target)).sum(-1, keepdim=True)
     for _ in range(iterations):
         open_rows = power > tolerance**2 * start
         if not open_rows.any():

@@ -30,6 +30,7 @@ class TrajectoryDenoiser:
 
     def __init__(self, denoise: Denoiser, k: int, batch: int | None = None) -> None:
         self.denoise, self.k, self.batch = denoise, k, batch
+        self.sigma_range = getattr(denoise, "sigma_range", None)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Return the denoised trajectory, shape (batch, length, channels, ...)."""

@@ -50,6 +50,7 @@ class DiffusionModel(GenerativeModel):
         self.covariance = denoiser.anchor if covariance is None else covariance
         self.scaling: Scaling = spec.scaling
         self.sigma_max = float(spec.options["sigma_max"])
+        self.denoiser.sigma_range = (SIGMA_MIN, self.sigma_max)
 
     @property
     def window(self) -> int:
@@ -135,7 +136,11 @@ class DiffusionModel(GenerativeModel):
                 for s in groups
             ]
             evidence = stack_evidence(
-                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in groups], affine, self.scaling, group, len(std) // self.spec.channels
+                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in groups],
+                affine,
+                self.scaling,
+                group,
+                len(std) // self.spec.channels,
             ).to(request.device)
             noise = LabelledNoise([[(request.seed, request.labels[t], m) for t in spans[s]] for s, m in batch])
             # double precision: at large sigma single precision loses what the last steps need, and batches would differ
