@@ -123,6 +123,9 @@ def test_only_fields_are_data_variables() -> None:
         ("m s-1", "km h-1", 10.0, 36.0),
         ("kg m-2 s-1", "kg m-2 day-1", 1.0, 86400.0),
         ("m**2 s**-2", "m2 s-2", 7.0, 7.0),
+        ("1e-3", "psu", 35.0, 35.0),
+        ("psu", "g kg-1", 35.0, 35.0),
+        ("1e-3", "1", 35.0, 0.035),
     ],
 )
 def test_conversion(found: str, wanted: str, value: float, expected: float) -> None:

@@ -153,3 +153,8 @@ def test_time_budget(text: str | float, seconds: float) -> None:
 def test_time_budget_ends_the_training() -> None:
     model = xgenda.train(bimodal(40), time_budget=1.0, width=8, progress=False)
     assert 1 <= model.spec.training["steps"] < 10_000
+
+
+def test_saving_twice_gives_the_same_bytes(trained: xgenda.GenerativeModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    files = [trained.save(tmp_path / f"{k}.safetensors") for k in range(4)]
+    assert len({f.read_bytes() for f in files}) == 1

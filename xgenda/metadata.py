@@ -180,6 +180,17 @@ def match_variable(ds: xr.Dataset, name: str, standard_name: str | None, argumen
     )
 
 
+#: Practical salinity has no unit; CF writes it as 1e-3, which is also what 1 g/kg is, and pint takes psu for 1.
+PRACTICAL_SALINITY = ("psu", "pss", "pss-78", "practical_salinity_unit", "practical_salinity_units")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(float(text) > 0)
+    except ValueError:
+        return False
+
+
 @functools.lru_cache(maxsize=256)
 def unit_factors(found: str, wanted: str) -> tuple[float, float]:
     """Return (scale, offset) with ``wanted = scale * found + offset``.
@@ -195,7 +206,9 @@ def unit_factors(found: str, wanted: str) -> tuple[float, float]:
 
     def read(text: str) -> Any:
         try:
-            return registry.parse_units(text)
+            if text.strip().lower() in PRACTICAL_SALINITY:
+                return registry.Quantity(1, "g/kg")
+            return registry.Quantity(registry.parse_expression(text, case_sensitive=True) if _is_number(text) else text)
         except Exception as error:
             raise UnitsError(
                 f"The units {text!r} are not known; use UDUNITS spelling, for example 'K', 'degC', 'hPa', 'm s-1'."
@@ -203,7 +216,10 @@ def unit_factors(found: str, wanted: str) -> tuple[float, float]:
 
     source, target = read(found), read(wanted)
     try:
-        zero, one = (registry.Quantity(v, source).to(target).magnitude for v in (0.0, 1.0))
+        # a unit may be a plain number, such as the 1e-3 of salinity in CF, so each is one quantity
+        zero, one = (
+            registry.Quantity(v * source.magnitude, source.units).to(target.units).magnitude / target.magnitude for v in (0.0, 1.0)
+        )
     except Exception as error:
         raise UnitsError(
             f"Units {found!r} cannot be converted to {wanted!r}. Set the true ones: ds['name'].attrs['units'] = {wanted!r}"

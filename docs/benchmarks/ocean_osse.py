@@ -1,6 +1,6 @@
 """An observing-system simulation of the ocean twin: tracks, a swath, cloudy temperature and a blurred product, all in one operator.
 
-python docs/benchmarks/ocean_osse.py [--model PATH] [--dates 20] [--members 16]
+python docs/benchmarks/ocean_osse.py [--dates 20] [--members 16]
 
 The truth are five runs of the quasi-geostrophic twin with seeds that no training run had, at dates 24 days apart. Every date has
 
@@ -17,7 +17,6 @@ Matheron's rule). The second is the posterior of the model's own Gaussian anchor
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 
 import numpy as np
@@ -28,6 +27,7 @@ import xgenda
 from xgenda.diffusion.anchors import Spectral, SpectralConditional
 from xgenda.diffusion.evidence import LinearEvidence
 from xgenda.diffusion.noise import NoiseStream
+from xgenda.diffusion.samplers import network_calls
 from xgenda.diffusion.solvers import conjugate_gradients
 from xgenda.maps import LinearMap, concatenate, gaussian_footprint
 from xgenda.models.diffusive import DiffusionModel, stack_evidence
@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--model", default="ocean-twin")
     parser.add_argument("--dates", type=int, default=20)
     parser.add_argument("--members", type=int, default=16)
-    parser.add_argument("--sampler", default="auto")
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--guidance", nargs="*", default=["anchor"])
+    parser.add_argument(
+        "--samplers", nargs="*", default=["heun:24", "heun:18", "dpm++:12"], help="each a name and a number of levels"
+    )
     parser.add_argument("--picture", default=None, help="file for a picture of the first date")
     options = parser.parse_args()
     model = xgenda.load_model(options.model)
@@ -169,13 +169,15 @@ def main() -> None:
             optimal_interpolation(model, e, covariance, options.members, label) for e, label in zip(evidence, labels, strict=True)
         ])  # fmt: skip
         report(name, found[:, :-1], truth, time.perf_counter() - begin, found[:, -1])
-    for guidance in options.guidance:
+    for way in options.samplers:
         begin = time.perf_counter()
-        asked = SamplingOptions(guidance=guidance, sampler=options.sampler, steps=options.steps)
-        ensemble = sample(model, evidence, labels, options.members, dataclasses.replace(asked))
-        report(f"{model.spec.name}, {guidance}", ensemble, truth, time.perf_counter() - begin)
-    if options.picture:
-        draw(options.picture, truth[0], ensemble[0], found[0, -1], evidence[0])
+        sampler, steps = way.split(":")
+        asked = SamplingOptions(sampler=sampler, steps=int(steps))
+        calls = network_calls(sampler, int(steps))
+        ensemble = sample(model, evidence, labels, options.members, asked)
+        report(f"{model.spec.name}, {sampler}, {calls} calls", ensemble, truth, time.perf_counter() - begin)
+        if options.picture and way == options.samplers[0]:
+            draw(options.picture, truth[0], ensemble[0], found[0, -1], evidence[0])
 
 
 def draw(path: str, truth: np.ndarray, ensemble: np.ndarray, interpolated: np.ndarray, evidence: PointEvidence) -> None:

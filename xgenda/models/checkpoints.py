@@ -45,7 +45,8 @@ def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrit
         tensors["scaling.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        save_file(tensors, aside, metadata={"format": str(FORMAT), "xgenda": json.dumps(model.spec.to_dict())})
+        # one entry only: safetensors writes several in random order, and equal models would have different checksums
+        save_file(tensors, aside, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
@@ -97,8 +98,6 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         ) from problem
     if "xgenda" not in header:
         raise CheckpointError(f"{path} is a safetensors file, but no xgenda model: its header has no 'xgenda' entry.")
-    if header.get("format") != str(FORMAT):
-        raise CheckpointError(f"{path} has format {header.get('format')}; this version reads {FORMAT}. Update xgenda.")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite.")
@@ -106,6 +105,11 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         data = json.loads(header["xgenda"])
     except json.JSONDecodeError as problem:
         raise CheckpointError(f"{path}: the model description is no valid JSON: {problem}") from problem
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: the model description is no mapping.")
+    found = data.pop("format", header.get("format"))  # beside the description in the first files
+    if str(found) != str(FORMAT):
+        raise CheckpointError(f"{path} has format {found}; this version reads {FORMAT}. Update xgenda.")
     scaling = None
     if data.get("scaling") is not None:
         try:
