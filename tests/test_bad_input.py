@@ -489,7 +489,9 @@ CASES: dict[str, Case] = {
         r"is a safetensors file, but no xgenda model",
     ),
     "newer format": (
-        lambda k: xgenda.load_model(k.altered(lambda header, _: header.update(format="99"))),
+        lambda k: xgenda.load_model(
+            k.altered(lambda header, _: header.update(xgenda=json.dumps({**json.loads(header["xgenda"]), "format": 99})))
+        ),
         CheckpointError,
         r"has format 99; this version reads 1. Update xgenda",
     ),

@@ -218,7 +218,8 @@ def unit_factors(found: str, wanted: str) -> tuple[float, float]:
     try:
         # a unit may be a plain number, such as the 1e-3 of salinity in CF, so each is one quantity
         zero, one = (
-            registry.Quantity(v * source.magnitude, source.units).to(target.units).magnitude / target.magnitude for v in (0.0, 1.0)
+            registry.Quantity(v * source.magnitude, source.units).to(target.units).magnitude / target.magnitude
+            for v in (0.0, 1.0)
         )
     except Exception as error:
         raise UnitsError(

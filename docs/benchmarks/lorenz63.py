@@ -410,7 +410,7 @@ def main() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xgenda-benchmarks" / "lorenz63"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=home, help="where weights and scores are kept")
-    parser.add_argument("--quick", action="store_true", help="a minute: little training, one observation, few draws")
+    parser.add_argument("--quick", action="store_true", help="a minute: little training, one observation, few draws, two methods")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--k", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--corrections", nargs="*", type=int, default=[1, 4, 16], help="of the published method")
@@ -424,13 +424,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.case, args.k, args.corrections, args.faster = ["lo"], [2], [1], [2]
-        args.observations, args.draws, args.training = 2, 32, 400
+        args.observations, args.draws, args.training = 1, 32, 200
     torch.set_num_threads(1)
     args.cache.mkdir(parents=True, exist_ok=True)
     models = {k: train(k, args.training, args.cache) for k in sorted({*args.k, *args.faster})}
     first = simulate(args.particles, 1, seed=3, spin_up=512)[:, 0]
     results = Results(args.cache / "scores.jsonl")
-    plan = [(k, published(c)) for k in args.k for c in args.corrections] + [(k, m) for k in args.faster for m in FASTER]
+    plan = [(k, published(c)) for k in args.k for c in args.corrections] + [
+        (k, m) for k in args.faster for m in FASTER[: 1 if args.quick else None]
+    ]
     for case in args.case:
         run(Problem.make(case, args.observations, first, args.draws), models, plan, results, args.training)
 

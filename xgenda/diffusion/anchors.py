@@ -136,16 +136,21 @@ class Modes(LowRank):
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__(factor, torch.zeros(len(factor)))
-        self.power = (self.factor**2).sum(0)
+        self._square = self.factor**2
+        self.power = self._square.sum(0)
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def given_noise(self, sigma: float) -> LowRankConditional:
         """Return C, mode by mode: an eigenvalue p becomes sigma^2 p / (p + sigma^2)."""
-        if sigma not in self._cache:
-            half = self.factor * (sigma**2 / (self.power + sigma**2)).sqrt()
-            if len(self._cache) * self.factor.numel() > CACHE_ELEMENTS:
-                self._cache.clear()
-            self._cache[sigma] = LowRankConditional(self.residual, half, sigma)
-        return self._cache[sigma]
+        share = sigma**2 / (self.power + sigma**2)
+        return ModesConditional(self, share, self._square @ share, sigma)
+
+    def factor_like(self, like: Tensor) -> Tensor:
+        """Return F in the dtype and on the device of `like`."""
+        key = (like.dtype, like.device)
+        if key not in self._cast:
+            self._cast[key] = self.factor.to(like)
+        return self._cast[key]
 
 
 class LowRankConditional:
@@ -171,6 +176,24 @@ class LowRankConditional:
     def shrink(self, vector: Tensor) -> Tensor:
         """Return C v / sigma^2."""
         return self.multiply(vector) / self.sigma**2
+
+
+class ModesConditional(LowRankConditional):
+    """C = F diag(share) F^T, sharing F with all other noise levels: a matrix as large as the covariance for each would be too much."""
+
+    def __init__(self, modes: Modes, share: Tensor, variance: Tensor, sigma: float) -> None:
+        self.modes, self.share, self.variance, self.sigma = modes, share, variance, sigma
+        self.diagonal = modes.residual
+
+    @property
+    def factor(self) -> Tensor:  # type: ignore[override]
+        """The factor B of C = B B^T."""
+        return self.modes.factor * self.share.sqrt()
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return C v for vectors (..., n)."""
+        factor = self.modes.factor_like(vector)
+        return ((vector @ factor) * self.share.to(vector)) @ factor.T
 
 
 class Spectral:

@@ -270,8 +270,8 @@ class _Mmps(_ThroughNetwork):
     r"""Solve (I + R^-1/2 A sigma^2 J A^T R^-1/2) v = R^-1/2 (y - A xhat), and pull back R^-1/2 v.
 
     sigma^2 J is a covariance for a true denoiser. For a network it is neither symmetric nor positive, and the system may
-    be singular; see `arnoldi_solve`. A member whose solution still leaves more than it started from gets the step of 'pigdm' without
-    its gradient through the network at that level.
+    be singular; see `arnoldi_solve`. A member whose solution or gradient is not finite gets the step of 'pigdm' without its
+    gradient through the network at that level.
     """
 
     def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
@@ -289,7 +289,7 @@ class _Mmps(_ThroughNetwork):
             damped = self.options["solver"] == "damped"
             solved, left = arnoldi_solve(spread, target, self.options["iterations"], damped=damped)
         out = through(tangent.back(solved / root), False)
-        failed = (left > 1) | ~torch.isfinite(out).all(1)
+        failed = ~torch.isfinite(left) | ~torch.isfinite(out).all(1)
         if failed.any():
             share = sigma**2 / (1 + sigma**2)
             plain = self.proximal(clean, sigma, lambda v: share * v, share, 30) / (1 + sigma**2)
