@@ -155,7 +155,7 @@ def geostrophic_velocity(ssh: xr.DataArray, *, equator: float = 5.0, smoothing: 
 
 
 def wind_stress(u10: xr.DataArray, v10: xr.DataArray, *, air_density: float = 1.2, drag: float = 1.2e-3) -> xr.Dataset:
-    """Return the stress of the wind on the sea, tau = air_density drag |U| U.
+    """Return the stress of the wind on the sea, tau = air_density drag abs(U) U.
 
     Parameters
     ----------

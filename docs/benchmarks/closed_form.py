@@ -37,7 +37,6 @@ ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("anchor", {}, "heun", {}),
     ("mmps", {"iterations": 12}, "heun", {}),
     ("mmps", {"iterations": 5}, "heun", {}),
-    ("mmps", {"iterations": 2}, "heun", {}),
     ("mmps", {"iterations": 1}, "heun", {}),
     ("pigdm", {}, "heun", {}),
     ("sda", {"gamma": 0.03}, "heun", {}),
@@ -50,7 +49,6 @@ ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("dps", {"zeta": 1.0}, "heun", {}),
     ("diffpir", {"lambda": 1.0}, "heun", {}),
     ("diffpir", {"lambda": 1.0}, "ancestral", {}),
-    ("inpaint", {}, "ancestral", {}),
     ("inpaint", {}, "ancestral", {"resample": 4}),
 ]
 

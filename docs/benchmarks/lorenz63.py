@@ -275,6 +275,8 @@ FASTER = [
     Method("sda", {"gamma": 3e-2}, (Stage(8, 2.0, 0.3, 8, 0.5), Stage(9, 0.3, 0.05, 48, 0.5), Stage(10, 0.05, 3e-3, 8, 0.15))),
     Method("mmps", {"iterations": 1}, (Stage(8, 2.0, 0.3, 4, 0.5), Stage(9, 0.3, 0.05, 30, 0.6), Stage(9, 0.05, 3e-3, 7, 0.15))),
     Method("mmps", {"iterations": 2}, (Stage(7, 2.0, 0.3, 6, 0.7), Stage(8, 0.3, 0.05, 18, 0.8), Stage(9, 0.05, 3e-3, 8, 0.15))),
+    # 1,611 evaluations and products, a fifth of the 8,672 of the published method: what mmps does with the steps of sda
+    Method("mmps", {"iterations": 1}, (Stage(8, 2.0, 0.3, 8, 0.5), Stage(9, 0.3, 0.05, 48, 0.6), Stage(10, 0.05, 3e-3, 8, 0.15))),
 ]
 
 

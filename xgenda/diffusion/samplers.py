@@ -46,8 +46,9 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
     "ancestral": {},
     "dpm++": {},
     "adams": {"order": 3},
-    "pc": {"corrections": 1, "tau": 0.5, "unbiased": False},
+    "pc": {"corrections": 1, "tau": 0.25, "unbiased": False},
 }
+DIVERGED = 1e3  # standard deviations
 _WHOLE = ("order", "corrections", "resample")
 
 
@@ -127,7 +128,7 @@ def integrate(
         Shape (batch, ...), standard deviation ``levels[0]``. Its dtype is that of the solver's arithmetic: give float64 where members
         must not depend on the batch, whatever the precision of the network.
     levels
-        Decreasing, the last is 0.
+        Decreasing. The last is 0, or positive to stop there and go on with another sampler.
     sampler
         See the table of this module.
     noise
@@ -152,10 +153,9 @@ def integrate(
     stepper = _STEPPERS[sampler](denoise, levels, _source(noise, start), known)
     x = start
     for i, (sigma, following) in enumerate(itertools.pairwise(levels)):
-        before = stepper.state()
         for attempt in range(int(known["resample"])):
             if attempt:
-                stepper.restore(before)
+                stepper.memory = []  # earlier slopes belong to the path before its noise was put back
                 x = x + math.sqrt(sigma**2 - following**2) * stepper.noise()
             x = stepper.step(i, x, sigma, following)
         _check_finite(x, i, sigma)
@@ -165,10 +165,12 @@ def integrate(
 
 
 def _check_finite(x: Tensor, step: int, sigma: float) -> None:
-    bad = ~torch.isfinite(x).flatten(1).all(1)
+    # standardised states with noise sigma: anything this large is no state, even though it is a number
+    bad = ~(x.abs() < DIVERGED * (1 + sigma)).flatten(1).all(1)
     if bad.any():
+        what = "has diverged" if torch.isfinite(x).all() else "is not finite"
         raise StateError(
-            f"The state is not finite after step {step} of the sampler (sigma = {sigma:.4g}), in {int(bad.sum())} of {len(x)} members of a "
+            f"The state {what} after step {step} of the sampler (sigma = {sigma:.4g}), in {int(bad.sum())} of {len(x)} members of a "
             f"batch. Use guidance='auto', more steps, or larger observation errors."
         )
 
@@ -187,12 +189,6 @@ class _Stepper:
     def __init__(self, denoise: Denoiser, levels: list[float], noise: Callable[[], Tensor], options: Mapping[str, float]) -> None:
         self.denoise, self.levels, self.noise, self.options = denoise, levels, noise, options
         self.memory: list[tuple[float, Tensor]] = []
-
-    def state(self) -> list[tuple[float, Tensor]]:
-        return list(self.memory)
-
-    def restore(self, memory: list[tuple[float, Tensor]]) -> None:
-        self.memory = list(memory)
 
     def step(self, index: int, x: Tensor, sigma: float, following: float) -> Tensor:
         raise NotImplementedError
