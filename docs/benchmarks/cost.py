@@ -62,7 +62,7 @@ def main() -> None:
         with torch.no_grad():
             denoise(noisy, sigma)
 
-    print(f"| sampler | network calls | time over calls x one call |\n|---|---|---|  ({STEPS} levels, batch of {batch})")
+    print(f"{STEPS} levels, batch of {batch}\n| sampler | network calls | time over calls x one call |\n|---|---|---|")
     functions: dict[str, Callable[[], Any]] = {"one": lambda: [once() for _ in range(STEPS)]}
     for sampler in SAMPLERS:
 

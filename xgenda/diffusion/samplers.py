@@ -178,7 +178,8 @@ def _check_finite(x: Tensor, step: int, sigma: float) -> None:
 def _source(noise: Noise | None, like: Tensor) -> Callable[[], Tensor]:
     def draw() -> Tensor:
         assert noise is not None
-        return noise.normal(*like.shape[1:], dtype=like.dtype).to(like.device)
+        # single precision is drawn twice as fast, and is precise enough for a random number
+        return noise.normal(*like.shape[1:]).to(device=like.device, dtype=like.dtype)
 
     return draw
 
