@@ -48,7 +48,18 @@ def train_downscaler(fields: xr.Dataset, out: Path, steps: int) -> Path:
     name = "t2m-north-america-x4"
     path = out / f"{name}.safetensors"
     cropped = fields.isel(latitude=slice(0, 36), longitude=slice(0, 48))  # whole blocks of 4 x 4
-    xgenda.train(cropped, task="downscale", factor=4, steps=steps, seed=0, name=name, licence=LICENCE, out=path, overwrite=True)
+    xgenda.train(
+        cropped,
+        task="downscale",
+        factor=4,
+        anchor="eof",
+        steps=steps,
+        seed=0,
+        name=name,
+        licence=LICENCE,
+        out=path,
+        overwrite=True,
+    )
     return path
 
 
