@@ -41,7 +41,7 @@ def series(name: str) -> tuple[xr.Dataset, xr.Dataset, dict[str, Any]]:
     if name == "a1b":
         return training_years(), withheld_years(every=4), {"anchor": "auto"}
     if name == "z500":
-        ds = xgenda.tutorial.open_dataset("z500-ensemble")
+        ds = xgenda.tutorial.open_dataset("z500-ensemble").drop_vars("time", errors="ignore")  # one time for all members
         return ds.isel(member=slice(0, 38)), ds.isel(member=slice(38, 50)), {"anchor": "auto"}
     if name == "ostia":
         spec = find_spec("iris_sample_data")
