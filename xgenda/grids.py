@@ -18,6 +18,8 @@ from xgenda.errors import GridError
 from xgenda.metadata import Layout, find_layout
 
 EARTH_RADIUS = 6_371_229.0
+GRAVITY = 9.80665  # m s-2
+ROTATION = 7.292115e-5  # s-1: once per sidereal day of 86164 s
 TOLERANCE = 1e-3  # of a grid spacing; float32 coordinates are that good
 
 

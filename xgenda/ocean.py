@@ -20,10 +20,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import CoordinateError, GridError, OptionError, StateError, UnitsError
-from xgenda.grids import EARTH_RADIUS, Grid, Orientation, grid_of
-
-GRAVITY = 9.80665  # m s-2
-ROTATION = 7.292115e-5  # s-1: once per sidereal day of 86164 s
+from xgenda.grids import EARTH_RADIUS, GRAVITY, ROTATION, Grid, Orientation, grid_of
 
 _EAST, _NORTH = "eastward_sea_water_velocity", "northward_sea_water_velocity"
 TOTAL = {

@@ -24,11 +24,8 @@ import scipy.fft
 import xarray as xr
 
 from xgenda.errors import OptionError, StateError, check_count
-from xgenda.grids import EARTH_RADIUS
+from xgenda.grids import EARTH_RADIUS, GRAVITY, ROTATION
 from xgenda.metadata import package_version
-
-GRAVITY = 9.80665  # m s-2
-ROTATION = 7.292115e-5  # s-1, once per sidereal day
 
 #: Adams-Bashforth weights of the newest tendency first, by the number of tendencies at hand.
 _ADAMS_BASHFORTH = {1: (1.0,), 2: (1.5, -0.5), 3: (23 / 12, -16 / 12, 5 / 12)}

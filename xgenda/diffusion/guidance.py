@@ -42,8 +42,6 @@ from xgenda.errors import OptionError, check_choice, check_count, did_you_mean
 
 GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint")
 LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
-#: Guidances that differentiate through the network.
-THROUGH_NETWORK = ("mmps", "sda", "pigdm", "dps")
 #: Options of each guidance with their defaults, chosen on the closed form (docs/benchmarks/closed_form.py).
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "anchor": {"tolerance": 3e-3, "iterations": 200},
