@@ -96,6 +96,19 @@ def check_choice(argument: str, found: object, choices: Iterable[str]) -> str:
     return found
 
 
+def check_option(argument: str, owner: str, name: str, known: Iterable[str]) -> None:
+    """Refuse an option that its owner does not have, naming those that it has."""
+    known = list(known)
+    if name not in known:
+        raise OptionError(f"{argument}: {owner!r} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}")
+
+
+def check_flag(argument: str, found: object) -> None:
+    """Refuse what is not True or False."""
+    if not isinstance(found, bool):
+        raise OptionError(f"{argument}={found!r} is not accepted; it must be True or False.")
+
+
 def check_count(argument: str, found: object, minimum: int = 1) -> int:
     """Return `found` as an int of at least `minimum`, else raise an `OptionError`."""
     import numbers

@@ -38,7 +38,7 @@ from xgenda.diffusion.anchors import Anchor, LowRankConditional
 from xgenda.diffusion.denoisers import Denoiser
 from xgenda.diffusion.evidence import Evidence, LinearEvidence, Tangent, reweighted
 from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
-from xgenda.errors import OptionError, check_choice, check_count, did_you_mean
+from xgenda.errors import OptionError, check_choice, check_count, check_flag, check_option
 
 GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint")
 LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
@@ -68,17 +68,13 @@ def guidance_options(kind: str, given: Mapping[str, Any] | None = None) -> dict[
     known = dict(OPTIONS[kind])
     for name, value in (given or {}).items():
         where = f"guidance_options[{name!r}]"
-        if name not in known:
-            raise OptionError(
-                f"guidance_options: {kind!r} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
-            )
+        check_option("guidance_options", kind, name, known)
         if name == "solver":
             check_choice(where, value, SOLVERS)
         elif name == "iterations":
             check_count(where, value)
         elif name == "detach":
-            if not isinstance(value, bool):
-                raise OptionError(f"{where}={value!r} is not accepted; it must be True or False.")
+            check_flag(where, value)
         elif (
             isinstance(value, bool)
             or not isinstance(value, numbers.Real)

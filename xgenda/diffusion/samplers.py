@@ -36,7 +36,7 @@ from torch import Tensor
 
 from xgenda.diffusion.denoisers import Denoiser
 from xgenda.diffusion.schedules import check_levels
-from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
+from xgenda.errors import OptionError, StateError, check_choice, check_count, check_flag, check_option
 
 SAMPLERS = ("heun", "ddim", "ancestral", "dpm++", "adams", "pc")
 #: Options of each sampler with their defaults; `resample` belongs to all.
@@ -71,18 +71,15 @@ def sampler_options(sampler: str, given: Mapping[str, Any] | None = None) -> dic
     check_choice("sampler", sampler, SAMPLERS)
     known = {**OPTIONS[sampler], "resample": 1}
     for name, value in (given or {}).items():
-        if name not in known:
-            raise OptionError(
-                f"sampler_options: {sampler!r} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}"
-            )
+        where = f"sampler_options[{name!r}]"
+        check_option("sampler_options", sampler, name, known)
         lowest = 0 if name == "corrections" else 1
         if name in _WHOLE:
-            check_count(f"sampler_options[{name!r}]", value, lowest)
+            check_count(where, value, lowest)
         elif name == "unbiased":
-            if not isinstance(value, bool):
-                raise OptionError(f"sampler_options['unbiased']={value!r} is not accepted; it must be True or False.")
+            check_flag(where, value)
         elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 0:
-            raise OptionError(f"sampler_options[{name!r}]={value!r} is not accepted; it must be a number that is not negative.")
+            raise OptionError(f"{where}={value!r} is not accepted; it must be a number that is not negative.")
         known[name] = value
     if known.get("eta", 0) > 1:
         raise OptionError(f"sampler_options['eta']={known['eta']} is not accepted; it must lie between 0 and 1.")
