@@ -61,11 +61,11 @@ class Kit:
     def diffuse(self, **change: Any) -> xr.Dataset:
         ds = self.climate.isel(time=[0])
         return self.assimilate(
-            **{"ds": ds, "obs": ds.isel(latitude=[3], longitude=[4]), "error": 0.5, "model": self.tiny_prior, "steps": 2} | change
+            **{"ds": ds, "obs": ds.isel(latitude=[3], longitude=[4]), "error": 0.5, "model": self.tiny_prior, "steps": 4} | change
         )
 
     def downscale(self, **change: Any) -> xr.Dataset:
-        given = {"ds": self.coarse, "model": self.tiny_downscaler, "members": MEMBERS, "steps": 2, "seed": 0} | change
+        given = {"ds": self.coarse, "model": self.tiny_downscaler, "members": MEMBERS, "steps": 4, "seed": 0} | change
         return xgenda.downscale(given.pop("ds"), **given)
 
     def train(self, **change: Any) -> Any:
@@ -723,12 +723,12 @@ CASES: dict[str, Case] = {
         r"there is no folder '.*no'; make it first: mkdir -p",
     ),
     "start from something else": (
-        lambda k: k.train(start=k.prior),
+        lambda k: k.train(start=k.prior, width=16),
         OptionError,
         r"is a gaussian model for 'prior'; a diffusion prior is needed",
     ),
     "start on another grid": (
-        lambda k: k.train(ds=k.climate.isel(latitude=slice(4)), start=k.tiny_prior),
+        lambda k: k.train(ds=k.climate.isel(latitude=slice(4)), start=k.tiny_prior, width=16),
         OptionError,
         r"Both must be the same; leave out start to train from scratch",
     ),
@@ -947,7 +947,7 @@ DIRECTIONS = {
 def downscaled(climate, tiny_downscaler) -> tuple[xr.Dataset, xr.Dataset]:
     with xr.set_options(keep_attrs=True):
         coarse = climate[["air_temperature"]].isel(time=[3]).coarsen(latitude=4, longitude=4).mean()
-    return coarse, xgenda.downscale(coarse, model=tiny_downscaler, members=MEMBERS, steps=2, seed=0)
+    return coarse, xgenda.downscale(coarse, model=tiny_downscaler, members=MEMBERS, steps=4, seed=0)
 
 
 @pytest.mark.parametrize("change", DIRECTIONS.values(), ids=DIRECTIONS)

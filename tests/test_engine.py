@@ -8,9 +8,12 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 
 import xgenda
+from xgenda.diffusion.guidance import GUIDANCES
+from xgenda.errors import StateError
 from xgenda.models.generative import GenerativeModel
 
 #: Rounding of batched kernels, in units of the standard deviation of the field.
@@ -190,7 +193,7 @@ def test_a_file_that_changed_after_set_up_is_refused(tiny_prior: GenerativeModel
     shutil.copy(tiny_prior.path, tmp_path / "copy.safetensors")  # type: ignore[arg-type]
     copy = xgenda.load_model(tmp_path / "copy.safetensors")
     with pytest.warns(UserWarning, match="No observation can be used"):
-        lazy = fields.chunk(time=3).genda.assimilate(None, model=copy, members=2, seed=0, steps=2)
+        lazy = fields.chunk(time=3).genda.assimilate(None, model=copy, members=2, seed=0, steps=4)
     with open(tmp_path / "copy.safetensors", "ab") as file:
         file.write(b" ")
     with pytest.raises(xgenda.errors.ChecksumError, match="has changed since"):
@@ -263,3 +266,63 @@ def test_gpu_gives_the_same_members(tiny_prior: GenerativeModel, fields: xr.Data
         fields.genda.assimilate(obs, model=tiny_prior, error=0.5, members=2, seed=0, steps=4, device=d) for d in ("cpu", "cuda")
     )
     assert np.abs(a.air_temperature - b.air_temperature).max() < 1e-2
+
+
+@pytest.fixture(scope="module")
+def uneven(fields: xr.Dataset) -> xr.Dataset:
+    """Three observations at the first time, twelve at the second, none at the third, each with its own error, some seventy times another."""
+    rng = np.random.default_rng(2)
+    time = np.repeat([0, 1], [3, 12])
+    rows, columns = rng.integers(0, 8, 15), rng.integers(0, 12, 15)
+    error = rng.uniform(0.02, 1.5, 15)
+    values = fields.air_temperature.values[time, rows, columns] + error * rng.standard_normal(15)
+    return xr.Dataset(
+        {"air_temperature": ("obs", values, {"units": "K"}), "air_temperature_error": ("obs", error)},
+        coords={
+            "latitude": ("obs", fields.latitude.values[rows]),
+            "longitude": ("obs", fields.longitude.values[columns]),
+            "time": ("obs", fields.time.values[time]),
+        },
+    )
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "huber"])
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_no_guidance_lets_times_with_unequal_observations_touch(
+    tiny_prior: GenerativeModel, fields: xr.Dataset, uneven: xr.Dataset, guidance: str, likelihood: str
+) -> None:
+    options = {"model": tiny_prior, "members": 3, "seed": 1, "steps": 5, "guidance": guidance, "likelihood": likelihood}
+    if guidance in ("pigdm", "diffpir", "sda", "w2c", "dps"):
+        uneven = uneven.assign(air_temperature_error=uneven.air_temperature_error + 1.0)  # with five levels they may diverge
+    three = fields.isel(time=slice(0, 3))
+    together = xgenda.assimilate(three, uneven, batch_size=16, **options)
+    assert close(xgenda.assimilate(three, uneven, batch_size=1, **options), together, fields)
+    assert close(xgenda.assimilate(three.isel(time=[0]), uneven, **options), together.isel(time=[0]), fields)
+
+
+@pytest.mark.parametrize("error", [1.0, 0.1, 0.02, 0.005])
+def test_spread_is_right_however_precise_the_observations(climate: xr.Dataset, fields: xr.Dataset, error: float) -> None:
+    """With the default settings; the correction of this model is zero, so that the posterior is known."""
+    model = xgenda.train(climate, steps=1, learning_rate=1e-30, width=8, anchor="eof", progress=False)
+    std = float(model.spec.scaling.std.mean())
+    place = {"latitude": [float(fields.latitude[3])] * 2, "longitude": [float(fields.longitude[k]) for k in (4, 5)]}
+    obs = xr.Dataset(
+        {"air_temperature": ("obs", fields.air_temperature.values[0, 3, 4:6], {"units": "K"})},
+        coords={k: ("obs", v) for k, v in place.items()} | {"time": ("obs", fields.time.values[[0, 0]])},
+    )
+    result = xgenda.assimilate(
+        fields.isel(time=[0]), obs, model=model, error=error * std, members=300, seed=0, batch_size=300, progress=False
+    )
+    found = result.air_temperature.values[:, 0, 3, 4:6].var(0, ddof=1)
+    cells = torch.tensor([3 * 12 + 4, 3 * 12 + 5])
+    prior = model.covariance.block(cells, cells) * std**2
+    exact = (torch.linalg.inv(torch.linalg.inv(prior) + torch.eye(2) / (error * std) ** 2)).diagonal().numpy()
+    assert found / exact == pytest.approx(np.ones(2), abs=0.28)  # 3.4 standard errors of 300 draws
+
+
+def test_a_state_that_is_none_is_refused(tiny_prior: GenerativeModel, fields: xr.Dataset, obs: xr.Dataset) -> None:
+    wild = obs.assign(air_temperature=349.0 + 0 * obs.air_temperature)
+    with pytest.raises(
+        StateError, match="has diverged after step .* Use guidance='auto', more steps, or larger observation errors"
+    ):
+        xgenda.assimilate(fields, wild, model=tiny_prior, error=0.5, members=2, seed=0, steps=4, background_check=None)

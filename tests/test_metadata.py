@@ -360,7 +360,7 @@ def test_the_result_of_a_climate_calendar(climate: xr.Dataset, tmp_path: Path) -
 def test_a_lazy_result_with_time_bounds_is_written_to_zarr(tiny_downscaler, climate: xr.Dataset, tmp_path) -> None:
     """Chunked time coordinates keep units and dtype together, without which zarr refuses them."""
     lazy = climate.isel(time=slice(0, 3)).coarsen(latitude=4, longitude=4).mean().chunk(time=1)
-    fine = lazy.genda.downscale(model=tiny_downscaler, members=2, seed=0, steps=2)
+    fine = lazy.genda.downscale(model=tiny_downscaler, members=2, seed=0, steps=4)
     fine.to_zarr(tmp_path / "fine.zarr", consolidated=False)
     again = xr.open_zarr(tmp_path / "fine.zarr", consolidated=False)
     assert np.array_equal(again.air_temperature, fine.air_temperature)

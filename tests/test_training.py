@@ -10,6 +10,7 @@ import xarray as xr
 import xgenda
 from xgenda.diffusion.covariances import SphereKernel
 from xgenda.diffusion.noise import NoiseStream
+from xgenda.errors import OptionError, StateError
 from xgenda.models.corrective import CorrectiveModel, project_block_means
 from xgenda.training.loop import parse_time_budget
 from xgenda.training.objectives import Denoising
@@ -158,3 +159,83 @@ def test_time_budget_ends_the_training() -> None:
 def test_saving_twice_gives_the_same_bytes(trained: xgenda.GenerativeModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
     files = [trained.save(tmp_path / f"{k}.safetensors") for k in range(4)]
     assert len({f.read_bytes() for f in files}) == 1
+
+
+def test_a_time_budget_keeps_the_last_weights() -> None:
+    """An epoch longer than the budget still ends with a validation."""
+    record = xgenda.train(bimodal(800), anchor="eof", time_budget="4s", batch_size=2, width=8, progress=False).spec.training
+    assert 0 < record["steps"] < 660
+    assert record["best_step"] > 0
+
+
+def test_training_leaves_the_random_numbers_of_others_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    xgenda.train(bimodal(40), steps=1, width=8, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("columns", [16, 18, 21])
+def test_periodic_grids_of_any_width_are_periodic(columns: int) -> None:
+    rng = np.random.default_rng(0)
+    coords = {"latitude": np.linspace(-35, 35, 8), "longitude": np.arange(columns) * 360 / columns}
+    values = rng.normal(size=(40, 8, columns))
+    model = xgenda.train(
+        xr.Dataset({"x": (("member", "latitude", "longitude"), values)}, coords=coords),
+        steps=2,
+        width=8,
+        anchor=None,
+        progress=False,
+    )
+    network = model.denoiser.network
+    network.position = None  # what is left must not know where it is
+    network.first.conv.weight.data = network.first.conv.weight.data[:, :1]
+    torch.manual_seed(0)
+    torch.nn.init.normal_(network.last.conv.weight)
+    x = torch.randn(1, 1, 8, columns)
+    with torch.no_grad():
+        moved = network(x.roll(network.stride, -1), torch.zeros(1))
+        torch.testing.assert_close(moved, network(x, torch.zeros(1)).roll(network.stride, -1), atol=1e-4, rtol=1e-4)
+
+
+def daily(hours: int) -> xr.Dataset:
+    ds = bimodal(60).rename(member="time")
+    return ds.assign_coords(time=np.datetime64("2000-01-01", "ns") + np.arange(60) * np.timedelta64(hours, "h"))
+
+
+def test_a_trajectory_model_goes_on_with_its_own_spacing_only() -> None:
+    model = xgenda.train(daily(24), steps=1, width=8, window=3, anchor="eof", progress=False)
+    assert xgenda.train(daily(24), start=model, steps=1, progress=False).window == 3
+    with pytest.raises(StateError, match="is of states 86400 seconds apart, and those of ds are 3600 seconds apart"):
+        xgenda.train(daily(1), start=model, steps=1, progress=False)
+    for argument, value in {"window": 5, "width": 8, "anchor": None, "climatology": "dayofyear", "transform": "log"}.items():
+        with pytest.raises(OptionError, match=f"{argument}=.* has no effect with start"):
+            xgenda.train(daily(24), start=model, steps=1, progress=False, **{argument: value})
+
+
+def test_a_logarithmic_variable_is_checked_and_returned_in_its_own_units() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(60, 8, 8)).cumsum(1).cumsum(2) / 12
+    ds = xr.Dataset(
+        {"rain": (("time", "latitude", "longitude"), np.exp(z - 1), {"units": "mm"})},
+        coords={"time": np.datetime64("2000-01-01", "ns") + np.arange(60) * np.timedelta64(1, "D"),
+                "latitude": np.linspace(0, 7, 8), "longitude": np.linspace(0, 7, 8)},
+    )  # fmt: skip
+    model = xgenda.train(ds, transform={"rain": "log"}, steps=1, width=8, anchor="eof", progress=False)
+    assert model.spec.scaling is not None
+    assert model.spec.scaling.transforms == ("log",)
+    value = float(np.exp(z[3, 4, 4] - 1))
+    obs = xr.Dataset(
+        {"rain": ("obs", [value], {"units": "mm"})},
+        coords={"latitude": ("obs", [4.0]), "longitude": ("obs", [4.0]), "time": ("obs", ds.time.values[[3]])},
+    )
+    departures = xgenda.innovations(ds.isel(time=[3]), obs, model=model, error=0.05, background_check=4.0)
+    assert departures.quality_code.item() == 0
+    gross = xgenda.innovations(ds.isel(time=[3]), obs + 400.0, model=model, error=0.05, background_check=4.0)
+    assert gross.quality_code.item() == 6
+    result = xgenda.assimilate(ds.isel(time=[3]), obs, model=model, error=0.02 * value, members=8, seed=0, progress=False)
+    assert float(result.rain.min()) > -1e-3
+    assert float(result.rain.isel(latitude=4, longitude=4).mean()) == pytest.approx(value, rel=0.05)
+    with pytest.raises(OptionError, match="transform='log' belongs to task='prior'"):
+        xgenda.train(ds, task="downscale", factor=4, transform="log", steps=1)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 
+import xgenda
+from xgenda.diffusion.anchors import LowRank, Observable, Separable, anchor_tensors, extended_correlation, read_anchor
+from xgenda.diffusion.covariances import SphereKernel
+from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.evidence import FunctionEvidence
 from xgenda.diffusion.guidance import guide
+from xgenda.diffusion.noise import NoiseStream
 from xgenda.diffusion.trajectories import TrajectoryDenoiser, windows_of
 from xgenda.errors import OptionError
 
@@ -127,3 +134,128 @@ def test_windows_of_states_are_what_the_composition_asks_for() -> None:
 def test_a_trajectory_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(OptionError, match="has 4 states and the windows of the model 5; give at least 5"):
         TrajectoryDenoiser(exact, 2)(torch.zeros(1, 4, 2), 1.0)
+
+
+# -- a Gaussian that is separable in time ----------------------------------------------------------------------------------
+
+SPACE = LowRank(torch.tensor([[1.0, 0.3], [0.8, -0.2], [0.5, 0.6]]).double(), torch.tensor([0.1, 0.2, 0.3]).double())
+LAGS = torch.tensor([1.0, 0.8, 0.5]).double()
+
+
+def dense(anchor: Separable) -> Tensor:
+    everything = torch.arange(anchor.size)
+    return anchor.block(everything, everything)
+
+
+def test_a_separable_covariance_is_a_kronecker_product() -> None:
+    anchor = Separable(SPACE, LAGS)
+    time = torch.tensor([[1.0, 0.8, 0.5], [0.8, 1.0, 0.8], [0.5, 0.8, 1.0]]).double()
+    space = SPACE.block(torch.arange(3), torch.arange(3))
+    torch.testing.assert_close(dense(anchor), torch.kron(time, space))
+    torch.testing.assert_close(anchor.diagonal(), torch.kron(time, space).diagonal())
+    noise = NoiseStream([(0, "t", m) for m in range(20000)])
+    torch.testing.assert_close(torch.cov(anchor.draw(noise).T), dense(anchor), atol=0.06, rtol=0)
+    again = read_anchor(anchor_tensors(anchor))
+    assert isinstance(again, Separable)
+    torch.testing.assert_close(dense(again.of_length(7)), dense(anchor.of_length(7)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("length", [3, 8])
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 40.0])
+def test_its_posterior_is_that_of_the_dense_matrix(length: int, sigma: float) -> None:
+    anchor = Separable(SPACE, LAGS).of_length(length)
+    full = dense(anchor)
+    expected = full - full @ torch.linalg.solve(full + sigma**2 * torch.eye(len(full)), full)
+    given = anchor.given_noise(sigma)
+    x = torch.randn(4, len(full), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(given.multiply(x), x @ expected)
+    torch.testing.assert_close(given.shrink(x), x @ expected / sigma**2)
+    torch.testing.assert_close(given.variance, expected.diagonal())
+    columns = torch.tensor([0, 1, 4, len(full) - 1])
+    matrix = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert isinstance(given, Observable)
+    torch.testing.assert_close(given.observed(columns, matrix), matrix @ expected[columns][:, columns] @ matrix.T)
+
+
+def test_the_correlation_goes_on_as_that_of_an_autoregressive_process() -> None:
+    torch.testing.assert_close(extended_correlation(torch.tensor([1.0, 0.7]), 6), 0.7 ** torch.arange(6).double())
+    found = extended_correlation(LAGS, 40)
+    torch.testing.assert_close(found[:3], LAGS)
+    a = np.linalg.solve([[1, 0.8], [0.8, 1]], [0.8, 0.5])
+    torch.testing.assert_close(found[2:], a[0] * found[1:-1] + a[1] * found[:-2])
+    index = torch.arange(40)
+    assert torch.linalg.eigvalsh(found[(index[:, None] - index).abs()]).min() > 0
+    assert extended_correlation(torch.tensor([1.0]), 3).tolist() == [1.0, 0.0, 0.0]
+
+
+class Silent(torch.nn.Module):
+    """A network that has nothing to add."""
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_untrained_the_composition_is_the_gaussian_of_the_whole_trajectory() -> None:
+    window = Separable(SPACE, LAGS)
+    compose = TrajectoryDenoiser(EDMDenoiser(Silent(), window), 1)
+    full = dense(window.of_length(9))
+    x = torch.randn(2, 9, 1, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for sigma in (0.1, 3.0):
+        expected = x.flatten(1) @ torch.linalg.solve(full + sigma**2 * torch.eye(27), full)
+        torch.testing.assert_close(compose(x, sigma).flatten(1), expected)
+
+
+def chain(count: int, seed: int) -> xr.Dataset:
+    """Smooth fields that follow each other with a correlation of 0.9."""
+    latitude, longitude = np.linspace(30, 50, 8), np.linspace(0, 30, 10)
+    kernel = SphereKernel(torch.as_tensor(latitude), torch.as_tensor(longitude), "matern32", 700e3, 120)
+    shocks = kernel.draw(NoiseStream([(seed, "s", k) for k in range(count)]))[:, 0].reshape(count, 8, 10).numpy()
+    fields = np.empty_like(shocks)
+    fields[0] = shocks[0]
+    for t in range(1, count):
+        fields[t] = 0.9 * fields[t - 1] + np.sqrt(1 - 0.9**2) * shocks[t]
+    coords = {
+        "time": np.datetime64("2000-01-01", "ns") + np.arange(count) * np.timedelta64(1, "D"),
+        "latitude": latitude,
+        "longitude": longitude,
+    }
+    return xr.Dataset({"h": (("time", "latitude", "longitude"), fields)}, coords=coords)
+
+
+def best_estimate(seen: xr.DataArray, error: float) -> np.ndarray:
+    """The mean of the true posterior, from the true covariance."""
+    grid = seen.isel(time=0)
+    kernel = SphereKernel(torch.tensor(grid.latitude.values), torch.tensor(grid.longitude.values), "matern32", 700e3, 120)
+    cells = torch.arange(grid.size)
+    lag = np.abs(np.subtract.outer(np.arange(seen.sizes["time"]), np.arange(seen.sizes["time"])))
+    full = np.kron(0.9**lag, kernel.correlation(cells, cells).numpy())
+    y = seen.values.ravel()
+    at = np.flatnonzero(np.isfinite(y))
+    gain = full[:, at] @ np.linalg.inv(full[np.ix_(at, at)] + error**2 * np.eye(len(at)))
+    return (gain @ y[at]).reshape(seen.shape)
+
+
+def test_a_model_of_windows_solves_a_trajectory() -> None:
+    """Observed at every third time: nearly as good as the true covariance, an honest spread, and a prior with the right memory."""
+    model = xgenda.train(chain(400, 0), window=3, steps=20, width=8, progress=False)
+    assert "correlation 0.9" in model.spec.training["anchor"]
+    truth = chain(12, 1)
+    rng = np.random.default_rng(0)
+    seen = truth.h.where((rng.random(truth.h.shape) < 0.15) & (np.arange(12) % 3 == 0)[:, None, None])
+    seen = seen + 0.1 * rng.standard_normal(seen.shape)
+    result = xgenda.assimilate(truth, seen.to_dataset(name="h"), model=model, error=0.1, members=24, seed=0, progress=False)
+    assert result.attrs["xgenda_guidance"].startswith("anchor")
+
+    def rmse(field: np.ndarray) -> float:
+        return float(np.sqrt(((field - truth.h.values) ** 2).mean()))
+
+    best = rmse(best_estimate(seen, 0.1))
+    found = rmse(result.h.mean("member").values)
+    assert found < 1.15 * best
+    assert 0.8 < float(np.sqrt(result.h.var("member", ddof=1).mean() * 25 / 24)) / found < 1.25
+    with pytest.warns(UserWarning, match="the result is the prior"):
+        prior = xgenda.assimilate(truth, None, model=model, members=60, seed=0, progress=False).h
+    assert model.spec.scaling is not None
+    anomaly = prior - float(model.spec.scaling.mean.mean())
+    assert float((anomaly * anomaly.shift(time=1)).mean() / (anomaly**2).mean()) == pytest.approx(0.9, abs=0.06)
+    assert float(prior.diff("longitude").std()) == pytest.approx(float(chain(400, 0).h.diff("longitude").std()), rel=0.25)

@@ -402,7 +402,7 @@ def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
 
 
 def _rename_error(error: ErrorLike, variables: dict[str, str]) -> ErrorLike:
-    if not isinstance(error, dict):
+    if not isinstance(error, Mapping):
         return error
     names = {theirs: ours for ours, theirs in variables.items()}
     return {names.get(str(k), str(k)): v for k, v in error.items()}

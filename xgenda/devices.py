@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _locks: dict[str, threading.RLock] = {}
 _guard = threading.Lock()
+_limited: list[int] = []  #: thread count before the first of the tasks that run now, and one entry more for each further one
 
 
 def resolve_device(device: str) -> torch.device:
@@ -54,15 +55,21 @@ def exclusive(device: torch.device, threads: int | None) -> Iterator[None]:
     """
     with _guard:
         lock = _locks.setdefault(str(device), threading.RLock())
-    before = torch.get_num_threads()
     with lock if device.type != "cpu" else contextlib.nullcontext():
+        if threads is None:
+            yield
+            return
+        with _guard:
+            _limited.append(torch.get_num_threads())
+            torch.set_num_threads(threads)
         try:
-            if threads is not None:
-                torch.set_num_threads(threads)
             yield
         finally:
-            if threads is not None:
-                torch.set_num_threads(before)
+            with _guard:  # tasks overlap in any order: the last one to leave restores what the first one found
+                first = _limited[0]
+                _limited.pop()
+                if not _limited:
+                    torch.set_num_threads(first)
 
 
 @dataclass(frozen=True)

@@ -447,6 +447,9 @@ def _seconds(argument: str, found: str | pd.Timedelta, minimum: float | None = N
 def _labels(start: str | pd.Timestamp, times: int, interval: float) -> np.ndarray:
     try:
         first = pd.Timestamp(start)
+        last = first.as_unit("s") + pd.Timedelta(seconds=interval * times).as_unit("s")
+        if not (pd.Timestamp.min < first and last < pd.Timestamp.max):
+            raise ValueError("dates outside the years 1678 to 2262 do not fit in nanoseconds")
         labels = pd.date_range(first, periods=times, freq=pd.Timedelta(seconds=interval))
     except (TypeError, ValueError) as problem:
         raise OptionError(

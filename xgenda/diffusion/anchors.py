@@ -1,12 +1,13 @@
 r"""Gaussian anchors: covariances whose posterior given a noisy copy of the state is cheap at every noise level.
 
-A denoiser can be built on one (`EDMDenoiser`), and so can a guidance. Three forms: low rank plus a diagonal (EOFs), a full set of modes
-(a localised sample of moderate size), and a spectrum (homogeneous fields on a doubly periodic grid).
+A denoiser can be built on one (`EDMDenoiser`), and so can a guidance. Three forms in space: low rank plus a diagonal (EOFs), a full set of
+modes (a localised sample of moderate size), and a spectrum (homogeneous fields on a doubly periodic grid); and each of them in time.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class Conditional(Protocol):
 
     def shrink(self, vector: Tensor) -> Tensor:
         """Return S (S + sigma^2 I)^-1 v = C v / sigma^2: the best linear estimate of the state from a noisy one."""
+        ...
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """A conditional covariance that can also be had as a matrix between observations."""
+
+    def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
+        """Return A C A^T, shape (m, m), for an A that is `matrix` (m, c) on the cells `columns` (c,) and zero elsewhere."""
         ...
 
 
@@ -177,6 +187,11 @@ class LowRankConditional:
         """Return C v / sigma^2."""
         return self.multiply(vector) / self.sigma**2
 
+    def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
+        """Return A C A^T."""
+        half = matrix @ self.factor[columns]
+        return (matrix * self.diagonal[columns]) @ matrix.T + half @ half.T
+
 
 class ModesConditional(LowRankConditional):
     """C = F diag(share) F^T, sharing F with all other noise levels: a matrix as large as the covariance for each would be too much."""
@@ -194,6 +209,11 @@ class ModesConditional(LowRankConditional):
         """Return C v for vectors (..., n)."""
         factor = self.modes.factor_like(vector)
         return ((vector @ factor) * self.share.to(vector)) @ factor.T
+
+    def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
+        """Return A C A^T."""
+        half = matrix @ self.modes.factor[columns]
+        return (half * self.share) @ half.T
 
 
 class Spectral:
@@ -300,6 +320,124 @@ class SpectralConditional:
         return self.multiply(vector) / self.sigma**2
 
 
+class Separable:
+    r"""The covariance of consecutive states that have one covariance S_0 in space and one correlation in time: S = T x S_0.
+
+    With T = U diag(t) U^T, the states rotated by U^T do not depend on each other and have covariances t_l S_0, so that everything
+    asked of S is asked of S_0 at the noise levels sigma / sqrt(t_l).
+
+    Parameters
+    ----------
+    space
+        S_0, of one state.
+    correlation
+        Of states 0, 1, 2, ... steps apart, shape (lags,), beginning with 1; a positive sequence.
+    length
+        Number of states. Beyond the given lags the correlation goes on as that of the autoregressive process of the highest order
+        that they determine, which has the largest entropy (Burg 1975).
+    """
+
+    def __init__(self, space: Anchor, correlation: Tensor, length: int | None = None) -> None:
+        self.space, self.correlation = space, correlation.double()
+        self.length = len(correlation) if length is None else length
+        lags = extended_correlation(self.correlation, self.length)
+        index = torch.arange(self.length)
+        self.matrix = lags[(index[:, None] - index).abs()]
+        power, self.rotation = torch.linalg.eigh(self.matrix)
+        self.power = power.clamp(min=1e-10)
+        self.size = self.length * space.size
+        self._cache: dict[float, SeparableConditional] = {}
+
+    def of_length(self, length: int) -> Separable:
+        """Return the covariance of another number of states of the same process."""
+        return Separable(self.space, self.correlation, length)
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return S[rows][:, columns]."""
+        n = self.space.size
+        return self.matrix[rows // n][:, columns // n] * self.space.block(rows % n, columns % n)
+
+    def diagonal(self) -> Tensor:
+        """Return the variances."""
+        return self.space.diagonal().repeat(self.length)
+
+    def draw(self, noise: NoiseStream) -> Tensor:
+        """Draw one trajectory per sample."""
+        states = torch.stack([self.space.draw(noise) for _ in range(self.length)], 1)
+        root = self.rotation * self.power.sqrt()
+        return torch.einsum("jl,bln->bjn", root, states.double()).flatten(1)
+
+    def largest(self) -> float:
+        """Return the variance of the largest mode."""
+        return float(self.power[-1]) * self.space.largest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the correlation and what the covariance in space needs."""
+        return {"correlation": self.correlation} | {f"space.{k}": v for k, v in self.space.tensors().items()}
+
+    def given_noise(self, sigma: float) -> SeparableConditional:
+        """Return the covariance of x given x + sigma e."""
+        if sigma not in self._cache:
+            # denoiser and guidance ask for the same level one after the other
+            kind = ObservableSeparable if isinstance(self.space.given_noise(1.0), Observable) else SeparableConditional
+            self._cache = {sigma: kind(self, sigma)} | dict(list(self._cache.items())[:1])
+        return self._cache[sigma]
+
+
+class SeparableConditional:
+    """C = U diag(t_l C_0(sigma / sqrt(t_l))) U^T over time."""
+
+    def __init__(self, whole: Separable, sigma: float) -> None:
+        self.whole, self.sigma = whole, sigma
+        self.parts = [whole.space.given_noise(sigma / math.sqrt(t)) for t in whole.power.tolist()]
+        each = torch.stack([t * p.variance for t, p in zip(whole.power, self.parts, strict=True)])
+        self.variance = (whole.rotation.square() @ each.double()).flatten()
+
+    def _each(self, vector: Tensor, scale: Tensor, what: str) -> Tensor:
+        shaped = vector.reshape(len(vector), self.whole.length, -1)
+        rotation = self.whole.rotation.to(shaped)
+        turned = torch.einsum("jl,bjn->lbn", rotation, shaped)
+        done = torch.stack([s * getattr(p, what)(v) for s, p, v in zip(scale.tolist(), self.parts, turned, strict=True)])
+        return torch.einsum("jl,lbn->bjn", rotation, done).reshape(vector.shape)
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return C v for vectors (batch, n)."""
+        return self._each(vector, self.whole.power, "multiply")
+
+    def shrink(self, vector: Tensor) -> Tensor:
+        """Return C v / sigma^2."""
+        return self._each(vector, torch.ones_like(self.whole.power), "shrink")
+
+
+class ObservableSeparable(SeparableConditional):
+    """The same where the covariance in space is `Observable`."""
+
+    def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
+        """Return A C A^T."""
+        cells, place = torch.unique(columns % self.whole.space.size, return_inverse=True)
+        times = columns // self.whole.space.size
+        out = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
+        for l, (power, part) in enumerate(zip(self.whole.power.tolist(), self.parts, strict=True)):  # noqa: E741
+            assert isinstance(part, Observable)
+            turned = torch.zeros(len(matrix), len(cells), dtype=torch.float64)
+            turned.index_add_(1, place, matrix * self.whole.rotation[times, l])
+            out += power * part.observed(cells, turned)
+        return out
+
+
+def extended_correlation(correlation: Tensor, length: int) -> Tensor:
+    """Return `length` lags of a correlation of which the first are given (Yule-Walker)."""
+    lags = correlation.double().tolist()
+    order = len(lags) - 1
+    if length > len(lags) and order:
+        index = torch.arange(order)
+        matrix = correlation.double()[(index[:, None] - index).abs()]
+        weights = torch.linalg.solve(matrix, correlation.double()[1:]).tolist()
+        while len(lags) < length:
+            lags.append(sum(w * lags[-1 - i] for i, w in enumerate(weights)))
+    return torch.tensor((lags + [0.0] * length)[:length], dtype=torch.float64)
+
+
 def _channel_variance(kernel: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Return the diagonal of a homogeneous covariance: the mean of its spectrum over all wavenumbers."""
     _, ny, nx = shape
@@ -314,6 +452,10 @@ def _channel_variance(kernel: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 def read_anchor(tensors: dict[str, Tensor], prefix: str = "anchor") -> Anchor | None:
     """Take an anchor out of stored tensors, if there is one."""
+    if f"{prefix}.correlation" in tensors:
+        correlation, space = tensors.pop(f"{prefix}.correlation"), read_anchor(tensors, f"{prefix}.space")
+        assert space is not None
+        return Separable(space, correlation)
     if f"{prefix}.spectrum" in tensors:
         spectrum = torch.view_as_complex(tensors.pop(f"{prefix}.spectrum").double())
         channels, ny, nx = (int(n) for n in tensors.pop(f"{prefix}.shape"))
@@ -321,7 +463,15 @@ def read_anchor(tensors: dict[str, Tensor], prefix: str = "anchor") -> Anchor | 
     if f"{prefix}.factor" not in tensors:
         return None
     factor, residual = tensors.pop(f"{prefix}.factor"), tensors.pop(f"{prefix}.residual")
-    return LowRank(factor, residual) if residual.any() else Modes(factor)
+    return Modes(factor) if not residual.any() and _orthogonal(factor) else LowRank(factor, residual)
+
+
+def _orthogonal(factor: Tensor) -> bool:
+    """Tell whether the columns are orthogonal, as those of `Modes` are."""
+    inner = factor.double().T @ factor.double()
+    scale = torch.diagonal(inner).sqrt()
+    off = inner - torch.diag(torch.diagonal(inner))
+    return bool((off.abs() <= 1e-5 * torch.outer(scale, scale)).all())
 
 
 def anchor_tensors(anchor: Anchor | None, prefix: str = "anchor") -> dict[str, Tensor]:

@@ -108,12 +108,18 @@ class EDMDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> Tensor:
         """Return the denoised state."""
+        skip, correction = self.parts(x, sigma, condition)
+        return skip + correction
+
+    def parts(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what the Gaussian (or the skip connection) says and what the network adds to it."""
         skip, scale, inner, state = precondition(self.anchor, x, sigma)
         parts = [c.float() for c in (condition, state if self.feeds_state else None) if c is not None]
-        label = torch.full((len(x),), math.log(sigma) / 4, device=x.device)
+        # below its training the network is asked as at its lowest level: the Gaussian, or the skip, has the rest, which is exact there
+        label = torch.full((len(x),), math.log(max(sigma, self.sigma_range[0] if self.sigma_range else 0.0)) / 4, device=x.device)
         # the network in its own precision; the state may have a higher one
         found: Tensor = self.network(inner.float(), label, torch.cat(parts, 1) if parts else None).to(x.dtype)
-        return skip + scale * found
+        return skip, scale * found
 
 
 def precondition(anchor: Anchor | None, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:

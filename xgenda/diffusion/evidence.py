@@ -64,6 +64,10 @@ class Evidence(Protocol):
         """Return diag(A' A'^T) at `state`, shape (batch, m)."""
         ...
 
+    def seen(self) -> Tensor:
+        """Return which observations are real and which only pad a shorter list, shape (1 or batch, m), bool."""
+        ...
+
     def unit(self) -> Tensor:
         """Return what one climatological standard deviation of the state is in each observation, shape (1 or batch, m)."""
         ...
@@ -197,6 +201,19 @@ class LinearEvidence:
         """Return diag(A' A'^T), taking the cells of one observation to be different."""
         return (self.slope(state) ** 2).sum(-1).expand(len(state), -1)
 
+    def seen(self) -> Tensor:
+        """Return where an observation has a weight."""
+        return (self.weights != 0).any(-1)[self.group]
+
+    def sharpness(self) -> Tensor:
+        """Return the precision that the observations of each group give to the cell they know best, shape (groups,).
+
+        The largest element of diag(A^T R^-1 A), in inverse squares of climatological standard deviations.
+        """
+        parts = (self.weights * self.std).double().square() / self.variances.double()[..., None]
+        out = parts.new_zeros(len(parts), int(self.indices.max()) + 1 if self.indices.numel() else 1)
+        return out.scatter_add(1, self.indices.flatten(1), parts.flatten(1)).amax(1)
+
     def unit(self) -> Tensor:
         """Return the sum of the absolute weights in units of the state; 1 where nothing is observed."""
         total = (self.weights * self.std).abs().sum(-1)[self.group]
@@ -247,7 +264,7 @@ class FunctionEvidence:
         self.function, self.event, self.linear = function, tuple(event), linear
         self._value: Tensor = torch.atleast_2d(value)
         self._variance: Tensor = torch.atleast_2d(torch.as_tensor(variance, dtype=value.dtype)).expand(*self._value.shape)
-        probe = torch.zeros(2, *self.event, requires_grad=True)
+        probe = torch.zeros(2, *self.event, dtype=value.dtype, requires_grad=True)
         with torch.enable_grad():
             found = function(probe)
         shape = tuple(getattr(found, "shape", ())) if isinstance(found, Tensor) else type(found).__name__  # type: ignore[redundant-expr]
@@ -302,6 +319,10 @@ class FunctionEvidence:
         """Return the average of diag(A' A'^T) over standard normal states."""
         return self._gain.to(state).expand(len(state), -1)
 
+    def seen(self) -> Tensor:
+        """Return that every observation is real."""
+        return torch.ones_like(self._value, dtype=torch.bool)
+
     def unit(self) -> Tensor:
         """Return ones: the units of the observations are those of the state."""
         return torch.ones_like(self._value)
@@ -312,8 +333,8 @@ class FunctionEvidence:
         size = 1
         for n in self.event:
             size *= n
-        states = torch.randn(probes, size, generator=generator)
-        signs = torch.randint(0, 2, (probes, self._value.shape[1]), generator=generator).float() * 2 - 1
+        states = torch.randn(probes, size, generator=generator).to(self._value)
+        signs = (torch.randint(0, 2, (probes, self._value.shape[1]), generator=generator) * 2 - 1).to(self._value)
         tangent = self.tangent(states)
         found = (tangent.forth(tangent.back(signs)) * signs).mean(0)
         return found.clamp(min=0.1 * float(found.mean()))[None]
@@ -328,20 +349,15 @@ class JointEvidence:
         self.parts = tuple(parts)
         self.linear = all(p.linear for p in parts)
 
-    def _join(self, name: str) -> Tensor:
-        found = [getattr(p, name) for p in self.parts]
-        rows = max(len(f) for f in found)
-        return torch.cat([f.expand(rows, -1) for f in found], 1)
-
     @property
     def value(self) -> Tensor:
         """The parts' values one after the other."""
-        return self._join("value")
+        return _side_by_side([p.value for p in self.parts])
 
     @property
     def variance(self) -> Tensor:
         """The parts' variances one after the other."""
-        return self._join("variance")
+        return _side_by_side([p.variance for p in self.parts])
 
     def observe(self, state: Tensor) -> Tensor:
         """Return the parts' observations one after the other."""
@@ -365,11 +381,18 @@ class JointEvidence:
         """Return the parts' gains one after the other."""
         return torch.cat([p.gain(state) for p in self.parts], 1)
 
+    def seen(self) -> Tensor:
+        """Return which observations of the parts are real."""
+        return _side_by_side([p.seen() for p in self.parts])
+
     def unit(self) -> Tensor:
         """Return the parts' units one after the other."""
-        found = [p.unit() for p in self.parts]
-        rows = max(len(f) for f in found)
-        return torch.cat([f.expand(rows, -1) for f in found], 1)
+        return _side_by_side([p.unit() for p in self.parts])
+
+
+def _side_by_side(found: Sequence[Tensor]) -> Tensor:
+    rows = max(len(f) for f in found)
+    return torch.cat([f.expand(rows, -1) for f in found], 1)
 
 
 def reweighted(likelihood: str, departure: Tensor, error: Tensor, expected: Tensor, scale: float) -> Tensor:

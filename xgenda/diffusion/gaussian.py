@@ -15,10 +15,28 @@ from torch import Tensor
 
 from xgenda.diffusion.covariances import Covariance
 from xgenda.diffusion.noise import NoiseStream
-from xgenda.errors import OptionError
+from xgenda.errors import ObservationError, OptionError
 
 BLOCK_ELEMENTS = 2**23  # 64 MB of float64 a block
 OBSERVATION_LIMIT = 20_000
+
+
+def factor_of(covariance: Tensor) -> Tensor:
+    """Return the Cholesky factor of the covariance of observations.
+
+    Raises
+    ------
+    ObservationError
+        If it is not positive definite: observations that say the same with hardly any error.
+    """
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed.any():
+        raise ObservationError(
+            "The covariance of the observations is not positive definite: some lie at one place with errors so small that they "
+            "contradict each other. Merge such observations, or give larger errors: error={'t2m': 0.5}"
+        )
+    return factor
 
 
 class GaussianPosterior:
@@ -47,7 +65,7 @@ class GaussianPosterior:
         self._place = inverse.reshape(indices.shape)
         inner = self._observe_columns(self._cross(self._columns))
         self._error = variance.double().sqrt()
-        self._factor = torch.linalg.cholesky(inner + torch.diag(variance.double()))
+        self._factor = factor_of(inner + torch.diag(variance.double()))
 
     def _cross(self, rows: Tensor) -> Tensor:
         """Return S H^T for some rows of the state, shape (rows, m)."""

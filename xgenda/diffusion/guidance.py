@@ -34,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xgenda.diffusion.anchors import Anchor, LowRankConditional
+from xgenda.diffusion.anchors import Anchor, Observable
 from xgenda.diffusion.denoisers import Denoiser
 from xgenda.diffusion.evidence import Evidence, LinearEvidence, Tangent, reweighted
+from xgenda.diffusion.gaussian import factor_of
 from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
 from xgenda.errors import OptionError, check_choice, check_count, check_flag, check_option
 
@@ -44,7 +45,7 @@ GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint
 LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
 #: Options of each guidance with their defaults, chosen on the closed form (docs/benchmarks/closed_form.py).
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "anchor": {"tolerance": 3e-3, "iterations": 200},
+    "anchor": {"tolerance": 1e-6, "iterations": 200},
     "mmps": {"iterations": 5, "solver": "damped"},
     "sda": {"gamma": 0.3, "detach": False},
     "w2c": {"gamma": 1.0},
@@ -94,6 +95,7 @@ def guide(
     anchor: Anchor | None = None,
     likelihood: str = "gaussian",
     likelihood_scale: float | None = None,
+    wraps: tuple[bool, bool] = (False, False),
     **options: Any,
 ) -> Denoiser:
     """Return the posterior denoiser.
@@ -112,6 +114,8 @@ def guide(
         'gaussian', or for suspect data 'student-t' or 'huber': see `xgenda.diffusion.evidence.reweighted`.
     likelihood_scale
         Degrees of freedom of Student's t (4), or Huber's threshold in standard deviations (1.345).
+    wraps
+        Whether the last two axes of the state, rows and columns, are periodic; 'inpaint' measures distances along them.
     **options
         See `OPTIONS`.
 
@@ -129,7 +133,7 @@ def guide(
     if evidence.value.shape[1] == 0:
         return denoise
     scale = LIKELIHOODS[likelihood] if likelihood_scale is None else float(likelihood_scale)
-    return _KINDS[kind](denoise, evidence, known, anchor, (likelihood, scale))
+    return _KINDS[kind](denoise, evidence, known, anchor, (likelihood, scale), wraps)
 
 
 class _Guide:
@@ -142,8 +146,10 @@ class _Guide:
         options: Mapping[str, Any],
         anchor: Anchor | None,
         likelihood: tuple[str, float],
+        wraps: tuple[bool, bool] = (False, False),
     ) -> None:
         self.denoise, self.evidence, self.options, self.anchor, self.likelihood = denoise, evidence, options, anchor, likelihood
+        self.wraps = wraps
         self.value, self.error = evidence.value, evidence.variance
         self.sigma_range = getattr(denoise, "sigma_range", None)
         self._guess: Tensor | None = None
@@ -220,7 +226,8 @@ class _Dps(_ThroughNetwork):
         # departures in units of the state, weighted by their errors so that equal errors leave the published step
         unit = self.evidence.unit().to(clean)
         departure, error = departure / unit, error / unit**2
-        weight = error.mean(1, keepdim=True) / error
+        seen = self.evidence.seen().to(error)
+        weight = (error * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1) / error
         norm = (weight * departure.square()).sum(1, keepdim=True).sqrt().clamp(min=1e-12)
         step = weight * departure / (norm * unit)
         return 2 * float(self.options["zeta"]) * through(self.evidence.tangent(clean).back(step), False)
@@ -296,56 +303,52 @@ class _Anchor(_Guide):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._gains: dict[float, list[Tensor]] = {}
+        self._factors: dict[float, list[Tensor]] = {}
         assert self.anchor is not None
-        small = isinstance(self.evidence, LinearEvidence) and self.evidence.values.shape[1] <= DIRECT_LIMIT
+        small = isinstance(self.evidence, LinearEvidence) and int(self.evidence.seen().sum(1).max()) <= DIRECT_LIMIT
         self.matrices = None
         if small and self.evidence.linear and self.likelihood[0] == "gaussian":
             assert isinstance(self.evidence, LinearEvidence)
-            if isinstance(self.anchor.given_noise(1.0), LowRankConditional):
+            if isinstance(self.anchor.given_noise(1.0), Observable):
                 self.matrices = self.evidence.matrices()
 
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         assert self.anchor is not None
+        given = self.anchor.given_noise(sigma)
         if self.matrices is None:
-            given = self.anchor.given_noise(sigma)
             scale, options = float(given.variance.mean()), self.options
             return given.multiply(self.proximal(clean, sigma, given.multiply, scale, options["iterations"], options["tolerance"]))
         assert isinstance(self.evidence, LinearEvidence)
         departure, _ = self.departure(clean, sigma)
-        out = torch.zeros_like(clean)
-        for g, gain in enumerate(self._gain(sigma)):
+        solved = torch.zeros_like(departure)
+        for g, factor in enumerate(self._factor(sigma)):
             members = self.evidence.group == g
             if members.any():
-                out[members] = departure[members] @ gain.T.to(clean)
-        return out
+                solved[members] = torch.cholesky_solve(departure[members].T, factor.to(clean)).T
+        return given.multiply(self.evidence.tangent(clean).back(solved))
 
-    def _gain(self, sigma: float) -> list[Tensor]:
-        """Return C A^T (A C A^T + R)^-1 of every group, each shape (n, m)."""
-        if sigma not in self._gains:
+    def _factor(self, sigma: float) -> list[Tensor]:
+        """Return the Cholesky factor of A C A^T + R of every group, each shape (m, m)."""
+        if sigma not in self._factors:
             assert self.anchor is not None
             assert self.matrices is not None
             assert isinstance(self.evidence, LinearEvidence)
             given = self.anchor.given_noise(sigma)
-            assert isinstance(given, LowRankConditional)
-            out = []
-            for (columns, dense), variance in zip(self.matrices, self.evidence.variances, strict=True):
-                where, matrix = columns.cpu(), dense.cpu()
-                observed = matrix @ given.factor[where]
-                inner = (matrix * given.diagonal[where]) @ matrix.T + observed @ observed.T + torch.diag(variance.double().cpu())
-                cross = given.factor @ observed.T
-                cross[where] += given.diagonal[where, None] * matrix.T
-                factor = torch.linalg.cholesky(inner)
-                out.append(torch.cholesky_solve(cross.T, factor).T)
-            self._gains = {sigma: out} | dict(list(self._gains.items())[:1])  # Heun asks for each level twice in a row
-        return self._gains[sigma]
+            assert isinstance(given, Observable)
+            out = [
+                factor_of(given.observed(columns.cpu(), matrix.cpu()) + torch.diag(variance.double().cpu()))
+                for (columns, matrix), variance in zip(self.matrices, self.evidence.variances, strict=True)
+            ]
+            self._factors = {sigma: out} | dict(list(self._factors.items())[:1])  # Heun asks for each level twice in a row
+        return self._factors[sigma]
 
 
 class _Inpaint(_Guide):
     """Replace what is observed: xhat + M A^T (A A^T)^-1 (y - A xhat); `reach` spreads the replacement under a soft mask.
 
     The soft mask is that of Huang et al. (2024): exp(-d^2 / (2 reach^2)) at d cells from the nearest observation, on a plane with the
-    last two dimensions of the state as its axes; the replaced value is the average of the departures with those weights.
+    last two dimensions of the state as its axes, which may wrap; the replaced value is the average of the departures with those weights.
+    With or without mask an observation with an error counts for what it is worth at this noise level: V / (V + R).
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -360,17 +363,17 @@ class _Inpaint(_Guide):
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         departure, error = self.departure(clean, sigma)
         tangent = self.evidence.tangent(clean)
+        share = sigma**2 / (1 + sigma**2)
+        worth = share * self.evidence.gain(clean).to(clean)
         if not self.options["reach"]:
-            share = sigma**2 / (1 + sigma**2)
-            # an observation with an error counts for what it is worth at this noise level, and a perfect one in full
-            worth = share * self.evidence.gain(clean).to(clean)
             solved = conjugate_gradients(
                 lambda v: tangent.forth(tangent.back(v)) + error / max(share, 1e-30) * v, departure, 50,
                 preconditioner=share / (worth + error),
             )  # fmt: skip
             return tangent.back(solved)
         weights, mask = self._weights(tangent, departure)
-        return mask * torch.einsum("bnm,bm->bn", weights, departure)
+        counts = worth / (worth + error).clamp(min=1e-30)
+        return mask * torch.einsum("bnm,bm->bn", weights, counts * departure)
 
     def _weights(self, tangent: Tangent, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised weights (b, n, m) and mask (b, n); b is 1 where all samples have the same observations."""
@@ -385,10 +388,12 @@ class _Inpaint(_Guide):
             rows = rows / torch.where(total > 0, total, 1.0)
             cell = torch.arange(n)
             place = torch.stack([cell // nx % ny, cell % nx, cell // (ny * nx)], -1).to(like)
-            at = rows @ place
-            distance = (place[None, :, None, :2] - at[:, None, :, :2]).square().sum(-1)
-            near = torch.exp(-distance / (2 * self.options["reach"] ** 2))
-            same = (place[None, :, None, 2] - at[:, None, :, 2]).abs() < 0.5
+            # the centre of each observation is found around its heaviest cell, so that one across the seam stays there
+            heaviest = place[rows.argmax(-1)]
+            at = heaviest + (rows[..., None] * self._apart(place - heaviest[:, :, None], ny, nx)).sum(-2)
+            apart = self._apart(place[None, :, None] - at[:, None], ny, nx)
+            near = torch.exp(-apart[..., :2].square().sum(-1) / (2 * self.options["reach"] ** 2))
+            same = apart[..., 2].abs() < 0.5
             near = torch.where(same & (total > 0)[..., 0][:, None], near, 0.0)
             unit = (
                 rows.new_tensor(1.0) / torch.where(total > 0, total, 1.0)[..., 0]
@@ -396,6 +401,14 @@ class _Inpaint(_Guide):
             norm = near.sum(-1, keepdim=True)
             self._soft = (near / torch.where(norm > 0, norm, 1.0) * unit[:, None], near.amax(-1))
         return self._soft
+
+    def _apart(self, step: Tensor, ny: int, nx: int) -> Tensor:
+        """Return differences of (row, column, channel), the shorter way around periodic axes."""
+        for axis, size in enumerate((ny, nx)):
+            if self.wraps[axis]:
+                along = (step[..., axis] + size / 2) % size - size / 2
+                step = torch.cat([step[..., :axis], along[..., None], step[..., axis + 1 :]], -1)
+        return step
 
 
 _KINDS: Mapping[str, type[_Guide]] = {

@@ -48,7 +48,8 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
     "adams": {"order": 3},
     "pc": {"corrections": 1, "tau": 0.25, "unbiased": False},
 }
-DIVERGED = 1e3  # standard deviations
+DIVERGED = 1e3  # standard deviations, on the way
+IMPLAUSIBLE = 50.0  # standard deviations of a state without noise
 _WHOLE = ("order", "corrections", "resample")
 
 
@@ -85,6 +86,10 @@ def sampler_options(sampler: str, given: Mapping[str, Any] | None = None) -> dic
         raise OptionError(f"sampler_options['eta']={known['eta']} is not accepted; it must lie between 0 and 1.")
     if "tau" in known and known["tau"] == 0:
         raise OptionError("sampler_options['tau']=0 is not accepted; it must be positive, for example 0.25.")
+    if known.get("unbiased") and known["tau"] >= 2:
+        raise OptionError(
+            f"sampler_options['tau']={known['tau']} is not accepted with 'unbiased'; it must be below 2, for example 0.25."
+        )
     return known
 
 
@@ -155,15 +160,16 @@ def integrate(
                 stepper.memory = []  # earlier slopes belong to the path before its noise was put back
                 x = x + math.sqrt(sigma**2 - following**2) * stepper.noise()
             x = stepper.step(i, x, sigma, following)
-        _check_finite(x, i, sigma)
+        _check_finite(x, i, sigma, following)
         if progress is not None:
             progress()
     return x
 
 
-def _check_finite(x: Tensor, step: int, sigma: float) -> None:
+def _check_finite(x: Tensor, step: int, sigma: float, following: float) -> None:
     # standardised states with noise sigma: anything this large is no state, even though it is a number
-    bad = ~(x.abs() < DIVERGED * (1 + sigma)).flatten(1).all(1)
+    limit = DIVERGED * (1 + sigma) if following else IMPLAUSIBLE
+    bad = ~(x.abs() < limit).flatten(1).all(1)
     if bad.any():
         what = "has diverged" if torch.isfinite(x).all() else "is not finite"
         raise StateError(

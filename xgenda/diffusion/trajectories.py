@@ -3,7 +3,11 @@ r"""Trajectories of any length from a model of short windows.
 A network trained on windows of 2k + 1 consecutive states gives, for a trajectory of L states, L - 2k windows. Each keeps its centre;
 the first also keeps the k states before, the last the k states after (Rozet & Louppe 2023, arXiv 2306.10574, algorithm 2). That is
 the score of a trajectory in which a state depends on the others only through the k before and after it. All windows go through
-the network in one batch, and gradients go through the composition, so any guidance, operator and sampler acts on the whole.
+the network in batches, and gradients go through the composition, so any guidance, operator and sampler acts on the whole.
+
+At high noise the states far away still matter, and a composition of short windows does not see them. Where the denoiser of the window is built
+on a Gaussian that is separable in time, the Gaussian of the whole trajectory is known too: it is used exactly, and only what the network
+adds to that of a window is composed. Untrained that is the Gaussian posterior of the trajectory.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xgenda.diffusion.denoisers import Denoiser
+from xgenda.diffusion.anchors import Separable
+from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.errors import OptionError
 
 
@@ -30,6 +35,9 @@ class TrajectoryDenoiser:
 
     def __init__(self, denoise: Denoiser, k: int, batch: int | None = None) -> None:
         self.denoise, self.k, self.batch = denoise, k, batch
+        anchor = getattr(denoise, "anchor", None)
+        self.anchor = anchor if isinstance(anchor, Separable) and isinstance(denoise, EDMDenoiser) else None
+        self._whole: Separable | None = None
         self.sigma_range = getattr(denoise, "sigma_range", None)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -41,9 +49,21 @@ class TrajectoryDenoiser:
         windows = x.unfold(1, width, 1).movedim(-1, 2)  # (batch, length - 2k, 2k + 1, channels, ...)
         count = windows.shape[1]
         flat = windows.reshape(len(x) * count, width * channels, *event)
-        parts = [flat] if self.batch is None else flat.split(self.batch)
-        clean = torch.cat([self.denoise(p, sigma) for p in parts]).reshape(len(x), count, width, channels, *event)
-        return torch.cat([clean[:, 0, : self.k], clean[:, :, self.k], clean[:, -1, self.k + 1 :]], 1)
+        pieces = [flat] if self.batch is None else flat.split(self.batch)
+        found = torch.cat([self._window(p, sigma) for p in pieces]).reshape(len(x), count, width, channels, *event)
+        out = torch.cat([found[:, 0, : self.k], found[:, :, self.k], found[:, -1, self.k + 1 :]], 1)
+        if self.anchor is None:
+            return out
+        if self._whole is None or self._whole.length != length:
+            self._whole = self.anchor.of_length(length)
+        return out + self._whole.given_noise(sigma).shrink(x.flatten(1)).reshape(x.shape)
+
+    def _window(self, windows: Tensor, sigma: float) -> Tensor:
+        """Return what is composed: the denoised windows, or what the network adds to their Gaussian."""
+        if self.anchor is None:
+            return self.denoise(windows, sigma)
+        assert isinstance(self.denoise, EDMDenoiser)
+        return self.denoise.parts(windows, sigma)[1]
 
 
 def windows_of(states: Tensor, k: int) -> Tensor:

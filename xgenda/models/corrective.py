@@ -53,7 +53,7 @@ class CoarseMap:
 
 
 def conditional_map(
-    z: np.ndarray, grid: Grid, channels: int, factor: int, fold: np.ndarray, order: np.ndarray
+    z: np.ndarray, grid: Grid, channels: int, factor: int, fold: np.ndarray
 ) -> tuple[CoarseMap, list[CoarseMap], str]:
     """Fit K, and one per block of times without it; the radius of the taper is the one that predicts withheld blocks best.
 

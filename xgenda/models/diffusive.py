@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xgenda.diffusion.anchors import Anchor, anchor_tensors, read_anchor
+from xgenda.diffusion.anchors import Anchor, Separable, anchor_tensors, read_anchor
 from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.evidence import LinearEvidence
-from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, guidance_options, guide
+from xgenda.diffusion.guidance import DIRECT_LIMIT, GUIDANCES, LIKELIHOODS, guidance_options, guide
 from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.samplers import SAMPLERS, integrate, network_calls, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
@@ -24,7 +24,12 @@ from xgenda.models.spec import ModelSpec
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 
-SIGMA_MIN = 0.02  # of the climatological standard deviation: below any observation error
+SIGMA_MIN = (
+    0.02  # lowest noise level of training and, for usual observation errors, of sampling; in climatological standard deviations
+)
+#: Sampling ends at most at this part of the smallest standard deviation that observations leave; above it the ensemble loses spread.
+SHARE_OF_ERROR = 0.4
+FINER = 2.0  # ratio of the levels that are added for precise observations
 STEPS = 24
 BATCH = 16
 
@@ -57,7 +62,7 @@ class DiffusionModel(GenerativeModel):
         """Number of states that the model sees together."""
         return int(self.spec.options.get("window", 1))
 
-    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
+    def plan(self, asked: SamplingOptions) -> SamplingOptions:
         """Resolve the options.
 
         Guidance 'auto' is 'anchor' where there is a Gaussian and all operators are linear: exact for Gaussians, and without
@@ -67,19 +72,14 @@ class DiffusionModel(GenerativeModel):
         check_choice("sampler", asked.sampler, ("auto", *SAMPLERS))
         check_choice("schedule", asked.schedule, ("auto", *SCHEDULES))
         check_choice("likelihood", asked.likelihood, tuple(LIKELIHOODS))
-        linear = linear and self.scaling.is_affine
-        has_anchor = self.covariance is not None and self.window == 1
+        linear = self.scaling.is_affine
+        has_anchor = self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
         guidance = asked.guidance
         if guidance == "auto":
             guidance = "anchor" if has_anchor and linear else "mmps"
         if guidance == "anchor" and not has_anchor:
-            reason = (
-                "has none"
-                if self.window == 1
-                else f"is of windows of {self.window} states, and its Gaussian covers no longer trajectory"
-            )
             raise OptionError(
-                f"guidance='anchor' needs a Gaussian of the state, and {self.spec.name!r} {reason}; use guidance='mmps'."
+                f"guidance='anchor' needs a Gaussian of the state, and {self.spec.name!r} has none; use guidance='mmps'."
             )
         if guidance == "inpaint" and not linear:
             raise OptionError("guidance='inpaint' needs linear operators, and a log-scaled variable is not; use guidance='mmps'.")
@@ -107,7 +107,13 @@ class DiffusionModel(GenerativeModel):
         if self.covariance is not None:
             spread = self.covariance.diagonal().sqrt().reshape(self.window, *std.shape)
             std = std * spread[self.window // 2]
-        return request.climatology, std.expand_as(request.climatology)
+        mean, std = request.climatology.clone(), std.expand_as(request.climatology).clone()
+        for c, (name, offset) in enumerate(zip(self.scaling.transforms, self.scaling.offsets, strict=True)):
+            if name == "log":  # the moments of a log-normal variable
+                variance = std[:, c] ** 2
+                middle = (mean[:, c] + variance / 2).exp()
+                mean[:, c], std[:, c] = middle - offset, middle * torch.expm1(variance).sqrt()
+        return mean, std
 
     def posterior(self, request: Request) -> Tensor:
         """Sample in micro-batches of (time, member), or of members where the model is of windows."""
@@ -117,6 +123,7 @@ class DiffusionModel(GenerativeModel):
         assert options.batch_size is not None
         assert request.climatology is not None
         levels = noise_levels(options.schedule, options.steps, SIGMA_MIN, self.sigma_max)
+        climatology = request.climatology
         std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).shape).reshape(-1)
         shape: tuple[int, ...] = (self.spec.channels, *_grid(self.spec).shape)
         # an item is what is solved together: one time of one member, or all times of one member
@@ -124,40 +131,55 @@ class DiffusionModel(GenerativeModel):
             spans: list[tuple[int, ...]] = [(t,) for t in range(times)]
         else:
             spans, shape = [tuple(range(times))], (times, *shape)
-            # the windows of one member are a batch already
-            denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size * max(1, times - 2 * k))
-        items = [(s, m) for s in range(len(spans)) for m in request.members]
+            denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size)
+        covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
+        wraps = self.spec.options["network"]["periodic"]
 
-        def sample(batch: list[tuple[int, int]]) -> Tensor:
-            groups = sorted({s for s, _ in batch})
-            group = torch.tensor([groups.index(s) for s, _ in batch])
-            affine = [
-                (request.climatology[list(spans[s])].reshape(-1), std.repeat(len(spans[s])))  # type: ignore[index]
-                for s in groups
-            ]
-            evidence = stack_evidence(
-                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in groups],
-                affine,
+        def evidence_of(which: list[int], group: Tensor) -> LinearEvidence:
+            return stack_evidence(
+                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in which],
+                [(climatology[list(spans[s])].reshape(-1), std.repeat(len(spans[s]))) for s in which],
                 self.scaling,
                 group,
                 len(std) // self.spec.channels,
-            ).to(request.device)
+            )
+
+        def kind(span: int) -> tuple[int, bool]:
+            """Return what samples of one batch must share: levels below the lowest, and how the anchor is solved."""
+            evidence = evidence_of([span], torch.zeros(1, dtype=torch.int64))
+            return finer_levels(evidence.sharpness()), evidence.values.shape[1] <= DIRECT_LIMIT
+
+        def sample(batch: list[tuple[int, int]]) -> Tensor:
+            groups = sorted({s for s, _ in batch})
+            evidence = evidence_of(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
+            added = [SIGMA_MIN / FINER ** (j + 1) for j in range(kinds[batch[0][0]][0])]
             noise = LabelledNoise([[(request.seed, request.labels[t], m) for t in spans[s]] for s, m in batch])
             # double precision: at large sigma single precision loses what the last steps need, and batches would differ
             x = self.sigma_max * noise.normal(*shape, dtype=torch.float64).to(request.device)
             guided = guide(
-                denoiser, evidence, options.guidance, anchor=self.covariance, likelihood=options.likelihood,
-                **options.guidance_options,
+                denoiser, evidence, options.guidance, anchor=covariance, likelihood=options.likelihood,
+                wraps=(wraps == "both", bool(wraps)), **options.guidance_options,
             )  # fmt: skip
+            if added:  # below the training the anchor, or the skip connection, has the answer: see EDMDenoiser
+                guided.sigma_range = (added[-1], self.sigma_max)  # type: ignore[attr-defined]
             with torch.no_grad():
                 # At sigma_max the guided estimate hardly depends on x and is the posterior mean; starting around it instead of
                 # around zero removes the largest error of a finite sigma_max where the state is far from the climate.
                 x = x + guided(x, self.sigma_max)
                 done = sum(len(spans[s]) for s, _ in batch)
-                x = integrate(guided, x, levels, options.sampler, noise, lambda: request.advance(done), **options.sampler_options)
+                x = integrate(
+                    guided, x, [*levels[:-1], *added, 0.0], options.sampler, noise, lambda: request.advance(done),
+                    **options.sampler_options,
+                )  # fmt: skip
             return x.reshape(len(batch), -1).cpu()
 
-        z = in_batches(sample, items, options.batch_size)
+        kinds = [kind(s) for s in range(len(spans))]
+        parts: dict[int, Tensor] = {}
+        for same in sorted(set(kinds)):
+            which = [s for s in range(len(spans)) if kinds[s] == same]
+            found = in_batches(sample, [(s, m) for s in which for m in request.members], options.batch_size)
+            parts.update(zip(which, found.reshape(len(which), len(request.members), -1), strict=True))
+        z = torch.stack([parts[s] for s in range(len(spans))])
         z = z.reshape(len(spans), len(request.members), len(spans[0]), self.spec.channels, -1)
         z = z.transpose(1, 2).flatten(0, 1).double()  # (times, members, channels, cells)
         out = z * std.reshape(self.spec.channels, -1) + request.climatology[:, None]
@@ -194,6 +216,15 @@ def build_network(options: Mapping[str, Any]) -> UNet:
 def highest_sigma(anchor: Anchor | None) -> float:
     """Return a noise level that drowns the largest mode of the state tenfold (a correlated field's is far above 1)."""
     return 80.0 if anchor is None else max(80.0, 10.0 * math.sqrt(anchor.largest()))
+
+
+def finer_levels(sharpness: Tensor) -> int:
+    """Return how many levels below `SIGMA_MIN` the sharpest observations need; see `LinearEvidence.sharpness`."""
+    sharpest = float(sharpness.max())
+    if not sharpest > 0:
+        return 0
+    wanted = SHARE_OF_ERROR / math.sqrt(sharpest)
+    return max(0, math.ceil(math.log(SIGMA_MIN / wanted, FINER) - 1e-9))
 
 
 def join_times(items: list[PointEvidence], size: int) -> PointEvidence:

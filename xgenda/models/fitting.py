@@ -112,12 +112,14 @@ def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
     return LowRank(torch.as_tensor(factor.copy()), torch.as_tensor(residual))
 
 
-def cross_validate(z: np.ndarray, grid: Grid, choices: list[Choice], folds: int) -> dict[Choice, float]:
-    """Return the mean log score of each choice over blocks of consecutive fields."""
+def cross_validate(z: np.ndarray, grid: Grid, choices: list[Choice], fold: np.ndarray) -> dict[Choice, float]:
+    """Return the mean log score of each choice over the blocks of consecutive fields that `fold` numbers from 0."""
     total = dict.fromkeys(choices, 0.0)
     cells = z.shape[1] // grid.size
     taper = kernel_on(grid, "gaspari-cohn", 1.0)
-    for k, block in enumerate(np.array_split(np.arange(len(z)), folds)):
+    folds = int(fold.max()) + 1
+    for k in range(folds):
+        block = np.flatnonzero(fold == k)
         rng = np.random.default_rng(k)
         probe = rng.choice(z.shape[1], min(2 * PROBES, z.shape[1]), replace=False)
         seen = len(probe) // 3

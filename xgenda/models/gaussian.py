@@ -88,7 +88,7 @@ class GaussianModel(GenerativeModel):
         """Accept 'auto' and 'exact' only: the posterior is drawn in closed form."""
         check_choice("guidance", asked.guidance, ("auto", "exact"))
         check_choice("sampler", asked.sampler, ("auto", "exact"))
-        asked.refuse_all_but(("guidance", "sampler", "steps"), "a Gaussian prior is solved in closed form")
+        asked.refuse_all_but(("guidance", "sampler"), "a Gaussian prior is solved in closed form")
         return SamplingOptions("exact", "exact", 0, 0, "none")
 
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
@@ -365,7 +365,9 @@ def _from_sample(
         )
     kinds = SAMPLE_KINDS if covariance is None else (covariance,)
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
-    scores = cross_validate(z, grid, choices, folds) if len(choices) > 1 else {choices[0]: float("nan")}
+    scores = (
+        cross_validate(z, grid, choices, np.arange(len(z)) * folds // len(z)) if len(choices) > 1 else {choices[0]: float("nan")}
+    )
     best = max(scores, key=lambda c: scores[c])
     options, arrays = fit_sample(z, *best)
     training = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xgenda.errors import OptionError
+from xgenda.errors import OptionError, check_count
 from xgenda.grids import Grid
 from xgenda.models.spec import ModelSpec
 
@@ -49,8 +49,8 @@ class Request:
         Member numbers.
     seed
         With label and member, the key of the random numbers.
-    guidance, sampler, steps, batch_size
-        Options, resolved by `GenerativeModel.plan`.
+    options
+        Resolved by `GenerativeModel.plan`.
     device
         Where to compute.
     advance
@@ -93,6 +93,8 @@ class SamplingOptions:
         OptionError
             Naming the first option that is not at its default.
         """
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
         for name in ("guidance", "sampler", "steps", "schedule", "likelihood", "guidance_options", "sampler_options"):
             value = getattr(self, name)
             if name not in accepted and value not in ("auto", "gaussian", None) and value != {}:
@@ -117,8 +119,8 @@ class GenerativeModel(ABC):
     sha256: str = ""
 
     @abstractmethod
-    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
-        """Resolve 'auto' and None, and refuse what this model cannot do; `linear` tells whether all observation operators are."""
+    def plan(self, asked: SamplingOptions) -> SamplingOptions:
+        """Resolve 'auto' and None, and refuse what this model cannot do."""
 
     @abstractmethod
     def posterior(self, request: Request) -> Tensor:

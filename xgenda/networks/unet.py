@@ -1,7 +1,7 @@
 """A small U-Net for fields, after the layout of Song et al. (2021, arXiv 2011.13456), kept light enough for two CPU cores.
 
-Any grid size (padded to a multiple of the stride, cropped at the end), circular padding along the axes where the grid is periodic,
-group normalisation with adaptive scale and shift from the noise level, output initialised to zero.
+Any grid size (padded to a multiple of the stride, cropped at the end), except along periodic axes, which must be such multiples and are
+padded circularly; group normalisation with adaptive scale and shift from the noise level, output initialised to zero.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from xgenda.errors import GridError
 
 Periodic = bool | Literal["both"]
 
@@ -128,6 +130,11 @@ class UNet(nn.Module):
             parts.append(self.position.expand(len(x), -1, -1, -1))
         h, size = torch.cat(parts, 1), x.shape[-2:]
         bottom, right = (-size[0]) % self.stride, (-size[1]) % self.stride
+        if (right and self.periodic) or (bottom and self.periodic == "both"):  # what is appended would lie between neighbours
+            raise GridError(
+                f"A periodic axis must be a multiple of {self.stride} cells for this network, and the grid is {size[0]} x {size[1]}; "
+                f"use fewer multipliers, or periodic=False."
+            )
         if bottom or right:
             h = pad_field(h, 0, right, 0, bottom, self.periodic)
         h = self.first(h)

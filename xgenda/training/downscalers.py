@@ -15,7 +15,7 @@ from xgenda.scaling import fit_scaling
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.priors import FOLDS, fit_anchors, network_arguments, record_of, split_rows
-from xgenda.training.windows import Samples, blocks, time_order
+from xgenda.training.windows import Samples, blocks
 
 
 def train_downscaler(
@@ -36,7 +36,7 @@ def train_downscaler(
     z = standardise(scaling, samples.values, samples.time)
     n, channels = len(z), len(names)
     fold = blocks(samples.time, n, FOLDS)
-    final_map, crossed_maps, radius = conditional_map(z, samples.grid, channels, factor, fold, time_order(samples.time, n))
+    final_map, crossed_maps, radius = conditional_map(z, samples.grid, channels, factor, fold)
     shape = (n, channels, *samples.grid.shape)
     coarse = project_block_means(torch.as_tensor(z).reshape(shape), factor)  # each block mean, spread over its block
     rows = torch.as_tensor(z)
@@ -45,7 +45,6 @@ def train_downscaler(
     spread = residual.square().mean(0).sqrt().clamp(min=1e-3).float()
     condition = torch.cat([coarse, linear], 1).float()
     train_rows, held = split_rows(fold)
-    torch.manual_seed(optimiser.seed)
     regression_options = network_arguments(channels, 2 * channels, width, samples, periodic)
     regression = build_network(regression_options)
     target = (residual.float() / spread).contiguous()

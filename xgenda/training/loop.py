@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from xgenda.models.generative import GenerativeModel
 from xgenda.training.downscalers import train_downscaler
 from xgenda.training.optimiser import Effort, Optimiser
 from xgenda.training.priors import ANCHORS, continue_prior, train_prior
-from xgenda.training.windows import read_samples
+from xgenda.training.windows import Samples, read_samples
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,6 +34,8 @@ def train(
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "none",
+    transform: str | Mapping[str, str] = "none",
+    offset: float | Mapping[str, float] = 1e-3,
     anchor: str | None = "auto",
     window: int = 1,
     periodic: bool | Literal["both"] | None = None,
@@ -74,6 +76,9 @@ def train(
         Which variables of `ds`; by default all on its grid.
     climatology
         Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'.
+    transform, offset
+        For 'prior': 'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
+        such as ``transform={"precipitation": "log"}``.
     anchor
         The network corrects the exact denoiser of a Gaussian, fitted and cross-validated: 'eof' (EOFs plus a residual), 'localized' (a
         sample covariance under a taper; for small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the
@@ -174,20 +179,41 @@ def train(
     optimiser = Optimiser(
         effort, batch_size, learning_rate, ema, seed, torch_device, progress, DTYPES[check_choice("dtype", dtype, DTYPES)]
     )
-    if task == "downscale":
-        if start is not None:
-            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
-        model: GenerativeModel = train_downscaler(
-            samples, check_count("factor", factor, 2), climatology, anchor, periodic, width, optimiser, name, licence
-        )
-    elif start is not None:
-        model = continue_prior(samples, start, optimiser, name, licence)
-    else:
-        model = train_prior(samples, climatology, anchor, window, periodic, width, optimiser, name, licence)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(seed)
+        model = _trained(
+            task, samples, start, optimiser, factor=factor, climatology=climatology, transform=transform, offset=offset, anchor=anchor,
+            window=window, periodic=periodic, width=width, name=name, licence=licence,
+        )  # fmt: skip
     model.sha256 = content_hash(model)
     if out is not None:
         model.save(out, overwrite=overwrite)
     return model
+
+
+def _trained(
+    task: str, samples: Samples, start: GenerativeModel | str | os.PathLike[str] | None, optimiser: Optimiser, *, factor: int | None,
+    climatology: str, transform: str | Mapping[str, str], offset: float | Mapping[str, float], anchor: str | None, window: int,
+    periodic: bool | Literal["both"] | None, width: int, name: str | None, licence: str,
+) -> GenerativeModel:  # fmt: skip
+    if task == "downscale":
+        if transform != "none":
+            raise OptionError(f"transform={transform!r} belongs to task='prior': a block mean of logarithms is none of values.")
+        if start is not None:
+            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
+        return train_downscaler(
+            samples, check_count("factor", factor, 2), climatology, anchor, periodic, width, optimiser, name, licence
+        )
+    if start is not None:
+        kept = {"window": (window, 1), "width": (width, 16), "anchor": (anchor, "auto"), "climatology": (climatology, "none"),
+                "transform": (transform, "none"), "periodic": (periodic, None)}  # fmt: skip
+        for argument, (found, default) in kept.items():
+            if found != default:
+                raise OptionError(
+                    f"{argument}={found!r} has no effect with start, whose network and scaling are kept. Leave it out."
+                )
+        return continue_prior(samples, start, optimiser, name, licence)
+    return train_prior(samples, climatology, transform, offset, anchor, window, periodic, width, optimiser, name, licence)
 
 
 def parse_time_budget(budget: str | float) -> float:

@@ -83,6 +83,16 @@ class Optimiser:
         best, best_step, step = copy.deepcopy(averaged.state_dict()), 0, 0
         begin = clock.monotonic()
         order: list[torch.Tensor] = []
+        validated, checked = 0, begin
+
+        def validate() -> None:
+            nonlocal lowest, best, best_step, validated, checked
+            validated, checked = step, clock.monotonic()
+            found = self._validate(averaged, checks)
+            if found < lowest:
+                lowest, best_step = found, step
+                best = {k: v.clone() for k, v in averaged.state_dict().items()}
+
         with progress_bar(limit if seconds is None else round(seconds), self.progress, label) as advance:
             told = 0
             while step < limit:
@@ -109,14 +119,14 @@ class Optimiser:
                 with torch.no_grad():
                     for mean, now in zip(averaged.parameters(), network.parameters(), strict=True):
                         mean.lerp_(now, 1 - decay)
-                if step % max(20, per_epoch) == 0 or step == limit:
-                    found = self._validate(averaged, checks)
-                    if found < lowest:
-                        lowest, best_step = found, step
-                        best = {k: v.clone() for k, v in averaged.state_dict().items()}
+                late = seconds is not None and clock.monotonic() - checked > 0.1 * seconds
+                if step % max(20, per_epoch) == 0 or late:
+                    validate()
                 now_told = step if seconds is None else min(round(seconds), round(clock.monotonic() - begin))
                 advance(now_told - told)
                 told = now_told
+        if step != validated:
+            validate()
         network.load_state_dict(best)
         weight, weighted = self._earn(network, checks) if best_step else (0.0, first)
         network.cpu().eval()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from xgenda import metadata
-from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
+from xgenda.diffusion.anchors import Anchor, LowRank, Separable, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.trajectories import windows_of
@@ -33,6 +34,8 @@ LOCALIZED_LIMIT = 2500  # cells up to which 'auto' tries the localised covarianc
 def train_prior(
     samples: Samples,
     climatology: str,
+    transform: str | Mapping[str, str],
+    offset: float | Mapping[str, float],
     anchor: str | None,
     window: int,
     periodic: Any,
@@ -43,13 +46,19 @@ def train_prior(
 ) -> DiffusionModel:
     """Train an unconditional prior of one state, or of a window of states."""
     names = [v.name for v in samples.variables]
-    scaling = fit_scaling(samples.values, samples.time, names, cycle=climatology, homogeneous=periodic == "both")
+    scaling = fit_scaling(
+        samples.values, samples.time, names, cycle=climatology, transform=transform, offset=offset, homogeneous=periodic == "both"
+    )
     z = standardise(scaling, samples.values, samples.time)
     fold = blocks(samples.time, len(z), FOLDS)
-    z, fold, extra = _windows(samples, z, fold, window)
     kind = anchor or ("spectral" if periodic == "both" else "auto")  # without one in the denoiser, still for guidance
     final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=anchor is not None)
-    torch.manual_seed(optimiser.seed)
+    if window > 1:
+        memory = [correlation_in_time(z, samples, fold, window, without) for without in (None, *range(len(crossed)))]
+        in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
+        final, crossed = in_time[0], list(in_time[1:])
+        note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
+    z, fold, extra = _windows(samples, z, fold, window)
     channels = len(names) * window
     feeds_state = anchor is not None
     network_options = network_arguments(channels, channels if feeds_state else 0, width, samples, periodic)
@@ -92,6 +101,19 @@ def _windows(samples: Samples, z: np.ndarray, fold: np.ndarray, window: int) -> 
     return np.concatenate(rows), np.concatenate(folds), {"window": window, "spacing": spacing}
 
 
+def correlation_in_time(z: np.ndarray, samples: Samples, fold: np.ndarray, window: int, without: int | None) -> torch.Tensor:
+    """Return the correlation of states 0 to window - 1 steps apart, over all cells and variables and all blocks but one.
+
+    Sums over pairs are divided by the same number at all lags, which makes the sequence that of some process.
+    """
+    order, total = time_order(samples.time, len(z)), np.zeros(window)
+    for k in range(FOLDS):
+        states = z[order[fold[order] == k]]
+        if k != without:
+            total += [float((states[lag:] * states[: len(states) - lag]).sum()) for lag in range(window)]
+    return torch.as_tensor(total / total[0])
+
+
 def _card(anchor: str | None, report: dict[str, Any]) -> str:
     """Say in a sentence what training was worth on the validation block."""
     if anchor is None:
@@ -128,7 +150,13 @@ def continue_prior(
                                    for a, b in zip(samples.variables, before.spec.variables, strict=True))
     ], 1)  # fmt: skip
     z = standardise(before.scaling, values, samples.time)
-    z, fold, _ = _windows(samples, z, blocks(samples.time, len(z), FOLDS), before.window)
+    z, fold, extra = _windows(samples, z, blocks(samples.time, len(z), FOLDS), before.window)
+    spacing = before.spec.options.get("spacing")
+    if spacing is not None and abs(extra["spacing"] - spacing) > 0.01 * spacing:
+        raise StateError(
+            f"start={before.spec.name!r} is of states {spacing:g} seconds apart, and those of ds are {extra['spacing']:g} seconds apart. "
+            f"Select such times, or leave out start to train from scratch."
+        )
     anchor = before.denoiser.anchor
     network = build_network(before.spec.options["network"])
     network.load_state_dict(before.denoiser.network.state_dict())
@@ -161,8 +189,7 @@ def fit_anchors(
     kinds: tuple[str, ...] = (kind,)
     if kind == "auto":
         kinds = ("localized", "eof") if z.shape[1] <= LOCALIZED_LIMIT else ("eof",)
-    order = np.argsort(fold, kind="stable")
-    scores = cross_validate(z[order], samples.grid, list(candidates(kinds, samples.grid, z.shape, None, None, None)), 5)
+    scores = cross_validate(z, samples.grid, list(candidates(kinds, samples.grid, z.shape, None, None, None)), fold)
     choice: Choice = max(scores, key=lambda c: scores[c])
     built = [_anchor_of(p, samples, choice) for p in [everything, *parts]]
     size = f"rank {int(choice[1])}" if choice[0] == "eof" else f"radius {choice[1] / 1e3:.0f} km"
@@ -186,8 +213,12 @@ def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def network_arguments(channels: int, condition: int, width: int, samples: Samples, periodic: Any = None) -> dict[str, Any]:
     """Return the arguments of the U-Net; on a doubly periodic grid no place differs from another."""
     periodic = samples.grid.periodic if periodic is None else periodic
+    ny, nx = samples.grid.shape
+    wrapped = (ny, nx) if periodic == "both" else (nx,) if periodic else ()
+    # a periodic axis cannot be padded, so it decides how often the grid is halved
+    halvings = next(h for h in (2, 1, 0) if all(n % 2**h == 0 for n in wrapped))
     return {
-        "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2],
+        "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2][: halvings + 1],
         "position": 0 if periodic == "both" else 2, "shape": list(samples.grid.shape), "periodic": periodic,
     }  # fmt: skip
 
