@@ -323,6 +323,7 @@ def test_spread_is_right_however_precise_the_observations(climate: xr.Dataset, f
 def test_a_state_that_is_none_is_refused(tiny_prior: GenerativeModel, fields: xr.Dataset, obs: xr.Dataset) -> None:
     wild = obs.assign(air_temperature=349.0 + 0 * obs.air_temperature)
     with pytest.raises(
-        StateError, match="has diverged after step .* Use guidance='auto', more steps, or larger observation errors"
+        StateError,
+        match="has diverged after step .* Use guidance='anchor' where the model has a Gaussian, more steps, or larger observation errors",
     ):
         xgenda.assimilate(fields, wild, model=tiny_prior, error=0.5, members=2, seed=0, steps=4, background_check=None)

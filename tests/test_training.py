@@ -98,7 +98,7 @@ def test_file_says_what_it_is(climate: xr.Dataset, tiny_prior: xgenda.Generative
 
 
 def test_start_goes_on_from_a_model(trained: xgenda.GenerativeModel) -> None:
-    more = xgenda.train(smooth(), start=trained, steps=1, width=8, learning_rate=1e-12, progress=False)
+    more = xgenda.train(smooth(), start=trained, steps=1, learning_rate=1e-12, progress=False)
     assert more.spec.training["started_from"].startswith(trained.spec.name)
     assert more.spec.scaling is trained.spec.scaling
     x = torch.randn(1, 1, 12, 16, generator=torch.Generator().manual_seed(0))

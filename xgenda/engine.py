@@ -91,7 +91,8 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
     if not np.isfinite(out).all():
         raise StateError(
             f"The sampler returned values that are not finite at time {job.labels[int(index[np.argwhere(~np.isfinite(out))[0][0]])]} "
-            f"with guidance={job.options.guidance!r}. Use guidance='auto', more steps, or larger observation errors."
+            f"with guidance={job.options.guidance!r}. Use guidance='anchor' where the model has a Gaussian, "
+            f"more steps, or larger observation errors."
         )
     for c, (scale, offset) in enumerate(job.factors):
         if (scale, offset) != (1.0, 0.0):

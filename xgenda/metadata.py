@@ -171,12 +171,17 @@ def match_variable(ds: xr.Dataset, name: str, standard_name: str | None, argumen
                 f"needs one for {name!r}. Keep one: {argument}.drop_vars({found[1]!r})"
             )
     known = [str(n) for n in ds.data_vars]
+    hint = did_you_mean(name, known)
+    close = next((k for k in known if hint.endswith(f"{k!r}?")), None)
     raise OptionError(
         f"{argument} lacks the variable {name!r}"
         + (f" (or one with standard_name {standard_name!r})" if standard_name else "")
         + f"; it has {', '.join(map(repr, known)) or 'none'}."
-        + did_you_mean(name, known)
-        + f" Rename yours: {argument}.rename({{{(known or ['yours'])[0]!r}: {name!r}}})"
+        + (
+            f"{hint} Rename yours: {argument}.rename({{{close!r}: {name!r}}})"
+            if close
+            else " Add it under this name, or leave it out."
+        )
     )
 
 

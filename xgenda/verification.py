@@ -112,7 +112,9 @@ def verify(
         try:
             members, given = xr.align(members, given, join="exact")
         except ValueError as problem:
-            raise OptionError(f"truth[{n!r}] and the ensemble have different coordinates: {problem}") from problem
+            raise OptionError(
+                f"truth[{n!r}] and the ensemble have different coordinates: {problem}. Select the common ones: ensemble.sel(time=truth.time)"
+            ) from problem
         given = given.broadcast_like(members.isel({layout.member or "member": 0}, drop=True))
         order = (layout.member or "member", *given.dims)
         values = np.asarray(members.transpose(*order).values, dtype=float)

@@ -157,6 +157,11 @@ class GenerativeModel(ABC):
             "task": f"{spec.task} ({spec.kind})" + (f", x{spec.factor}" if spec.factor else ""),
             "variables": ", ".join(f"{v.name} [{v.units or 'no units'}]" for v in spec.variables),
             "grid": spec.grid.describe() if spec.grid is not None else "any",
+            **(
+                {"window": f"{spec.options['window']} states, {spec.options['spacing'] / 86400:g} days apart"}
+                if "spacing" in spec.options
+                else {}
+            ),
             **{str(k): v for k, v in spec.training.items() if not isinstance(v, (dict, list))},
             "licence": spec.licence,
             "file": f"{self.path} (sha256 {self.sha256[:12]})" if self.path else f"not saved (content {self.sha256[:12]})",
