@@ -52,6 +52,8 @@ def train_prior(
     z = standardise(scaling, samples.values, samples.time)
     fold = blocks(samples.time, len(z), FOLDS)
     kind = anchor or ("spectral" if periodic == "both" else "auto")  # without one in the denoiser, still for guidance
+    if window > 1:
+        check_windows(samples, fold, window)  # before the fit of the anchors, which takes long
     final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=anchor is not None)
     if window > 1:
         memory = [correlation_in_time(z, samples, fold, window, without) for without in (None, *range(len(crossed)))]
@@ -86,19 +88,25 @@ def _windows(samples: Samples, z: np.ndarray, fold: np.ndarray, window: int) -> 
     """Return windows of consecutive states instead of states; none straddles two blocks."""
     if window == 1:
         return z, fold, {}
+    spacing = check_windows(samples, fold, window)
     order = time_order(samples.time, len(z))
-    spacing = spacing_of(samples, order)
     rows, folds = [], []
     for k in range(FOLDS):
         inside = order[fold[order] == k]
-        if len(inside) < window:
-            raise StateError(
-                f"window={window} needs at least {FOLDS * window} times for {FOLDS} blocks, and ds has {len(z)}; use a shorter window."
-            )
         states = torch.as_tensor(z[inside]).reshape(len(inside), 1, -1)
         rows.append(windows_of(states, window // 2).flatten(1).numpy())
         folds.append(np.full(len(rows[-1]), k))
     return np.concatenate(rows), np.concatenate(folds), {"window": window, "spacing": spacing}
+
+
+def check_windows(samples: Samples, fold: np.ndarray, window: int) -> float:
+    """Return the seconds between equally spaced times, of which every block must hold a window."""
+    spacing = spacing_of(samples, time_order(samples.time, len(fold)))
+    if np.bincount(fold, minlength=FOLDS).min() < window:
+        raise StateError(
+            f"window={window} needs at least {FOLDS * window} times for {FOLDS} blocks, and ds has {len(fold)}; use a shorter window."
+        )
+    return spacing
 
 
 def correlation_in_time(z: np.ndarray, samples: Samples, fold: np.ndarray, window: int, without: int | None) -> torch.Tensor:
