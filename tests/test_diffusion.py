@@ -747,3 +747,25 @@ def test_a_periodic_axis_must_be_a_multiple_of_the_stride() -> None:
         torch.testing.assert_close(
             shallow(x.roll(4, -1), torch.zeros(1)), shallow(x, torch.zeros(1)).roll(4, -1), atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_spectrum_is_observed_as_its_dense_matrix_is() -> None:
+    anchor = Spectral.fit(torch.randn(60, 2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    everything = torch.arange(48)
+    dense = anchor.block(everything, everything)
+    given = anchor.given_noise(0.8)
+    expected = dense - dense @ torch.linalg.solve(dense + 0.64 * torch.eye(48), dense)
+    columns = torch.tensor([0, 7, 23, 24, 40])
+    matrix = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(given.observed(columns, matrix), matrix @ expected[columns][:, columns] @ matrix.T)
+
+
+def test_factorising_and_iterating_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor = Spectral.fit(torch.randn(40, 1, NY, NX, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    indices, weights = operator("block mean")
+    ev = evidence(indices, weights, torch.ones(len(indices)).double(), torch.full((len(indices),), 0.01).double(), 2)
+    x = torch.randn(2, 1, NY, NX, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    denoise = GaussianDenoiser(torch.zeros(N), anchor)
+    direct = guide(denoise, ev, "anchor", anchor=anchor)(x, 0.5)
+    monkeypatch.setattr("xgenda.diffusion.anchors.SpectralConditional.direct_limit", 0)
+    torch.testing.assert_close(guide(denoise, ev, "anchor", anchor=anchor)(x, 0.5), direct, atol=1e-5, rtol=0)

@@ -82,12 +82,23 @@ def main() -> None:
     evidence = LinearEvidence(
         cells, one, 0 * one, one, torch.zeros(1, 1000), torch.full((1, 1000), 0.09), torch.zeros(batch, dtype=torch.long)
     )
-    functions = {"one": once}
-    for kind in GUIDANCES:
-        guided = guide(denoise, evidence, kind, anchor=model.covariance)
-        functions[kind] = lambda guided=guided: guided(noisy, sigma)
-    single = guide(denoise, evidence, "mmps", iterations=1)
-    functions["mmps, 1 iteration"] = lambda: single(noisy, sigma)
+    # as a sampler asks: other states at every call, each level twice, so that nothing is known from before
+    asked = [(noisy + 0.1 * k * start / levels[0], sigma * 0.9 ** (k // 2)) for k in range(6)]
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for x, s in asked:
+                denoise(x, s)
+
+    functions = {"one": forwards}
+    for name, kind, more in [*((k, k, {}) for k in GUIDANCES), ("mmps, 1 iteration", "mmps", {"iterations": 1})]:
+
+        def steps(kind: str = kind, more: dict[str, Any] = more) -> None:
+            guided = guide(denoise, evidence, kind, anchor=model.covariance, **more)
+            for x, s in asked:
+                guided(x, s)
+
+        functions[name] = steps
     print("\n| guidance (1,000 observations) | one step, in forward passes |\n|---|---|")
     found = interleaved(functions, options.repeats)
     for name in functions:

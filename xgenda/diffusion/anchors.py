@@ -53,7 +53,15 @@ class Conditional(Protocol):
 
 @runtime_checkable
 class Observable(Protocol):
-    """A conditional covariance that can also be had as a matrix between observations."""
+    """A conditional covariance that can also be had as a matrix between observations.
+
+    Attributes
+    ----------
+    direct_limit
+        Observations up to which its factorisation beats iterating.
+    """
+
+    direct_limit: int
 
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T, shape (m, m), for an A that is `matrix` (m, c) on the cells `columns` (c,) and zero elsewhere."""
@@ -166,6 +174,8 @@ class Modes(LowRank):
 class LowRankConditional:
     """C = diag(a) + B B^T."""
 
+    direct_limit = 4000
+
     def __init__(self, diagonal: Tensor, factor: Tensor, sigma: float) -> None:
         self.diagonal, self.factor, self.sigma = diagonal, factor, sigma
         self.variance = diagonal + (factor**2).sum(1)
@@ -245,19 +255,11 @@ class Spectral:
         spectrum = torch.einsum("scyx,sdyx->yxcd", f, f.conj()) * (inflation / (len(fields) - 1))
         return cls(spectrum, (fields.shape[1], fields.shape[2], fields.shape[3]))
 
-    def _of_kernel(self, kernel: Tensor) -> Tensor:
-        """Return the covariance as a function of lag, shape (ny, nx, channels, channels)."""
-        lags: Tensor = torch.fft.irfft2(kernel, s=self.shape[1:], dim=(0, 1), norm="forward")
-        return lags / (self.shape[1] * self.shape[2])
-
     def block(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return S[rows][:, columns]."""
         if self._kernel is None:
-            self._kernel = self._of_kernel(self.spectrum)
-        _, ny, nx = self.shape
-        cells = ny * nx
-        (c, i, j), (d, k, m) = ((index // cells, index % cells // nx, index % nx) for index in (rows[:, None], columns[None, :]))
-        return self._kernel[(i - k) % ny, (j - m) % nx, c, d]
+            self._kernel = _lagged(self.spectrum, self.shape)
+        return _between(self._kernel, self.shape, rows, columns)
 
     def diagonal(self) -> Tensor:
         """Return the variances: one number per channel."""
@@ -293,6 +295,8 @@ class Spectral:
 class SpectralConditional:
     """C of a homogeneous covariance, applied by Fourier transform."""
 
+    direct_limit = 1500
+
     def __init__(self, kernel: Tensor, shape: tuple[int, int, int], sigma: float) -> None:
         self.kernel, self.shape, self.sigma = kernel, shape, sigma
         self.variance = _channel_variance(kernel, shape)
@@ -313,6 +317,14 @@ class SpectralConditional:
         else:
             shaped = torch.einsum("cdyx,sdyx->scyx", kernel, field)
         out: Tensor = torch.fft.irfft2(shaped, s=self.shape[1:], norm="ortho").reshape(vector.shape)
+        return out
+
+    def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
+        """Return A C A^T."""
+        between = _between(_lagged(self.kernel, self.shape), self.shape, columns, columns)
+        few = matrix.to_sparse(layout=torch.sparse_coo)  # a few cells in each row
+        half = torch.sparse.mm(few, between)
+        out: Tensor = torch.sparse.mm(few, half.T.contiguous())
         return out
 
     def shrink(self, vector: Tensor) -> Tensor:
@@ -412,6 +424,13 @@ class SeparableConditional:
 class ObservableSeparable(SeparableConditional):
     """The same where the covariance in space is `Observable`."""
 
+    @property
+    def direct_limit(self) -> int:
+        """That of the covariance in space."""
+        part = self.parts[0]
+        assert isinstance(part, Observable)
+        return part.direct_limit
+
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
         cells, place = torch.unique(columns % self.whole.space.size, return_inverse=True)
@@ -436,6 +455,24 @@ def extended_correlation(correlation: Tensor, length: int) -> Tensor:
         while len(lags) < length:
             lags.append(sum(w * lags[-1 - i] for i, w in enumerate(weights)))
     return torch.tensor((lags + [0.0] * length)[:length], dtype=torch.float64)
+
+
+def _lagged(kernel: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Return a homogeneous covariance as a function of lag, shape (ny, nx, channels, channels)."""
+    lags: Tensor = torch.fft.irfft2(kernel, s=shape[1:], dim=(0, 1), norm="forward")
+    return lags / (shape[1] * shape[2])
+
+
+def _between(lags: Tensor, shape: tuple[int, int, int], rows: Tensor, columns: Tensor) -> Tensor:
+    """Return a homogeneous covariance between cells, shape (rows, columns)."""
+    channels, ny, nx = shape
+    (c, i, j), (d, k, m) = ((index // (ny * nx), index % (ny * nx) // nx, index % nx) for index in (rows, columns))
+    # one flat index into lags from -n + 1 to n - 1: four indices and remainders of a million numbers take ten times as long
+    wide = torch.cat([lags[1:], lags])
+    wide = torch.cat([wide[:, 1:], wide], 1).contiguous()
+    across, block = (2 * nx - 1) * channels * channels, channels * channels
+    first = (i + ny - 1) * across + (j + nx - 1) * block + c * channels
+    return torch.take(wide, first[:, None] - (k * across + m * block - d))
 
 
 def _channel_variance(kernel: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -54,7 +54,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "diffpir": {"lambda": 1.0, "iterations": 30},
     "inpaint": {"reach": 0.0},
 }
-DIRECT_LIMIT = 4000  # observations at one time up to which a Cholesky factorisation beats iterating
 
 
 def guidance_options(kind: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -298,6 +297,12 @@ class _Mmps(_ThroughNetwork):
         return out
 
 
+def direct_limit(anchor: Anchor | None) -> int:
+    """Return the number of observations up to which guidance 'anchor' factorises instead of iterating."""
+    given: Any = None if anchor is None else anchor.given_noise(1.0)
+    return int(given.direct_limit) if isinstance(given, Observable) else 0
+
+
 class _Anchor(_Guide):
     """x + C A^T (A C A^T + R)^-1 (y - A x): no backpropagation, a linear solve in observation space per noise level."""
 
@@ -305,12 +310,11 @@ class _Anchor(_Guide):
         super().__init__(*arguments)
         self._factors: dict[float, list[Tensor]] = {}
         assert self.anchor is not None
-        small = isinstance(self.evidence, LinearEvidence) and int(self.evidence.seen().sum(1).max()) <= DIRECT_LIMIT
         self.matrices = None
-        if small and self.evidence.linear and self.likelihood[0] == "gaussian":
+        exact = isinstance(self.evidence, LinearEvidence) and self.evidence.linear and self.likelihood[0] == "gaussian"
+        if exact and int(self.evidence.seen().sum(1).max()) <= direct_limit(self.anchor):
             assert isinstance(self.evidence, LinearEvidence)
-            if isinstance(self.anchor.given_noise(1.0), Observable):
-                self.matrices = self.evidence.matrices()
+            self.matrices = self.evidence.matrices()
 
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         assert self.anchor is not None

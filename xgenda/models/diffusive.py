@@ -13,7 +13,7 @@ from xgenda.diffusion.anchors import Anchor, Separable, anchor_tensors, read_anc
 from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.evidence import LinearEvidence
-from xgenda.diffusion.guidance import DIRECT_LIMIT, GUIDANCES, LIKELIHOODS, guidance_options, guide
+from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, direct_limit, guidance_options, guide
 from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.samplers import SAMPLERS, integrate, network_calls, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
@@ -144,10 +144,12 @@ class DiffusionModel(GenerativeModel):
                 len(std) // self.spec.channels,
             )
 
+        limit = direct_limit(covariance)
+
         def kind(span: int) -> tuple[int, bool]:
             """Return what samples of one batch must share: levels below the lowest, and how the anchor is solved."""
             evidence = evidence_of([span], torch.zeros(1, dtype=torch.int64))
-            return finer_levels(evidence.sharpness()), evidence.values.shape[1] <= DIRECT_LIMIT
+            return finer_levels(evidence.sharpness()), evidence.values.shape[1] <= limit
 
         def sample(batch: list[tuple[int, int]]) -> Tensor:
             groups = sorted({s for s, _ in batch})
