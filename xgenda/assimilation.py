@@ -232,7 +232,7 @@ def innovations(
             for a in setup.arrays
         ]
         scaled = [setup.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
-        inside = rows[located.operator.weights[rows].any(-1)]
+        inside = rows[located.operator.lengths[rows] > 0]
         background[inside] = located.operator.select(inside)(np.stack(scaled).ravel())
         if setup.threshold is not None and setup.model is not None:
             job = setup.job((0,), 0, None, "cpu", False)

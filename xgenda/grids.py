@@ -16,6 +16,7 @@ import xarray as xr
 
 from xgenda.errors import GridError
 from xgenda.metadata import Layout, find_layout
+from xgenda.spherical import unit_vectors
 
 EARTH_RADIUS = 6_371_229.0
 GRAVITY = 9.80665  # m s-2
@@ -49,10 +50,14 @@ class Grid:
         Cell centres in degrees north, ascending, shape (ny,).
     longitude
         Cell centres in degrees east, ascending and unwrapped, shape (nx,).
+    latitude_edges, longitude_edges
+        Bounds of the cells, shapes (ny + 1,) and (nx + 1,); None puts them half-way between centres, and not beyond the poles.
     """
 
     latitude: np.ndarray
     longitude: np.ndarray
+    latitude_edges: np.ndarray | None = None
+    longitude_edges: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,14 +95,30 @@ class Grid:
         latitude, longitude = np.meshgrid(self.latitude, self.longitude, indexing="ij")
         return latitude.ravel(), longitude.ravel()
 
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bounds of the rows and of the columns in degrees, shapes (ny + 1,) and (nx + 1,)."""
+        rows = np.clip(_edges(self.latitude), -90.0, 90.0) if self.latitude_edges is None else self.latitude_edges
+        if self.longitude_edges is not None:
+            return rows, self.longitude_edges
+        columns = _edges(self.longitude)
+        if self.periodic:  # exactly once around, whatever rounding the coordinates have
+            columns = columns[0] + 360.0 / len(self.longitude) * np.arange(len(self.longitude) + 1)
+        return rows, columns
+
     def areas(self) -> np.ndarray:
-        """Return cell areas in square metres, shape (ny, nx), from bounds half-way between centres."""
-        edges = np.clip(_edges(self.latitude), -90.0, 90.0)
-        bands = np.abs(np.diff(np.sin(np.radians(edges))))
-        widths = np.radians(
-            np.full(len(self.longitude), 360.0 / len(self.longitude)) if self.periodic else np.diff(_edges(self.longitude))
-        )
+        """Return cell areas in square metres, shape (ny, nx), with parallels and meridians as edges."""
+        rows, columns = self.edges()
+        bands, widths = np.diff(np.sin(np.radians(rows))), np.radians(np.diff(columns))
         return np.asarray(EARTH_RADIUS**2 * bands[:, None] * widths[None, :])
+
+    @functools.cached_property
+    def vertices(self) -> np.ndarray:
+        """Unit vectors of the corners of all cells, counterclockwise, shape (size, 4, 3)."""
+        rows, columns = self.edges()
+        south, west = np.meshgrid(rows, columns, indexing="ij")
+        nodes = unit_vectors(south, west)
+        cells = np.stack([nodes[:-1, :-1], nodes[:-1, 1:], nodes[1:, 1:], nodes[1:, :-1]], 2)
+        return cells.reshape(-1, 4, 3)
 
     def locate(self, longitude: np.ndarray) -> np.ndarray:
         """Return `longitude` shifted by whole turns: eastward of the first column, or for a region around its middle."""

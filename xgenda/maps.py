@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,70 +17,128 @@ NODE = 1e-4  # of a cell
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """A linear map y = A x whose row i is ``sum_j weights[i, j] * x[indices[i, j]]``.
-
-    Gather form rather than a sparse tensor: it runs in numpy and torch alike, and both kinds of automatic
-    differentiation go through it. Rows shorter than the longest are padded with weight zero.
+    """A linear map y = A x from a flattened source.
 
     Parameters
     ----------
-    indices
-        Shape (rows, k), int64, into the flattened source.
-    weights
-        Shape (rows, k), float64.
-    size
-        Length of the flattened source.
+    matrix
+        Shape (rows, size), float64, without entries that are zero: NaN goes through where, and only where, a weight is not zero.
     """
 
-    indices: np.ndarray
-    weights: np.ndarray
-    size: int
+    matrix: scipy.sparse.csr_array
+
+    @classmethod
+    def from_rows(cls, indices: np.ndarray, weights: np.ndarray, size: int) -> LinearMap:
+        """Make the map whose row i is ``sum_j weights[i, j] * x[indices[i, j]]``; entries of weight zero are nothing.
+
+        Parameters
+        ----------
+        indices, weights
+            Shape (rows, k).
+        size
+            Length of the flattened source.
+        """
+        rows, k = weights.shape
+        kind = np.int32 if max(weights.size, size) < 2**31 else np.int64
+        matrix = scipy.sparse.csr_array(
+            (
+                np.array(weights, dtype=float).ravel(),
+                np.asarray(indices, dtype=kind).ravel(),
+                np.arange(0, rows * k + 1, max(k, 1), dtype=kind)[: rows + 1] if k else np.zeros(rows + 1, dtype=kind),
+            ),
+            shape=(rows, size),
+        )
+        matrix.eliminate_zeros()
+        return cls(matrix)
+
+    @classmethod
+    def from_entries(cls, row: np.ndarray, column: np.ndarray, weight: np.ndarray, shape: tuple[int, int]) -> LinearMap:
+        """Make the map from single entries in any order; equal ones add up."""
+        matrix = scipy.sparse.coo_array((np.asarray(weight, dtype=float), (row, column)), shape=shape).tocsr()
+        matrix.eliminate_zeros()
+        return cls(matrix)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return len(self.indices), self.size
+        rows, columns = self.matrix.shape
+        return int(rows), int(columns)
+
+    @property
+    def size(self) -> int:
+        """Length of the flattened source."""
+        return self.shape[1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of entries of each row, shape (rows,)."""
+        return np.asarray(np.diff(self.matrix.indptr))
+
+    @functools.cached_property
+    def transposed(self) -> scipy.sparse.csr_array:
+        """The transpose, by rows."""
+        return self.matrix.T.tocsr()
+
+    @functools.cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        lengths = self.lengths
+        k = int(lengths.max(initial=0))
+        place = np.arange(k) < lengths[:, None]
+        indices, weights = np.zeros(place.shape, dtype=np.int64), np.zeros(place.shape)
+        indices[place], weights[place] = self.matrix.indices, self.matrix.data
+        return indices, weights
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Indices into the source by rows, shape (rows, k), int64; rows shorter than the longest are padded.
+
+        This gather form and `weights` run in torch: sparse tensors there break forward-mode differentiation.
+        """
+        return self._rows[0]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Weights by rows, shape (rows, k); padded with zero."""
+        return self._rows[1]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Apply to an array (..., size); returns (..., rows). NaN goes through where its weight is not zero."""
-        gathered = np.asarray(values)[..., self.indices]
-        return np.asarray(np.where(self.weights == 0, 0, gathered * self.weights).sum(-1))
+        """Apply to an array (..., size); returns (..., rows)."""
+        return _multiply(self.matrix, np.asarray(values))
 
     def adjoint(self, values: np.ndarray) -> np.ndarray:
         """Apply the transpose to an array (..., rows); returns (..., size)."""
-        values = np.asarray(values)
-        flat = values.reshape(int(np.prod(values.shape[:-1])), values.shape[-1])
-        return np.asarray((self.to_sparse().T @ flat.T).T.reshape(*values.shape[:-1], self.size))
+        return _multiply(self.transposed, np.asarray(values))
 
     def select(self, rows: np.ndarray) -> LinearMap:
         """Keep some rows (index or boolean array)."""
-        return LinearMap(self.indices[rows], self.weights[rows], self.size)
+        return LinearMap(self.matrix[rows])
 
     def shifted(self, offset: np.ndarray | int, size: int) -> LinearMap:
         """Return the same map on a longer source in which this one starts at `offset` (a number, or one per row)."""
-        return LinearMap(self.indices + np.reshape(offset, (-1, 1)), self.weights, size)
+        start = np.repeat(np.broadcast_to(offset, self.shape[0]), self.lengths)
+        entries = (self.matrix.data, self.matrix.indices + start, self.matrix.indptr)
+        return LinearMap(scipy.sparse.csr_array(entries, shape=(self.shape[0], size)))
 
-    def to_sparse(self) -> scipy.sparse.csr_array:
-        """Return the map as a scipy CSR array."""
-        rows = np.repeat(np.arange(len(self.indices)), self.indices.shape[1])
-        entries = (self.weights.ravel(), (rows, self.indices.ravel()))
-        return scipy.sparse.coo_array(entries, shape=self.shape).tocsr()
+    def after(self, first: LinearMap) -> LinearMap:
+        """Return the composition: this map of what `first` gives."""
+        return LinearMap(self.matrix @ first.matrix)
 
 
-def concatenate(maps: list[LinearMap]) -> LinearMap:
+def _multiply(matrix: scipy.sparse.csr_array, values: np.ndarray) -> np.ndarray:
+    if values.ndim == 1:
+        return np.asarray(matrix @ values)
+    flat = values.reshape(int(np.prod(values.shape[:-1])), values.shape[-1])
+    return np.asarray((matrix @ flat.T).T).reshape(*values.shape[:-1], matrix.shape[0])
+
+
+def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
     """Stack the rows of several maps of one source."""
-    width = max((m.indices.shape[1] for m in maps), default=1)
-    pad = [((0, 0), (0, width - m.indices.shape[1])) for m in maps]
-    return LinearMap(
-        np.concatenate([np.pad(m.indices, p) for m, p in zip(maps, pad, strict=True)]),
-        np.concatenate([np.pad(m.weights, p) for m, p in zip(maps, pad, strict=True)]),
-        maps[0].size,
-    )
+    return LinearMap(scipy.sparse.vstack([m.matrix for m in maps], format="csr"))
 
 
 def identity(size: int) -> LinearMap:
     """Return the identity on `size` cells."""
-    return LinearMap(np.arange(size)[:, None], np.ones((size, 1)), size)
+    return LinearMap.from_rows(np.arange(size)[:, None], np.ones((size, 1)), size)
 
 
 def bilinear(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
@@ -109,7 +169,7 @@ def bilinear(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[L
     indices = np.stack([row * nx + column, row * nx + column1, row1 * nx + column, row1 * nx + column1], -1)
     weights = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1)
     weights[~inside] = 0.0
-    return LinearMap(np.where(weights == 0, indices[:, :1], indices), weights, grid.size), inside
+    return LinearMap.from_rows(indices, weights, grid.size), inside
 
 
 def _bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,7 +197,7 @@ def block_mean(grid: Grid, factor: int) -> LinearMap:
     """
     ny, nx = grid.coarsened(factor).shape
     cells = np.arange(grid.size).reshape(ny, factor, nx, factor).transpose(0, 2, 1, 3).reshape(ny * nx, factor**2)
-    return LinearMap(cells.astype(np.int64), np.full(cells.shape, 1.0 / factor**2), grid.size)
+    return LinearMap.from_rows(cells, np.full(cells.shape, 1.0 / factor**2), grid.size)
 
 
 def gaussian_footprint(grid: Grid, cells: np.ndarray, sigma: float, *, wrap: bool = False) -> LinearMap:
@@ -176,8 +236,8 @@ def gaussian_footprint(grid: Grid, cells: np.ndarray, sigma: float, *, wrap: boo
         weights[(to_row < 0) | (to_row >= ny)] = 0.0
         if not grid.periodic:
             weights[(to_column < 0) | (to_column >= nx)] = 0.0
-    indices = np.where(weights > 0, (to_row % ny) * nx + to_column % nx, np.asarray(cells)[:, None])
-    return LinearMap(indices.astype(np.int64), weights / weights.sum(1, keepdims=True), grid.size)
+    indices = (to_row % ny) * nx + to_column % nx
+    return LinearMap.from_rows(indices, weights / weights.sum(1, keepdims=True), grid.size)
 
 
 def bilinear_between(source: Grid, target: Grid) -> LinearMap:

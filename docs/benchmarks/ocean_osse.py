@@ -48,7 +48,7 @@ def observe(truth: np.ndarray, model: DiffusionModel, rng: np.random.Generator) 
     maps, errors = [], []
 
     def add(indices: np.ndarray, channel: int, error: float) -> None:
-        maps.append(LinearMap(indices.reshape(-1, 1) + channel * cells, np.ones((indices.size, 1)), size))
+        maps.append(LinearMap.from_rows(indices.reshape(-1, 1) + channel * cells, np.ones((indices.size, 1)), size))
         errors.append(np.full(indices.size, error))
 
     add(np.flatnonzero(nadir_tracks(shape, 5, rng)), 0, ERRORS["track"])

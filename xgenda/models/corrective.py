@@ -59,10 +59,10 @@ def conditional_map(
 
     Too large a state for a dense covariance gets bilinear interpolation instead.
     """
-    mean = torch.as_tensor(block_mean(grid, factor).to_sparse().toarray())
+    mean = torch.as_tensor(block_mean(grid, factor).matrix.toarray())
     blocks = torch.block_diag(*[mean] * channels)
     if grid.size * channels > DENSE_LIMIT:
-        up = bilinear_between(grid.coarsened(factor), grid).to_sparse().toarray()
+        up = bilinear_between(grid.coarsened(factor), grid).matrix.toarray()
         plain = CoarseMap(torch.block_diag(*[torch.as_tensor(up)] * channels), blocks)
         return plain, [plain] * (int(fold.max()) + 1), "bilinear"
     cells = torch.arange(grid.size)
@@ -227,7 +227,7 @@ class CorrectiveModel(GenerativeModel):
         stray = [k for k in tensors if not k.startswith(("network.", "regression."))]
         if stray or spec.grid is None or spec.factor is None:
             raise KeyError(f"unexpected tensors {stray}")
-        blocks = torch.as_tensor(block_mean(spec.grid, spec.factor).to_sparse().toarray())
+        blocks = torch.as_tensor(block_mean(spec.grid, spec.factor).matrix.toarray())
         return cls(
             spec,
             CoarseMap(matrix, torch.block_diag(*[blocks] * spec.channels)),

@@ -1,0 +1,285 @@
+"""Weights of interpolation and regridding between grids of any kind, as `LinearMap`."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse
+from scipy.spatial import cKDTree
+
+from xgenda.curvilinear import AnyGrid, CurvilinearGrid, PointSet
+from xgenda.errors import GridError
+from xgenda.grids import TOLERANCE, Grid
+from xgenda.maps import LinearMap
+from xgenda.maps import bilinear as rectilinear_bilinear
+from xgenda.spherical import clip, normalised, polygon_areas, unit_vectors
+
+#: Poleward of this latitude a cell is flattened by a gnomonic projection, elsewhere by taking latitude and longitude as plane.
+POLAR = 80.0
+NEIGHBOURS = 12  # quadrilaterals that are tried for a point, nearest first
+SNAP = 1e-6  # of a cell: so close to a node, a point is the node
+PAIRS_AT_ONCE = 200_000
+NEGLIGIBLE = 1e-13  # overlaps of less than this part of a cell are rounding
+
+
+def interpolation(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """Build bilinear interpolation from the cell centres of a grid to points.
+
+    Parameters
+    ----------
+    grid
+        Source, rectilinear or curvilinear.
+    latitude, longitude
+        Points in degrees, shape (m,); longitudes in any convention. NaN is outside.
+
+    Returns
+    -------
+    LinearMap
+        Shape (m, grid.size). Rows of points outside are empty.
+    numpy.ndarray
+        Shape (m,), True where the point lies within the hull of the cell centres, never snapped to the edge. A rectilinear grid
+        around the globe reaches over the poles: beyond its last row the value there is interpolated to that of the opposite meridian.
+
+    Raises
+    ------
+    GridError
+        For a set of points, between which nothing is known.
+    """
+    latitude, longitude = np.asarray(latitude, dtype=float), np.asarray(longitude, dtype=float)
+    if isinstance(grid, PointSet):
+        raise GridError(
+            f"Bilinear interpolation needs a grid, and the source is {grid.describe()}; use method='nearest', or put the points on a "
+            f"grid first."
+        )
+    if isinstance(grid, CurvilinearGrid):
+        return _in_quads(grid, latitude, longitude)
+    return _over_the_poles(grid, latitude, longitude)
+
+
+def _over_the_poles(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """Interpolate on a rectilinear grid, mirrored at the poles where its rows end no further from them than they are apart."""
+    ny, nx = grid.shape
+    if not grid.periodic or nx % 2 or ny < 2:
+        return rectilinear_bilinear(grid, latitude, longitude)
+    step = np.diff(grid.latitude)
+    south = -90.0 < grid.latitude[0] <= -90.0 + step[0]
+    north = 90.0 > grid.latitude[-1] >= 90.0 - step[-1]
+    beyond = (latitude > grid.latitude[-1]) & north | (latitude < grid.latitude[0]) & south
+    if not (beyond & (np.abs(latitude) <= 90.0)).any():
+        return rectilinear_bilinear(grid, latitude, longitude)
+    rows = np.concatenate([[-180.0 - grid.latitude[0]] * south, grid.latitude, [180.0 - grid.latitude[-1]] * north])
+    wider = Grid(rows, grid.longitude)
+    points, inside = rectilinear_bilinear(wider, np.where(np.abs(latitude) <= 90.0, latitude, np.nan), longitude)
+    source = np.arange(ny * nx).reshape(ny, nx)
+    opposite = np.roll(source, nx // 2, axis=1)
+    places = np.concatenate([*([opposite[:1]] * south), source, *([opposite[-1:]] * north)]).ravel()
+    entries = points.matrix.tocoo()
+    return LinearMap.from_entries(entries.row, places[entries.col], entries.data, (len(latitude), grid.size)), inside
+
+
+def pole_means(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """Build bilinear interpolation as ESMF does: beyond the last row of a globe, towards the mean of that row at the pole."""
+    ny, nx = grid.shape
+    points, inside = rectilinear_bilinear(grid, latitude, longitude)
+    if not grid.periodic:
+        return points, inside
+    parts = [points.matrix.tocoo()]
+    rows, columns, weights = [parts[0].row], [parts[0].col], [parts[0].data]
+    for row, pole in ((0, -90.0), (ny - 1, 90.0)):
+        cap = ~inside & (np.abs(latitude) <= 90.0) & ((latitude - grid.latitude[row]) * np.sign(pole) > 0) & np.isfinite(longitude)
+        where = np.flatnonzero(cap)
+        if not len(where):
+            continue
+        along, _ = rectilinear_bilinear(Grid(grid.latitude[row : row + 1], grid.longitude), np.full(len(where), grid.latitude[row]), longitude[where])
+        part = (latitude[where] - grid.latitude[row]) / (pole - grid.latitude[row])
+        entries = along.matrix.tocoo()
+        rows += [where[entries.row], np.repeat(where, nx)]
+        columns += [row * nx + entries.col, np.tile(row * nx + np.arange(nx), len(where))]
+        weights += [entries.data * (1 - part)[entries.row], np.repeat(part / nx, nx)]
+        inside = inside | cap
+    shape = (len(latitude), grid.size)
+    return LinearMap.from_entries(np.concatenate(rows), np.concatenate(columns), np.concatenate(weights), shape), inside
+
+
+def _in_quads(grid: CurvilinearGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    if min(grid.shape) < 2:
+        raise GridError(f"Bilinear interpolation needs at least 2 x 2 cells; the source is {grid.describe()}.")
+    known = np.isfinite(latitude) & np.isfinite(longitude)
+    at = np.flatnonzero(known)
+    quads = grid.quads()
+    nodes = grid.centres.reshape(-1, 3)
+    middle = normalised(nodes[quads].sum(1))
+    reach = np.linalg.norm(nodes[quads] - middle[:, None], axis=-1).max(1)
+    points = unit_vectors(latitude[at], longitude[at])
+    k = min(NEIGHBOURS, len(quads))
+    distance, candidates = (a.reshape(len(at), k) for a in cKDTree(middle).query(points, k=k))
+    found_quad = np.zeros(len(at), dtype=np.int64)
+    found_u, found_v = np.zeros(len(at)), np.zeros(len(at))
+    excess = np.full(len(at), np.inf)
+    for c in range(k):
+        todo = np.flatnonzero((excess > 0) & (distance[:, c] <= reach[candidates[:, c]] * (1 + 1e-6)))
+        if not len(todo):
+            continue
+        quad = candidates[todo, c]
+        u, v = _solve(_flattened(grid, quads[quad], latitude[at[todo]], longitude[at[todo]], points[todo]))
+        out = np.maximum(np.maximum(-u, u - 1), np.maximum(-v, v - 1))
+        out = np.where(out < SNAP, 0.0, out)
+        better = out < excess[todo]
+        chosen = todo[better]
+        excess[chosen], found_quad[chosen], found_u[chosen], found_v[chosen] = out[better], quad[better], u[better], v[better]
+    hit = excess <= TOLERANCE
+    u, v = (np.clip(a, 0.0, 1.0) for a in (found_u, found_v))
+    u, v = (np.where(a < SNAP, 0.0, np.where(a > 1 - SNAP, 1.0, a)) for a in (u, v))
+    weights = np.stack([(1 - u) * (1 - v), u * (1 - v), u * v, (1 - u) * v], -1) * hit[:, None]
+    inside = np.zeros(len(latitude), dtype=bool)
+    inside[at] = hit
+    all_weights, all_indices = np.zeros((len(latitude), 4)), np.zeros((len(latitude), 4), dtype=np.int64)
+    all_weights[at], all_indices[at] = weights, quads[found_quad]
+    return LinearMap.from_rows(all_indices, all_weights, grid.size), inside
+
+
+def _flattened(
+    grid: CurvilinearGrid, quads: np.ndarray, latitude: np.ndarray, longitude: np.ndarray, points: np.ndarray
+) -> np.ndarray:
+    """Return the corners of quadrilaterals (n, 4) in a plane whose origin is the point of each, shape (n, 4, 2)."""
+    phi, lam = (a[quads] for a in grid.points())
+    flat = np.stack([(lam - longitude[:, None] + 180.0) % 360.0 - 180.0, phi - latitude[:, None]], -1)
+    polar = np.flatnonzero(np.abs(latitude) > POLAR)
+    if len(polar):
+        corners, p = grid.centres.reshape(-1, 3)[quads[polar]], points[polar]
+        east = normalised(np.cross(np.where(np.abs(p[:, 2:]) < 0.9, [[0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0]]), p))
+        north = np.cross(p, east)
+        height = (corners * p[:, None]).sum(-1)
+        flat[polar] = np.degrees(
+            np.stack([(corners * east[:, None]).sum(-1), (corners * north[:, None]).sum(-1)], -1) / np.maximum(height, 1e-3)[..., None]
+        )
+    return flat
+
+
+def _solve(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return u, v in [0, 1] where the bilinear map of the unit square to each quadrilateral (n, 4, 2) is the origin."""
+
+    def cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(x[:, 0] * y[:, 1] - x[:, 1] * y[:, 0])
+
+    a, b, c = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0]
+    d = corners[:, 0] - corners[:, 1] + corners[:, 2] - corners[:, 3]
+    # a + b u + c v + d u v = 0: the parts of a + c v across b + d v vanish
+    square, linear, constant = cross(c, d), cross(a, d) + cross(c, b), cross(a, b)
+    root = np.sqrt(np.maximum(linear**2 - 4 * square * constant, 0.0))
+    q = -0.5 * (linear + np.where(linear >= 0, root, -root))
+    best_u, best_v, least = np.full(len(a), np.inf), np.full(len(a), np.inf), np.full(len(a), np.inf)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for v in (constant / q, q / square):
+            along = b + d * v[:, None]
+            u = -((a + c * v[:, None]) * along).sum(-1) / (along * along).sum(-1)
+            off = np.maximum(np.abs(u - 0.5), np.abs(v - 0.5))
+            better = np.isfinite(off) & (off < least)
+            best_u, best_v, least = (np.where(better, x, y) for x, y in ((u, best_u), (v, best_v), (off, least)))
+    return best_u, best_v
+
+
+def nearest(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray, usable: np.ndarray | None = None) -> LinearMap:
+    """Build the map to the nearest cell centre, by distance through the sphere.
+
+    Parameters
+    ----------
+    grid
+        Source.
+    latitude, longitude
+        Points in degrees, shape (m,).
+    usable
+        Source cells that may be taken, flat, bool; None takes all.
+    """
+    centres = unit_vectors(*grid.points())
+    chosen = np.arange(grid.size) if usable is None else np.flatnonzero(usable)
+    if not len(chosen):
+        raise GridError("Every cell of the source is masked; there is no nearest one.")
+    _, index = cKDTree(centres[chosen]).query(unit_vectors(latitude, longitude))
+    return LinearMap.from_rows(chosen[index][:, None], np.ones((len(index), 1)), grid.size)
+
+
+def conservative(source: AnyGrid, target: AnyGrid) -> tuple[LinearMap, np.ndarray, np.ndarray]:
+    """Build first-order conservative regridding.
+
+    Returns
+    -------
+    LinearMap
+        Overlaps in steradians, shape (target.size, source.size).
+    numpy.ndarray, numpy.ndarray
+        Areas of the source and of the target cells in steradians. Between rectilinear grids cells end at parallels, elsewhere at great
+        circles, as in ESMF; the areas are those of the same cells.
+    """
+    for name, grid in (("source", source), ("target", target)):
+        if isinstance(grid, PointSet):
+            raise GridError(f"Conservative regridding needs cells, and the {name} is {grid.describe()}; use 'bilinear' or 'nearest'.")
+    assert not isinstance(source, PointSet)
+    assert not isinstance(target, PointSet)
+    if isinstance(source, Grid) and isinstance(target, Grid):
+        return _by_axes(source, target)
+    return _by_clipping(source.vertices, target.vertices)
+
+
+def _by_axes(source: Grid, target: Grid) -> tuple[LinearMap, np.ndarray, np.ndarray]:
+    (sy, sx), (ty, tx) = source.edges(), target.edges()
+    rows = _overlaps(np.sin(np.radians(sy)), np.sin(np.radians(ty)))
+    pieces = [_overlaps(np.radians(sx + turn), np.radians(tx)) for turn in (-720.0, -360.0, 0.0, 360.0, 720.0)]
+    columns = pieces[0]
+    for piece in pieces[1:]:
+        columns = columns + piece
+    overlap = scipy.sparse.kron(rows, columns, format="csr")
+    areas = [np.outer(np.diff(np.sin(np.radians(y))), np.diff(np.radians(x))).ravel() for y, x in ((sy, sx), (ty, tx))]
+    return LinearMap(scipy.sparse.csr_array(overlap)), areas[0], areas[1]
+
+
+def _overlaps(source: np.ndarray, target: np.ndarray) -> scipy.sparse.csr_array:
+    """Return the lengths that the intervals between ascending edges have in common, sparse, (targets, sources)."""
+    edges = np.unique(np.concatenate([source, target]))
+    middle, length = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    i, j = np.searchsorted(target, middle) - 1, np.searchsorted(source, middle) - 1
+    both = (i >= 0) & (i < len(target) - 1) & (j >= 0) & (j < len(source) - 1) & (length > NEGLIGIBLE)
+    return scipy.sparse.coo_array((length[both], (i[both], j[both])), shape=(len(target) - 1, len(source) - 1)).tocsr()
+
+
+def _by_clipping(source: np.ndarray, target: np.ndarray) -> tuple[LinearMap, np.ndarray, np.ndarray]:
+    clippers, owner = _convex(target)
+    areas = polygon_areas(source), polygon_areas(target)
+    s_centre, t_centre = normalised(source.sum(1)), normalised(clippers.sum(1))
+    s_reach = np.linalg.norm(source - s_centre[:, None], axis=-1).max(1)
+    t_reach = np.linalg.norm(clippers - t_centre[:, None], axis=-1).max(1)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    tree = cKDTree(t_centre)
+    # sources in groups of like size, so that one large cell does not widen the search for all
+    order = np.argsort(s_reach)
+    widest = float(t_reach.max(initial=0.0))
+    start = 0
+    while start < len(order):
+        group = order[start : start + 4096]
+        start += len(group)
+        near = tree.query_ball_point(s_centre[group], s_reach[group] + widest)
+        subject = np.repeat(group, [len(n) for n in near])
+        clipper = np.concatenate([np.asarray(n, dtype=np.int64) for n in near]) if len(subject) else np.zeros(0, dtype=np.int64)
+        close = np.linalg.norm(s_centre[subject] - t_centre[clipper], axis=-1) <= s_reach[subject] + t_reach[clipper]
+        subject, clipper = subject[close], clipper[close]
+        for first in range(0, len(subject), PAIRS_AT_ONCE):
+            s, t = subject[first : first + PAIRS_AT_ONCE], clipper[first : first + PAIRS_AT_ONCE]
+            overlap = polygon_areas(clip(source[s], clippers[t]))
+            real = overlap > NEGLIGIBLE * np.minimum(areas[0][s], areas[1][owner[t]])
+            parts.append((owner[t[real]], s[real], overlap[real]))
+    row, column, weight = (np.concatenate(p) for p in zip(*parts, strict=True)) if parts else (np.zeros(0, dtype=int),) * 3
+    return LinearMap.from_entries(row, column, weight, (len(target), len(source))), areas[0], areas[1]
+
+
+def _convex(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return convex polygons (n, 4, 3) and the cell that each belongs to: quadrilaterals with a reflex corner become two triangles."""
+    before, after = np.roll(cells, 1, axis=1), np.roll(cells, -1, axis=1)
+    turn = (cells * np.cross(cells - before, after - cells)).sum(-1)
+    reflex = turn < -1e-9 * np.abs(turn).max(1, keepdims=True)
+    bent = np.flatnonzero(reflex.any(1))
+    if not len(bent):
+        return cells, np.arange(len(cells))
+    corner = reflex[bent].argmax(1)
+    around = (corner[:, None] + np.arange(4)) % 4
+    turned = cells[bent[:, None], around]  # starts at the reflex corner: the diagonal from there lies inside
+    one, two = turned[:, [0, 1, 2, 2]], turned[:, [0, 2, 3, 3]]
+    fine = np.delete(np.arange(len(cells)), bent)
+    return np.concatenate([cells[fine], one, two]), np.concatenate([fine, bent, bent])
