@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.loading import load_model
     from xgenda.models.store import list_models
+    from xgenda.regridding import Regridder, regrid
     from xgenda.training.loop import train
     from xgenda.verification import verify
 
@@ -37,11 +38,14 @@ _WHERE = {
     "GenerativeModel": "xgenda.models.generative",
     "load_model": "xgenda.models.loading",
     "list_models": "xgenda.models.store",
+    "regrid": "xgenda.regridding",
+    "Regridder": "xgenda.regridding",
 }
 _MODULES = ("errors", "tutorial", "plotting")
 
 __all__ = [
     "GenerativeModel",
+    "Regridder",
     "__version__",
     "assimilate",
     "downscale",
@@ -50,6 +54,7 @@ __all__ = [
     "innovations",
     "list_models",
     "load_model",
+    "regrid",
     "train",
     "tutorial",
     "verify",

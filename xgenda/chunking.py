@@ -16,7 +16,9 @@ def is_chunked(arrays: Sequence[xr.DataArray]) -> bool:
     return any(a.chunks is not None for a in arrays)
 
 
-def check_core_chunks(arrays: Sequence[xr.DataArray], dims: Sequence[str], argument: str = "ds") -> None:
+def check_core_chunks(
+    arrays: Sequence[xr.DataArray], dims: Sequence[str], argument: str = "ds", why: str = "each analysis needs whole fields"
+) -> None:
     """Refuse core dimensions in several chunks, and print the call to type."""
     for array in arrays:
         split = [d for d in dims if d in array.dims and array.chunks is not None and len(array.chunksizes[d]) > 1]
@@ -24,7 +26,7 @@ def check_core_chunks(arrays: Sequence[xr.DataArray], dims: Sequence[str], argum
             call = ", ".join(f"{d}=-1" for d in split)
             raise ChunkingError(
                 f"{argument}[{array.name!r}] is split along {', '.join(map(repr, split))} into "
-                f"{' x '.join(str(len(array.chunksizes[d])) for d in split)} chunks, and each analysis needs whole fields. "
+                f"{' x '.join(str(len(array.chunksizes[d])) for d in split)} chunks, and {why}. "
                 f"Type: {argument}.chunk({call})"
             )
         if array.chunks is not None and any(np.isnan(c) for sizes in array.chunks for c in sizes):
@@ -83,3 +85,39 @@ def lay(
         function, "tmvrc", *operands, payload=shared, dtype=dtype, concatenate=True,
         new_axes=dict(zip("mvrc", output, strict=True)), meta=np.empty((0,) * 5, dtype=dtype),
     )  # fmt: skip
+
+
+def lay_fields(
+    function: Callable[[np.ndarray], np.ndarray], array: xr.DataArray, lead: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Any:
+    """Apply `function` to an array block by block along its first `lead` dimensions; the others become `shape`.
+
+    Parameters
+    ----------
+    function
+        From (..., *source) to (..., *shape); one shared task where the array is chunked.
+    array
+        Leading dimensions first, horizontal ones in one chunk.
+    lead
+        Number of leading dimensions.
+    shape
+        Trailing shape of the result.
+    dtype
+        Of the result, which `function` returns.
+    """
+    data = array.data
+    if array.chunks is None:
+        return function(np.asarray(data))
+    import dask.array as da
+    from dask.delayed import delayed
+
+    leading, inner, outer = (tuple(range(a, b)) for a, b in ((0, lead), (lead, data.ndim), (100, 100 + len(shape))))
+    whole = data.rechunk(dict.fromkeys(inner, -1))
+    return da.blockwise(
+        _call, (*leading, *outer), whole, (*leading, *inner), function=delayed(function, pure=True, traverse=False), dtype=dtype,
+        concatenate=True, new_axes=dict(zip(outer, shape, strict=True)), meta=np.empty((0,) * (lead + len(shape)), dtype=dtype),
+    )  # fmt: skip
+
+
+def _call(block: np.ndarray, *, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return function(block)

@@ -80,7 +80,9 @@ class CurvilinearGrid:
                 f"The bounds of a grid of {self.shape[0]} x {self.shape[1]} cells cannot be inferred; give them as CF bounds."
             )
         c = self.centres
-        c = np.concatenate([c[:, -1:], c, c[:, :1]] if self.periodic else [2 * c[:, :1] - c[:, 1:2], c, 2 * c[:, -1:] - c[:, -2:-1]], 1)
+        c = np.concatenate(
+            [c[:, -1:], c, c[:, :1]] if self.periodic else [2 * c[:, :1] - c[:, 1:2], c, 2 * c[:, -1:] - c[:, -2:-1]], 1
+        )
         c = np.concatenate([2 * c[:1] - c[1:2], c, 2 * c[-1:] - c[-2:-1]])
         nodes = normalised(c[:-1, :-1] + c[:-1, 1:] + c[1:, :-1] + c[1:, 1:])
         ny, nx = self.shape
@@ -314,7 +316,10 @@ def _corners(ds: xr.Dataset, latitude: str, longitude: str, dims: tuple[str, ...
 def _with_positions(ds: xr.Dataset, argument: str) -> xr.Dataset:
     """Add two-dimensional latitude and longitude to a Dataset with projection coordinates and a grid mapping."""
     axes: dict[str, str] = {}
-    for axis, standard in (("y", ("projection_y_coordinate", "grid_latitude")), ("x", ("projection_x_coordinate", "grid_longitude"))):
+    for axis, standard in (
+        ("y", ("projection_y_coordinate", "grid_latitude")),
+        ("x", ("projection_x_coordinate", "grid_longitude")),
+    ):
         found = [str(n) for n, c in ds.variables.items() if c.ndim == 1 and c.attrs.get("standard_name") in standard]
         if len(found) == 1:
             axes[axis] = found[0]

@@ -360,14 +360,20 @@ def carry_metadata(
             # a chunked time coordinate is written with units only together with a dtype
             keys = (*KEPT_ENCODING, "dtype") if source[coordinate].dtype.kind in "MO" else KEPT_ENCODING
             out[coordinate].encoding = {k: v for k, v in source[coordinate].encoding.items() if k in keys}
+    out.attrs |= provenance_attrs(source, call, provenance)
+    return out
+
+
+def provenance_attrs(source: xr.Dataset, call: str, provenance: Mapping[str, object]) -> dict[str, Any]:
+    """Return ``history`` with one more line, the version, and attributes ``xgenda_<key>`` of what is not None."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     line = f"{stamp}: xgenda {package_version()}: {call}"
-    out.attrs["history"] = f"{source.attrs['history']}\n{line}" if source.attrs.get("history") else line
-    out.attrs["xgenda_version"] = package_version()
+    attrs: dict[str, Any] = {"history": f"{source.attrs['history']}\n{line}" if source.attrs.get("history") else line}
+    attrs["xgenda_version"] = package_version()
     for key, value in provenance.items():
         if value is not None:
-            out.attrs[f"xgenda_{key}"] = value if isinstance(value, (int, float, str)) else str(value)
-    return out
+            attrs[f"xgenda_{key}"] = value if isinstance(value, (int, float, str)) else str(value)
+    return attrs
 
 
 @functools.cache

@@ -45,8 +45,8 @@ def polygon_areas(polygons: np.ndarray) -> np.ndarray:
 
     Notes
     -----
-    A fan of triangles, each by the formula of Van Oosterom and Strackee (1983, IEEE Trans. Biomed. Eng. 30, 125-126, eq. 8). The triple product is taken
-    of differences, without which small cells would lose half of their digits.
+    A fan of triangles, each by the formula of Van Oosterom and Strackee (1983, IEEE Trans. Biomed. Eng. 30, 125-126, eq. 8). The
+    triple product is taken of differences, without which small cells would lose half of their digits.
     """
     first = polygons[:, :1]
     b, c = polygons[:, 1:-1], polygons[:, 2:]

@@ -61,9 +61,8 @@ def _over_the_poles(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> 
     if not grid.periodic or nx % 2 or ny < 2:
         return rectilinear_bilinear(grid, latitude, longitude)
     step = np.diff(grid.latitude)
-    south = -90.0 < grid.latitude[0] <= -90.0 + step[0]
-    north = 90.0 > grid.latitude[-1] >= 90.0 - step[-1]
-    beyond = (latitude > grid.latitude[-1]) & north | (latitude < grid.latitude[0]) & south
+    south, north = int(-90.0 < grid.latitude[0] <= -90.0 + step[0]), int(90.0 > grid.latitude[-1] >= 90.0 - step[-1])
+    beyond = (latitude > grid.latitude[-1]) & bool(north) | (latitude < grid.latitude[0]) & bool(south)
     if not (beyond & (np.abs(latitude) <= 90.0)).any():
         return rectilinear_bilinear(grid, latitude, longitude)
     rows = np.concatenate([[-180.0 - grid.latitude[0]] * south, grid.latitude, [180.0 - grid.latitude[-1]] * north])
@@ -85,11 +84,14 @@ def pole_means(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple
     parts = [points.matrix.tocoo()]
     rows, columns, weights = [parts[0].row], [parts[0].col], [parts[0].data]
     for row, pole in ((0, -90.0), (ny - 1, 90.0)):
-        cap = ~inside & (np.abs(latitude) <= 90.0) & ((latitude - grid.latitude[row]) * np.sign(pole) > 0) & np.isfinite(longitude)
+        cap = (
+            ~inside & (np.abs(latitude) <= 90.0) & ((latitude - grid.latitude[row]) * np.sign(pole) > 0) & np.isfinite(longitude)
+        )
         where = np.flatnonzero(cap)
         if not len(where):
             continue
-        along, _ = rectilinear_bilinear(Grid(grid.latitude[row : row + 1], grid.longitude), np.full(len(where), grid.latitude[row]), longitude[where])
+        circle = Grid(grid.latitude[row : row + 1], grid.longitude)
+        along, _ = rectilinear_bilinear(circle, np.full(len(where), grid.latitude[row]), longitude[where])
         part = (latitude[where] - grid.latitude[row]) / (pole - grid.latitude[row])
         entries = along.matrix.tocoo()
         rows += [where[entries.row], np.repeat(where, nx)]
@@ -150,7 +152,8 @@ def _flattened(
         north = np.cross(p, east)
         height = (corners * p[:, None]).sum(-1)
         flat[polar] = np.degrees(
-            np.stack([(corners * east[:, None]).sum(-1), (corners * north[:, None]).sum(-1)], -1) / np.maximum(height, 1e-3)[..., None]
+            np.stack([(corners * east[:, None]).sum(-1), (corners * north[:, None]).sum(-1)], -1)
+            / np.maximum(height, 1e-3)[..., None]
         )
     return flat
 
@@ -211,7 +214,9 @@ def conservative(source: AnyGrid, target: AnyGrid) -> tuple[LinearMap, np.ndarra
     """
     for name, grid in (("source", source), ("target", target)):
         if isinstance(grid, PointSet):
-            raise GridError(f"Conservative regridding needs cells, and the {name} is {grid.describe()}; use 'bilinear' or 'nearest'.")
+            raise GridError(
+                f"Conservative regridding needs cells, and the {name} is {grid.describe()}; use 'bilinear' or 'nearest'."
+            )
     assert not isinstance(source, PointSet)
     assert not isinstance(target, PointSet)
     if isinstance(source, Grid) and isinstance(target, Grid):
