@@ -20,7 +20,18 @@ from xgenda.errors import ObservationError, OptionError, UnitsError
 from xgenda.grids import Grid
 from xgenda.observations.containers import Table, Wanted, read_observations
 from xgenda.observations.operators import DEFAULT_WINDOW, Located, locate_observations, parse_window
-from xgenda.observations.quality import Quality, background_check, count_codes, gross_bounds, is_missing
+from xgenda.observations.quality import (
+    EQUIVALENTS,
+    MEANINGS,
+    Quality,
+    QualityControl,
+    background_check,
+    boxes,
+    buddy_check,
+    count_codes,
+    gross_bounds,
+    is_missing,
+)
 
 T2M = Wanted("t2m", "air_temperature", "K")
 MSLP = Wanted("mslp", "air_pressure_at_mean_sea_level", "Pa")
@@ -32,7 +43,7 @@ def frame(stations: pd.DataFrame) -> pd.DataFrame:
     return stations
 
 
-def same(one: Table, other: Table, *, but: tuple[str, ...] = ("row", "source")) -> None:
+def same(one: Table, other: Table, *, but: tuple[str, ...] = ("row", "source", "station")) -> None:
     """Assert that two tables hold the same values, in any order."""
 
     def ordered(table: Table) -> dict[str, np.ndarray | None]:
@@ -274,7 +285,7 @@ REFUSED = {
     "no latitude": (
         lambda f: f.drop(columns="latitude"),
         ObservationError,
-        r"obs has no latitude; it has .*obs.rename\({'yours': 'latitude'}\)",
+        r"obs has no latitude; it has .*obs.rename\(columns={'yours': 'latitude'}\)",
     ),
     "no longitude": (lambda f: f.drop(columns="longitude"), ObservationError, r"obs has no longitude"),
     "unknown variable": (
@@ -337,12 +348,13 @@ REFUSED = {
         ObservationError,
         r"obs\['t2m'\] has the extra dimension 'level'; select: obs.isel\(level=0\)",
     ),
-    "swath": (
+    "swath with one axis": (
         lambda f: xr.Dataset(
-            {"t2m": (("y", "x"), np.ones((2, 2)))}, coords={k: (("y", "x"), np.ones((2, 2))) for k in ("latitude", "longitude")}
+            {"t2m": (("y", "x"), np.ones((2, 2)))},
+            coords={"latitude": (("y", "x"), np.ones((2, 2))), "longitude": ("x", np.ones(2))},
         ),
         ObservationError,
-        r"latitude has dimensions \('y', 'x'\) and longitude \('y', 'x'\); a table along one dimension or a grid",
+        r"latitude has dimensions \('y', 'x'\) and longitude \('x',\); a table along one dimension, a swath",
     ),
     "two candidates": (
         lambda f: (
@@ -440,7 +452,7 @@ def test_codes_add_up(background, frame, prior) -> None:
     frame.loc[2, "latitude"] = 60.0
     frame.loc[3, "time"] = pd.Timestamp("2018-11-21T12")
     frame.loc[4, "t2m"] = 310.0
-    expected = {"used": 1, "passive": 0, "missing": 1, "bounds": 1, "domain": 1, "window": 1, "background": 1}
+    expected = {"used": 1, "missing": 1, "bounds": 1, "domain": 1, "window": 1, "background": 1}
     departures = xgenda.innovations(background, frame, model=prior)
     assert json.loads(departures.attrs["counts"]) == expected
     analysis = xgenda.assimilate(background, frame, model=prior, members=2, seed=0)
@@ -676,3 +688,263 @@ def test_no_background_at_a_place_that_is_not_known(background, frame) -> None:
 def test_messages_name_the_argument() -> None:
     with pytest.raises(ObservationError, match=re.escape("truth[1] is a builtins.float")):
         read_observations([None, 1.0], [T2M], argument="truth")
+
+
+# -- where an observation comes from, and its errors -----------------------------------------------------------------------
+
+
+def test_stations_platforms_and_heights(frame: pd.DataFrame) -> None:
+    given = frame.assign(station_id=[10, 11, 12, 13, 14, 15], platform=list("abcabc"), elevation=[1.0, 2, 3, -9999, np.nan, 6])
+    table = read_observations(given, [T2M])
+    assert table.station.tolist() == ["10", "11", "12", "13", "14", "15"]
+    assert table.platform.tolist() == list("abcabc")
+    np.testing.assert_array_equal(table.height, [1, 2, 3, np.nan, np.nan, 6])
+    feet = as_table(given)
+    feet["elevation"] = (feet.elevation / 0.3048).assign_attrs(units="ft")
+    assert read_observations(feet, [T2M]).height[:3] == pytest.approx([1, 2, 3])
+    binary = as_table(given).assign(platform=("index", np.array(list("abcabc"), dtype="S1")))
+    assert read_observations(binary, [T2M]).platform.tolist() == list("abcabc")
+
+
+def test_errors_by_platform_source_and_representativeness(frame: pd.DataFrame) -> None:
+    plain = frame.drop(columns="t2m_error").assign(platform=["ship", "buoy"] * 3)
+    table = read_observations(plain, [T2M], {"t2m": {"ship": 2.0, "buoy": 0.5}})
+    assert table.error.tolist() == [2.0, 0.5] * 3
+    celsius = as_table(plain)
+    celsius["t2m"] = ((celsius.t2m - 273.15) * 9 / 5 + 32).assign_attrs(units="degF")
+    assert read_observations(celsius, [T2M], {"t2m": {"ship": 1.8, "buoy": 0.9}}).error == pytest.approx([1.0, 0.5] * 3)
+    with pytest.raises(ObservationError, match=r"error\['t2m'\] has no entry for the platform 'buoy' of obs; it has 'ship'"):
+        read_observations(plain, [T2M], {"t2m": {"ship": 2.0}})
+    two = read_observations([frame, plain], [T2M], [None, 0.2])
+    assert two.error.tolist() == [*frame.t2m_error, *([0.2] * 6)]
+    with pytest.raises(ObservationError, match="error has 3 entries and obs has 2; give one for each source"):
+        read_observations([frame, plain], [T2M], [None, 0.2, 0.3])
+    with pytest.raises(ObservationError, match=r"error\[1\] names 't2', which is no variable of the state"):
+        read_observations([frame, plain], [T2M], [None, {"t2": 0.2}])
+    for added in (1.2, {"t2m": 1.2}):
+        rough = read_observations(plain, [T2M], 0.5, representativeness=added)
+        assert rough.error == pytest.approx([1.3] * 6)
+    with pytest.raises(ObservationError, match="representativeness=-1 is not accepted"):
+        read_observations(plain, [T2M], 0.5, representativeness=-1)
+    with pytest.raises(ObservationError, match="representativeness names 'x'"):
+        read_observations(plain, [T2M], 0.5, representativeness={"x": 1.0})
+
+
+def test_a_long_table(frame: pd.DataFrame) -> None:
+    """One row per value, with the columns of earth2studio frames."""
+    long = pd.concat([
+        frame[["time", "latitude", "longitude"]].assign(variable="t2m", observation=frame.t2m, observation_error=frame.t2m_error),
+        frame[["time", "latitude", "longitude"]].assign(variable="mslp", observation=101300.0, observation_error=100.0),
+    ]).rename(columns={"latitude": "lat", "longitude": "lon"})  # fmt: skip
+    table = read_observations(long, [MSLP, T2M])
+    assert np.bincount(table.variable).tolist() == [6, 6]
+    same(table.take(table.variable == 1), dataclasses.replace(read_observations(frame, [T2M]), variable=np.ones(6, dtype=int)))
+    with pytest.raises(ObservationError, match=r"'mslp', which is not in the state.*obs\[obs\['variable'\].isin\(\['t2m'\]\)\]"):
+        read_observations(long, [T2M])
+
+
+def test_a_swath(frame: pd.DataFrame) -> None:
+    rng = np.random.default_rng(0)
+    lat, lon = 41 + rng.random((4, 5)), rng.random((4, 5))
+    lat[1, 1] = np.nan  # a line without geolocation
+    value = 280 + rng.random((4, 5))
+    value[0, 0] = np.nan
+    time = pd.date_range("2018-11-20", periods=4, freq="1min")
+    swath = xr.Dataset(
+        {"t2m": (("scan", "pixel"), value, {"units": "K"})},
+        coords={"latitude": (("scan", "pixel"), lat), "longitude": (("scan", "pixel"), lon), "time": ("scan", time)},
+    )
+    table = read_observations(swath, [T2M], 1.0)
+    assert len(table) == 19
+    assert table.time is not None
+    assert (table.time[:4] == time.values[0]).all()
+    assert table.code.tolist().count(Quality.MISSING) == 1
+    same(table, read_observations(swath.transpose("pixel", "scan"), [T2M], 1.0))
+
+
+def test_names_of_other_archives(frame: pd.DataFrame) -> None:
+    nnja = frame.rename(columns={"latitude": "LAT", "longitude": "LON", "time": "OBS_TIMESTAMP"}).assign(ELV=12.0)
+    same(read_observations(nnja, [T2M]), read_observations(frame, [T2M]), but=("row", "source", "height"))
+    assert (read_observations(nnja, [T2M]).height == 12.0).all()
+    aware = nnja.assign(OBS_TIMESTAMP=nnja.OBS_TIMESTAMP.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo"))
+    same(read_observations(aware, [T2M]), read_observations(frame, [T2M]), but=("row", "source", "height"))
+
+
+def test_hints_for_tables_work_on_tables(frame: pd.DataFrame) -> None:
+    wide = frame.assign(humidity=1.0)
+    with pytest.raises(ObservationError, match=re.escape("obs[['time', 'latitude', 'longitude', 't2m', 't2m_error']]")):
+        read_observations(wide, [T2M])
+
+
+# -- quality control beyond single values ----------------------------------------------------------------------------------
+
+
+def checked(frame: pd.DataFrame, background: xr.Dataset, **options: object) -> list[str]:
+    located = locate_observations(frame, [T2M], GRID, background.time, quality=QualityControl(**options))  # type: ignore[arg-type]
+    code = np.empty(len(frame), dtype=int)
+    code[located.table.row] = located.table.code
+    return [Quality(c).name.lower() for c in code]
+
+
+def test_flags(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    for flags, good in (
+        (["1", "4", "2", "1", "3", "1"], "argo"),
+        ([b"1", b"4", b"2", b"1", b"3", b"1"], "argo"),
+        ([1.0, 4, 2, 1, 3, 1], (1, 2)),
+    ):
+        for column in ("flag", "t2m_qc", "t2m_flag"):
+            found = checked(frame.assign(**{column: flags}), background, flags=good)
+            assert found == ["used", "flagged", "used", "used", "flagged", "used"]
+    assert checked(frame.assign(flag=9), background) == ["used"] * 6  # nobody said what it means
+    assert checked(frame.assign(flag=list("VSXQBk")), background, flags="madis") == ["used", "used"] + ["flagged"] * 4
+
+
+def test_bounds_blacklist_and_height(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    assert checked(frame, background, bounds={"t2m": (279.0, 282.0)}) == ["used", "bounds", "used", "bounds", "used", "used"]
+    named = frame.assign(station=list("abcdef"), platform=["x"] * 5 + ["y"])
+    assert checked(named, background, blacklist=["b", "y"]) == ["used", "blacklisted", "used", "used", "used", "blacklisted"]
+    ground = np.full(GRID.size, 100.0)
+    high = frame.assign(height=[100.0, 650.0, 590.0, np.nan, -450.0, -350.0])
+    located = locate_observations(high, [T2M], GRID, background.time, ground=ground)
+    code = dict(zip(located.table.row.tolist(), located.table.code.tolist(), strict=True))
+    assert [code[k] for k in range(6)] == [0, Quality.HEIGHT, 0, 0, Quality.HEIGHT, 0]
+    orography = (100.0 + 0 * background.t2m[0].drop_vars("time")).assign_attrs(standard_name="surface_altitude", units="m")
+    departures = xgenda.innovations(background.assign_coords(z=orography), high)
+    assert departures.quality_code.values.tolist() == [0, Quality.HEIGHT, 0, 0, Quality.HEIGHT, 0]
+    assert departures.height.values[0] == 100.0
+
+
+def test_duplicates(frame: pd.DataFrame, background: xr.Dataset) -> None:
+    twice = pd.concat([frame, frame.iloc[[1, 4]]], ignore_index=True)
+    assert checked(twice, background) == ["used"] * 6 + ["duplicate"] * 2
+    assert checked(twice, background, duplicates=False) == ["used"] * 8
+    precise = twice.assign(t2m_error=[*frame.t2m_error, 0.1, 0.1])
+    assert checked(precise, background) == ["used", "duplicate", "used", "used", "duplicate", "used", "used", "used"]
+    other = twice.assign(t2m=[*frame.t2m, 270.0, 271.0])
+    assert checked(other, background) == ["used"] * 8  # two different reports without a name
+    named = other.assign(station=[*"abcdef", "b", "e"])
+    assert checked(named, background).count("duplicate") == 2  # one station says one thing at a time
+    stranger = twice.assign(station=[*"abcdef", "x", "y"])
+    assert checked(stranger, background) == ["used"] * 8
+
+
+def crowd(count: int = 400, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({
+        "time": pd.Timestamp("2018-11-20"), "latitude": rng.uniform(41, 49, count), "longitude": rng.uniform(-5, 14, count),
+        "t2m": 280 + rng.normal(size=count), "t2m_error": rng.uniform(0.5, 1.5, count),
+    })  # fmt: skip
+
+
+def test_thinning_keeps_one_per_box(background: xr.Dataset) -> None:
+    frame = crowd()
+    found = np.array(checked(frame, background, thin=200e3))
+    row, column = boxes(frame.latitude.values, frame.longitude.values, 200e3)
+    best = frame.assign(row=row, column=column).groupby(["row", "column"]).t2m_error.idxmin()
+    assert sorted(np.flatnonzero(found == "used")) == sorted(best)
+    assert set(found) == {"used", "thinned"}
+
+
+def test_boxes_have_one_size() -> None:
+    lat, lon = np.linspace(-89.9, 89.9, 60)[:, None] + np.zeros(4000), np.linspace(-180, 179.9, 4000) + np.zeros((60, 1))
+    row, column = boxes(lat.ravel(), lon.ravel(), 300e3)
+    for k in np.unique(row):
+        around = np.cos(np.radians(lat.ravel()[row == k])).mean() * 2 * np.pi * 6371229
+        if around > 3e6:
+            assert around / (column[row == k].max() + 1) == pytest.approx(300e3, rel=0.15)
+    assert np.array_equal(boxes(np.array([5.0]), np.array([-170.0]), 1e5), boxes(np.array([5.0]), np.array([190.0]), 1e5))
+
+
+def test_superobs_are_weighted_means(background: xr.Dataset) -> None:
+    frame = crowd()
+    control = QualityControl(superob=200e3, floor=0.3)
+    located = locate_observations(frame, [T2M], GRID, background.time, quality=control)
+    used = located.table.code == Quality.USED
+    row, column = boxes(frame.latitude.values, frame.longitude.values, 200e3)
+    weight = frame.t2m_error**-2
+    groups = frame.assign(w=weight, wv=weight * frame.t2m, row=row, column=column).groupby(["row", "column"])
+    expected = (groups.wv.sum() / groups.w.sum()).sort_values().to_numpy()
+    np.testing.assert_allclose(np.sort(located.table.value[used]), expected)
+    floor = np.maximum(groups.w.sum() ** -0.5, 0.3 * groups.t2m_error.min())
+    np.testing.assert_allclose(np.sort(located.table.error[used]), np.sort(floor))
+    assert (located.table.code == Quality.MERGED).sum() + used.sum() == 400
+    y, x = GRID.points()
+    seen = located.operator.select(used)(np.concatenate([2 * y - x]))
+    np.testing.assert_allclose(seen, 2 * located.table.latitude[used] - located.table.longitude[used], atol=1e-2)
+    one = locate_observations(frame.iloc[[3]], [T2M], GRID, background.time, quality=control).table
+    assert one.value.tolist() == pytest.approx([frame.t2m[3]])
+
+
+def test_the_buddy_check_finds_what_disagrees_with_its_neighbours() -> None:
+    rng = np.random.default_rng(0)
+    lat, lon = 50 + rng.uniform(-2, 2, 300), 10 + rng.uniform(-3, 3, 300)
+    weather = 6 * np.exp(-((lat - 50) ** 2 + (lon - 10) ** 2) / 2)  # a real feature that the background lacks
+    departure = weather + 0.5 * rng.normal(size=300)
+    wrong = [5, 77, 150]
+    departure[wrong] = np.where(weather[wrong] > 3, 0.0, 6.5) - np.where(weather[wrong] > 3, 1.5, 0.0)
+    error, spread = np.full(300, 0.5), np.full(300, 2.0)
+    bad = buddy_check(lat, lon, departure, error, spread, 4.0, 100e3)
+    assert sorted(np.flatnonzero(bad)) == wrong
+    order = rng.permutation(300)
+    again = buddy_check(lat[order], lon[order], departure[order], error, spread, 4.0, 100e3)
+    assert np.array_equal(np.flatnonzero(again), np.flatnonzero(np.isin(order, wrong)))
+    alone = buddy_check(np.array([0.0, 40.0]), np.array([0.0, 50.0]), np.array([50.0, 0.1]), np.ones(2), np.ones(2), 4.0, 100e3)
+    assert not alone.any()  # nobody to ask
+    assert not buddy_check(*np.zeros((2, 0)), *np.zeros((3, 0)), 4.0, 100e3).any()
+
+
+def test_buddies_in_an_analysis(background, prior) -> None:
+    frame = crowd(200).assign(t2m_error=0.5)
+    field = background.t2m.isel(time=0)
+    places = {k: xr.DataArray(frame[k].to_numpy(), dims="obs") for k in ("latitude", "longitude")}
+    frame["t2m"] = field.interp(places).to_numpy()
+    frame.loc[7, "t2m"] += 5.0
+    both = frame.iloc[[7]].assign(latitude=frame.latitude[7] + 0.1, t2m=frame.t2m[7] - 5)
+    third = both.assign(longitude=both.longitude + 0.1)
+    obs = pd.concat([frame, both, third], ignore_index=True)
+    departures = xgenda.innovations(background.isel(time=[0]), obs, model=prior, background_check=None)
+    assert np.flatnonzero(departures.quality_code.values == Quality.BUDDY).tolist() == [7]
+    report = xgenda.quality_report(departures)
+    assert report.loc["t2m"].to_dict() == {"used": 201, "buddy": 1, "total": 202}
+    analysis = xgenda.assimilate(background.isel(time=[0]), obs, model=prior, members=2, seed=0, background_check=None)
+    clean = xgenda.assimilate(background.isel(time=[0]), obs.drop(index=7), model=prior, members=2, seed=0, background_check=None)
+    np.testing.assert_allclose(analysis.t2m, clean.t2m, atol=1e-4)
+    off = xgenda.innovations(
+        background.isel(time=[0]), obs, model=prior, background_check=None, quality=QualityControl(buddy=None)
+    )
+    assert (off.quality_code == 0).all()
+
+
+def test_reports_by_platform(background, frame) -> None:
+    departures = xgenda.innovations(
+        background, frame.assign(platform=["ship", "buoy"] * 3, t2m=[np.nan, 500, 281, 281, 281, 281])
+    )
+    report = xgenda.quality_report(departures)
+    assert report.loc[("t2m", "ship")].to_dict() == {"used": 2, "missing": 1, "bounds": 0, "total": 3}
+    assert report.total.sum() == 6
+    assert "<table" in report.to_html()
+    assert set(EQUIVALENTS) == set(MEANINGS) == set(Quality)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flags": "noaa"}, "flags='noaa' is not accepted; choose one of 'argo', 'ncep', 'madis'"),
+        ({"thin": -1}, "thin=-1 is not accepted; give a positive number or None"),
+        ({"thin": 1e4, "superob": 1e4}, "thin and superob exclude each other"),
+        ({"buddy": 0}, "buddy=0 is not accepted"),
+        ({"buddy_radius": None}, "buddy_radius=None is not accepted; give a positive number."),
+        ({"blacklist": "08181"}, r"blacklist='08181' is one text; give a collection: blacklist=\['08181'\]"),
+        ({"bounds": {"t2m": (300, 200)}}, r"bounds\['t2m'\]=\(300, 200\) is not accepted; give \(lowest, highest\)"),
+        ({"duplicates": 1}, "quality: duplicates=1 is not accepted; it must be True or False"),
+        ({"height_difference": "far"}, "height_difference='far' is not accepted"),
+    ],
+)
+def test_quality_options_that_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        QualityControl(**options)
+
+
+def test_quality_must_be_one(background, frame) -> None:
+    with pytest.raises(OptionError, match=r"quality='default' is not accepted; give for example quality=xgenda.QualityControl\("):
+        xgenda.innovations(background, frame, quality="default")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.loading import load_model
     from xgenda.models.store import list_models
+    from xgenda.observations.quality import QualityControl, quality_report
     from xgenda.regridding import Regridder, regrid
     from xgenda.training.loop import train
     from xgenda.verification import verify
@@ -38,6 +39,8 @@ _WHERE = {
     "GenerativeModel": "xgenda.models.generative",
     "load_model": "xgenda.models.loading",
     "list_models": "xgenda.models.store",
+    "QualityControl": "xgenda.observations.quality",
+    "quality_report": "xgenda.observations.quality",
     "regrid": "xgenda.regridding",
     "Regridder": "xgenda.regridding",
 }
@@ -45,6 +48,7 @@ _MODULES = ("errors", "tutorial", "plotting")
 
 __all__ = [
     "GenerativeModel",
+    "QualityControl",
     "Regridder",
     "__version__",
     "assimilate",
@@ -54,6 +58,7 @@ __all__ = [
     "innovations",
     "list_models",
     "load_model",
+    "quality_report",
     "regrid",
     "train",
     "tutorial",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
+    from xgenda.observations.quality import QualityControl
 
     ModelLike: TypeAlias = GenerativeModel | str | os.PathLike[str] | None
 
@@ -44,6 +45,8 @@ class GendaAccessor:
         steps: int | None = None,
         window: Any = None,
         background_check: float | str | None = "auto",
+        quality: QualityControl | None = None,
+        representativeness: float | Mapping[str, float] | None = None,
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -54,7 +57,8 @@ class GendaAccessor:
         return assimilate(
             self._obj, obs, model=model, error=error, members=members, seed=seed, guidance=guidance,
             guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
-            steps=steps, window=window, background_check=background_check, batch_size=batch_size, device=device, progress=progress,
+            steps=steps, window=window, background_check=background_check, quality=quality,
+            representativeness=representativeness, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def innovations(
@@ -65,11 +69,16 @@ class GendaAccessor:
         error: ErrorLike = None,
         window: Any = None,
         background_check: float | str | None = "auto",
+        quality: QualityControl | None = None,
+        representativeness: float | Mapping[str, float] | None = None,
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""
         from xgenda.assimilation import innovations
 
-        return innovations(self._obj, obs, model=model, error=error, window=window, background_check=background_check)
+        return innovations(
+            self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
+            representativeness=representativeness,
+        )  # fmt: skip
 
     def downscale(
         self,

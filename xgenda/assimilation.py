@@ -23,7 +23,7 @@ from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, locate_observations
-from xgenda.observations.quality import MEANINGS, Quality, count_codes
+from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
 from xgenda.scaling import cycle_basis
 
 #: Threshold of the background check where the prior is centred on a background, and where it is a climatology.
@@ -50,6 +50,8 @@ def assimilate(
     steps: int | None = None,
     window: Any = None,
     background_check: float | str | None = "auto",
+    quality: QualityControl | None = None,
+    representativeness: float | Mapping[str, float] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -101,6 +103,10 @@ def assimilate(
     background_check
         Reject observations with abs(O - B) above this many sqrt(s_o**2 + s_b**2). 'auto': 3 where the prior is
         centred on a background, 10 where it is a climatology, whose mean a warming world leaves. None turns it off.
+    quality
+        The other checks and what is thinned or merged, as a `QualityControl`; None takes its defaults.
+    representativeness
+        Standard deviation of what a cell of the grid cannot represent, added to `error` in quadrature: a number or a mapping per variable.
     batch_size
         Samples computed at once; changes time and memory only.
     device
@@ -143,7 +149,7 @@ def assimilate(
     ds = metadata.as_dataset(ds)
     member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
-    setup = _setup(ds, obs, model, error, window, background_check)
+    setup = _setup(ds, obs, model, error, window, background_check, quality, representativeness)
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
@@ -188,6 +194,8 @@ def innovations(
     error: ErrorLike = None,
     window: Any = None,
     background_check: float | str | None = "auto",
+    quality: QualityControl | None = None,
+    representativeness: float | Mapping[str, float] | None = None,
 ) -> xr.Dataset:
     """Return observation minus background (O-B) at every observation, with its quality code.
 
@@ -197,7 +205,7 @@ def innovations(
     ----------
     ds
         The background; read at the observed times when called.
-    obs, model, error, window, background_check
+    obs, model, error, window, background_check, quality, representativeness
         As in `assimilate`. Without a `model` there is no background error, so the background check is left out.
 
     Returns
@@ -217,7 +225,7 @@ def innovations(
     2.4
     """
     ds = metadata.as_dataset(ds)
-    setup = _setup(ds, obs, model, error, window, background_check, any_model=False)
+    setup = _setup(ds, obs, model, error, window, background_check, quality, representativeness, any_model=False)
     located = setup.located
     if located is None:
         located = locate_observations(None, setup.wanted, setup.grid, None)
@@ -234,7 +242,7 @@ def innovations(
         scaled = [setup.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
         inside = rows[located.operator.lengths[rows] > 0]
         background[inside] = located.operator.select(inside)(np.stack(scaled).ravel())
-        if setup.threshold is not None and setup.model is not None:
+        if setup.model is not None:
             job = setup.job((0,), 0, None, "cpu", False)
             job = _at_time(job, int(t))
             mean, deviation, _ = engine.moments(job, *(f[None] for f in fields))
@@ -244,6 +252,7 @@ def innovations(
                 mean.flatten(1).numpy(),
                 deviation.flatten(1).numpy(),
                 setup.threshold,
+                setup.quality,
             )
     order = np.lexsort((located.table.row, located.table.variable, located.table.source))
     table = located.table
@@ -265,6 +274,11 @@ def innovations(
         "source": ("obs", table.source[order]),
         "row": ("obs", table.row[order]),
     }
+    for name in ("station", "platform"):
+        if (getattr(table, name) != "").any():
+            coords[name] = ("obs", getattr(table, name)[order].astype(str))
+    if np.isfinite(table.height).any():
+        coords["height"] = ("obs", table.height[order], {"standard_name": "surface_altitude", "units": "m"})
     if table.time is not None:
         coords["time"] = ("obs", table.time[order], {"standard_name": "time"})
     out = out.assign_coords(coords)
@@ -304,7 +318,7 @@ class _Setup:
     def __init__(
         self, ds: xr.Dataset, layout: Layout, time: str | None, grid: Grid, orientation: Orientation, model: Any, wanted: list[Wanted],
         variables: dict[str, str], arrays: list[xr.DataArray], factors: tuple[tuple[float, float], ...], labels: np.ndarray,
-        located: Located | None, threshold: float | None,
+        located: Located | None, threshold: float | None, quality: QualityControl,
     ) -> None:  # fmt: skip
         self.ds, self.layout, self.time, self.grid, self.orientation, self.model = (
             ds,
@@ -315,7 +329,7 @@ class _Setup:
             model,
         )
         self.wanted, self.variables, self.arrays, self.factors, self.labels = wanted, variables, arrays, factors, labels
-        self.located, self.threshold = located, threshold
+        self.located, self.threshold, self.quality = located, threshold, quality
 
     def job(self, members: tuple[int, ...], seed: int, options: Any, device: str, progress: bool | None) -> engine.Job:
         spec = self.model.spec
@@ -324,7 +338,7 @@ class _Setup:
         return engine.Job(
             handle=handle_of(self.model), grid=self.grid, orientation=self.orientation, factors=self.factors,
             names=tuple(self.variables.values()), labels=self.labels, basis=cycle_basis(time, cycle, len(self.labels)),
-            located=self.located, threshold=self.threshold, members=members, seed=seed, options=options, device=device,
+            located=self.located, threshold=self.threshold, quality=self.quality, members=members, seed=seed, options=options, device=device,
             output=self.orientation, check=spec.needs_background, progress=progress, threads=None,
         )  # fmt: skip
 
@@ -340,6 +354,8 @@ def _setup(
     error: ErrorLike,
     window: Any,
     check: float | str | None,
+    quality: QualityControl | None,
+    representativeness: float | Mapping[str, float] | None,
     *,
     any_model: bool = True,
 ) -> _Setup:
@@ -377,10 +393,14 @@ def _setup(
     located = None
     # the result, and so the message, speak of the user's variable; the table of the model's
     renamed = _rename_back(obs, variables)
-    located = locate_observations(renamed, wanted, grid, times, error=_rename_error(error, variables), window=window)
+    control = check_quality(quality)
+    located = locate_observations(
+        renamed, wanted, grid, times, error=_rename_error(error, variables), window=window, quality=control,
+        representativeness=_renamed(representativeness, variables), ground=_ground(ds, layout, orientation),
+    )  # fmt: skip
     threshold = _threshold(check, chosen)
     return _Setup(ds, layout, time, grid, orientation, chosen, wanted, variables, arrays, factors, labels,
-                  located if len(located.table) else None, threshold)  # fmt: skip
+                  located if len(located.table) else None, threshold, control)  # fmt: skip
 
 
 def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
@@ -402,10 +422,37 @@ def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
 
 
 def _rename_error(error: ErrorLike, variables: dict[str, str]) -> ErrorLike:
-    if not isinstance(error, Mapping):
-        return error
+    if isinstance(error, (list, tuple)):
+        return [_rename_error(e, variables) for e in error]
+    renamed: ErrorLike = _renamed(error, variables)
+    return renamed
+
+
+def _renamed(given: Any, variables: dict[str, str]) -> Any:
+    """Let a mapping use the names of `ds`."""
+    if not isinstance(given, Mapping):
+        return given
     names = {theirs: ours for ours, theirs in variables.items()}
-    return {names.get(str(k), str(k)): v for k, v in error.items()}
+    return {names.get(str(k), str(k)): v for k, v in given.items()}
+
+
+def check_quality(quality: QualityControl | None) -> QualityControl:
+    """Return the checks, the defaults for None."""
+    if quality is not None and not isinstance(quality, QualityControl):
+        raise OptionError(
+            f"quality={quality!r} is not accepted; give for example quality=xgenda.QualityControl(thin=50e3, blacklist=['08181'])"
+        )
+    return quality or QualityControl()
+
+
+def _ground(ds: xr.Dataset, layout: Layout, orientation: Orientation) -> np.ndarray | None:
+    """Return the height of the ground in metres, flat in model order, where `ds` has it."""
+    for name, array in ds.variables.items():
+        horizontal = {layout.latitude, layout.longitude}
+        if array.attrs.get("standard_name") == "surface_altitude" and set(array.dims) == horizontal:
+            values = ds[name].transpose(layout.latitude, layout.longitude).values.astype(float)
+            return orientation.to_model(values * metadata.unit_factors_of(ds[name], "m")[0]).ravel()
+    return None
 
 
 def _threshold(check: float | str | None, model: GenerativeModel | None) -> float | None:
@@ -433,7 +480,7 @@ def _final_codes(setup: _Setup, job: engine.Job) -> Located:
     """Return all observations with their final codes, for an eager call."""
     located = setup.located
     assert located is not None
-    if setup.threshold is None:
+    if setup.threshold is None and setup.quality.buddy is None:
         return located
     fields = [
         a.transpose(*([setup.time] if setup.time else []), setup.layout.latitude, setup.layout.longitude).values
@@ -441,7 +488,7 @@ def _final_codes(setup: _Setup, job: engine.Job) -> Located:
     ]
     mean, deviation, _ = engine.moments(job, *(f if setup.time else f[None] for f in fields))
     return located.with_code(
-        engine.background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), setup.threshold)
+        engine.background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), setup.threshold, setup.quality)
     )
 
 

@@ -22,7 +22,7 @@ from xgenda.errors import OptionError, StateError, check_count
 from xgenda.grids import Grid, Orientation
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.operators import Located
-from xgenda.observations.quality import Quality, background_check
+from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
 
 IMPLAUSIBLE = 20.0  # standard deviations from the training climate: surely other units or a fill value
 
@@ -47,6 +47,8 @@ class Job:
         Observations of all times, or None.
     threshold
         Of the background check, or None.
+    quality
+        For the buddy check.
     members, seed, options, device
         See `Request`.
     output
@@ -62,6 +64,7 @@ class Job:
     basis: np.ndarray
     located: Located | None
     threshold: float | None
+    quality: QualityControl
     members: tuple[int, ...]
     seed: int
     options: SamplingOptions
@@ -82,7 +85,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
         total = model.work(len(index), len(job.members), job.options)
         with progress_bar(total, job.progress) as advance:
             request = _request(job, index, fields, device, advance)
-            if job.located is not None and job.threshold is not None:
+            if job.located is not None and (job.threshold is not None or job.quality.buddy is not None):
                 request = dataclasses.replace(request, evidence=_evidence(_recheck(job, request, index), len(index)))
             values = model.posterior(request)
     spec = model.spec
@@ -111,22 +114,35 @@ def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
 def _recheck(job: Job, request: Request, index: np.ndarray) -> Located:
     """Return the observations of the block with the codes of the background check."""
     assert job.located is not None
-    assert job.threshold is not None
     located = job.located.between(int(index[0]), int(index[0]) + len(index))
     mean, deviation = job.handle.load().prior_moments(request)
-    return located.with_code(background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold))
+    return located.with_code(
+        background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold, job.quality)
+    )
 
 
-def background_codes(located: Located, mean: np.ndarray, deviation: np.ndarray, threshold: float) -> np.ndarray:
-    """Return quality codes after the background check; `mean` and `deviation` are (t, channels * cells)."""
+def background_codes(
+    located: Located, mean: np.ndarray, deviation: np.ndarray, threshold: float | None, quality: QualityControl
+) -> np.ndarray:
+    """Return quality codes after the background and buddy checks; `mean` and `deviation` are (t, channels * cells)."""
     code = located.table.code.copy()
     fine = code <= Quality.PASSIVE
     for t in np.unique(located.time_index[fine]):
         rows = np.flatnonzero(fine & (located.time_index == t))
         operator = located.operator.select(rows)
         sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
-        bad = background_check(located.table.value[rows], sigma, operator(mean[t]), operator(deviation[t]), threshold)
-        code[rows[bad]] = Quality.BACKGROUND
+        value, expected, spread = located.table.value[rows], operator(mean[t]), operator(deviation[t])
+        if threshold is not None:
+            code[rows[background_check(value, sigma, expected, spread, threshold)]] = Quality.BACKGROUND
+        if quality.buddy is None:
+            continue
+        for variable in np.unique(located.table.variable[rows]):
+            among = np.flatnonzero((located.table.variable[rows] == variable) & (code[rows] <= Quality.PASSIVE))
+            bad = buddy_check(
+                located.table.latitude[rows[among]], located.table.longitude[rows[among]], (value - expected)[among], sigma[among],
+                spread[among], float(quality.buddy), float(quality.buddy_radius),
+            )  # fmt: skip
+            code[rows[among[bad]]] = Quality.BUDDY
     return code
 
 

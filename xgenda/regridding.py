@@ -200,12 +200,13 @@ class Regridder:
             return whole["__field"].rename(name)
         ds = metadata.as_dataset(ds)
         here = self.source
-        found = read_grid(ds, "ds")
-        if found.dims != here.dims or found.shape != here.shape or not _same_places(found, here):
-            raise GridError(
-                f"ds is on {found.grid.describe()}, dimensions {found.dims}, and this Regridder starts from {here.grid.describe()}, "
-                f"dimensions {here.dims}. Make one for ds: xgenda.Regridder(ds, target)"
-            )
+        if not all(n in ds.coords and ds[n].variable.equals(c.variable) for n, c in here.coordinates.items()):
+            found = read_grid(ds, "ds")
+            if found.dims != here.dims or found.shape != here.shape or not _same_places(found, here):
+                raise GridError(
+                    f"ds is on {found.grid.describe()}, dimensions {found.dims}, and this Regridder starts from {here.grid.describe()}, "
+                    f"dimensions {here.dims}. Make one for ds: xgenda.Regridder(ds, target)"
+                )
         out: dict[str, Any] = {}
         for name, array in ds.data_vars.items():
             held = [d for d in here.dims if d in array.dims]
@@ -289,8 +290,8 @@ class _Apply:
         """Return (..., target dims)."""
         lead = values.shape[: values.ndim - self.source_ndim]
         flat = np.ascontiguousarray(values).reshape(-1, self.weights.map.size)
-        missing = ~np.isfinite(flat) if flat.dtype.kind == "f" else np.zeros((1, 1), dtype=bool)
-        if self.skipna and missing.any():
+        missing = ~np.isfinite(flat) if self.skipna and flat.dtype.kind == "f" else np.zeros((1, 1), dtype=bool)
+        if missing.any():
             total = np.asarray(self.weights.map.matrix.sum(1)).ravel()
             out = self.weights.map(np.where(missing, 0, flat).astype(float))
             lost = self.weights.map(missing.astype(float))
@@ -300,7 +301,8 @@ class _Apply:
                 out = np.where((share <= self.na_thres + 1e-12) & (share < 1 - 1e-12), out / (1 - share), np.nan)
         else:
             out = self.weights.map(flat.astype(float, copy=False))
-        out[:, ~self.weights.mapped] = np.nan
+        if not self.weights.mapped.all():
+            out[:, ~self.weights.mapped] = np.nan
         return out.reshape(*lead, *self.shape).astype(self.dtype, copy=False)
 
 

@@ -1,13 +1,14 @@
 """What users have -> one table of observations.
 
-Accepted: an xarray Dataset or pandas DataFrame along one dimension (latitude, longitude, time, one column per variable), a
-gridded Dataset with NaN where nothing was observed, or a list of these. All become one `Table`.
+Accepted: an xarray Dataset, pandas or polars DataFrame along one dimension (latitude, longitude, time, one column per variable, or the columns
+``variable`` and ``observation``), CF discrete samples (point, timeSeries, trajectory), a swath with two-dimensional coordinates, a gridded
+Dataset with NaN where nothing was observed, or a list of these. All become one `Table`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +19,44 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import ObservationError, UnitsError, did_you_mean
-from xgenda.observations.quality import Quality, gross_bounds, is_missing
+from xgenda.observations.quality import Quality, QualityControl, flagged, gross_bounds, is_missing
 
 Observations = xr.Dataset | xr.DataArray | pd.DataFrame | list[Any] | None
-ErrorLike = float | Mapping[str, Any] | None
+ErrorLike = float | Mapping[str, Any] | Sequence[Any] | None
+
+#: Columns that say where an observation comes from, by what they say; the first that is there counts.
+STATION_NAMES = ("station_id", "station", "station_name", "wigos_id", "wmo_id", "stid", "RPT")
+PLATFORM_NAMES = ("platform", "platform_type", "platform_id", "platform_code", "type", "instrument", "satellite")
+HEIGHT_NAMES = (
+    "height",
+    "elevation",
+    "altitude",
+    "station_height",
+    "station_elevation",
+    "surface_altitude",
+    "elv",
+    "ELV",
+    "elev",
+)
+#: Other names of coordinates in common archives: NNJA frames, MADIS.
+ALIASES = {
+    "LAT": "latitude",
+    "LON": "longitude",
+    "OBS_TIMESTAMP": "time",
+    "Latitude": "latitude",
+    "Longitude": "longitude",
+    "Time": "time",
+}
 
 #: Columns that describe an observation and are never a variable themselves.
 DESCRIPTIONS = (
     *metadata.LATITUDE_NAMES,
     *metadata.LONGITUDE_NAMES,
     *metadata.TIME_NAMES,
-    *("station_id", "station", "platform", "height", "elevation", "altitude", "flag", "obs", "index", "id", "name"),
+    *STATION_NAMES,
+    *PLATFORM_NAMES,
+    *HEIGHT_NAMES,
+    *("flag", "obs", "index", "id", "name"),
 )
 
 
@@ -60,6 +88,10 @@ class Table:
         In the units of the state; `error` is a standard deviation.
     code
         `Quality`, so far.
+    station, platform
+        Text; empty where unknown.
+    height
+        Of the station in metres; NaN where unknown.
     """
 
     source: np.ndarray
@@ -71,6 +103,9 @@ class Table:
     value: np.ndarray
     error: np.ndarray
     code: np.ndarray
+    station: np.ndarray
+    platform: np.ndarray
+    height: np.ndarray
 
     def __len__(self) -> int:
         """Return the number of values."""
@@ -87,7 +122,15 @@ class Table:
         return dataclasses.replace(self, code=code)
 
 
-def read_observations(obs: Observations, wanted: list[Wanted], error: ErrorLike = None, argument: str = "obs") -> Table:
+def read_observations(
+    obs: Observations,
+    wanted: list[Wanted],
+    error: ErrorLike = None,
+    argument: str = "obs",
+    *,
+    quality: QualityControl | None = None,
+    representativeness: float | Mapping[str, float] | None = None,
+) -> Table:
     """Bring observations to normal form and give each its first quality code (missing, bounds, passive).
 
     Parameters
@@ -97,8 +140,13 @@ def read_observations(obs: Observations, wanted: list[Wanted], error: ErrorLike 
     wanted
         The variables of the state.
     error
-        Standard deviation in the units of the observation: a number, a mapping per variable (number or one per row), or
-        None where `obs` carries ``<name>_error`` or CF ancillary variables.
+        Standard deviation in the units of the observation: a number, a mapping per variable (a number, one per row, or a mapping per
+        platform), a list of these for a list of observations, or None where `obs` carries ``<name>_error`` or CF ancillary variables.
+        What is given here counts before what `obs` carries.
+    quality
+        Provider's flags, bounds and blacklist; None: the defaults.
+    representativeness
+        Standard deviation of what a grid cell cannot represent, a number or a mapping per variable, added in quadrature.
 
     Raises
     ------
@@ -107,20 +155,29 @@ def read_observations(obs: Observations, wanted: list[Wanted], error: ErrorLike 
     UnitsError
         Units that cannot be converted to those of the state.
     """
-    items = obs if isinstance(obs, (list, tuple)) else [obs]
-    if isinstance(error, Mapping):
-        unknown = [k for k in error if k not in {w.name for w in wanted}]
-        if unknown:
-            known = [w.name for w in wanted]
-            raise ObservationError(
-                f"error names {unknown[0]!r}, which is no variable of the state; it has {', '.join(map(repr, known))}."
-                + did_you_mean(unknown[0], known)
-            )
+    items = list(obs) if isinstance(obs, (list, tuple)) else [obs]
+    several = isinstance(error, (list, tuple)) and isinstance(obs, (list, tuple))
+    if several and len(error) != len(items):  # type: ignore[arg-type]
+        raise ObservationError(f"error has {len(error)} entries and {argument} has {len(items)}; give one for each source.")  # type: ignore[arg-type]
+    errors: list[Any] = list(error) if several else [error] * len(items)  # type: ignore[arg-type]
+    known = [w.name for w in wanted]
+    for name, given in [(f"error[{i}]" if several else "error", e) for i, e in enumerate(errors)] + [
+        ("representativeness", representativeness)
+    ]:
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in known:
+                raise ObservationError(
+                    f"{name} names {key!r}, which is no variable of the state; it has {', '.join(map(repr, known))}."
+                    + did_you_mean(key, known)
+                )
+    control = quality or QualityControl()
     tables = [
-        _read_one(item, wanted, error, i, argument if len(items) == 1 else f"{argument}[{i}]")
-        for i, item in enumerate(items)
+        _read_one(item, wanted, given, i, argument if len(items) == 1 else f"{argument}[{i}]", control)
+        for i, (item, given) in enumerate(zip(items, errors, strict=True))
         if item is not None
     ]
+    if representativeness is not None:
+        tables = [_with_representativeness(t, wanted, representativeness) for t in tables]
     if not tables:
         return _empty()
     timed = {t.time is not None for t in tables if len(t)}
@@ -133,8 +190,8 @@ def read_observations(obs: Observations, wanted: list[Wanted], error: ErrorLike 
 
 
 def _empty() -> Table:
-    none, zero = np.zeros(0), np.zeros(0, dtype=np.int64)
-    return Table(zero, zero, None, none, none, zero, none, none, np.zeros(0, dtype=np.uint8))
+    none, zero, text = np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=object)
+    return Table(zero, zero, None, none, none, zero, none, none, np.zeros(0, dtype=np.uint8), text, text, none)
 
 
 def _as_xarray(item: Any, argument: str) -> xr.Dataset:
@@ -142,6 +199,8 @@ def _as_xarray(item: Any, argument: str) -> xr.Dataset:
         return item.to_dataset()
     if isinstance(item, xr.Dataset):
         return item
+    if hasattr(item, "to_pandas") and type(item).__module__.split(".")[0] in ("polars", "pyarrow", "cudf"):
+        item = item.to_pandas()
     if isinstance(item, pd.DataFrame):
         frame = item.reset_index(drop=item.index.names == [None])
         ds = xr.Dataset({str(c): ("obs", _column(frame[c])) for c in frame.columns})
@@ -173,32 +232,35 @@ def _numeric(array: xr.DataArray, argument: str) -> xr.DataArray:
         ) from None
 
 
-def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, argument: str) -> Table:
+def _read_one(item: Any, wanted: list[Wanted], error: Any, source: int, argument: str, control: QualityControl) -> Table:
     ds = _as_xarray(item, argument)
+    ds = ds.rename({a: b for a, b in ALIASES.items() if a in ds.variables and b not in ds.variables})
+    ds = _widened(ds, argument)
     coords = {}
     for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES)):
         name = metadata.find_coordinate(ds, key, usual)
         if name is None:
             raise ObservationError(
                 f"{argument} has no {key}; it has {', '.join(map(str, ds.variables))}. "
-                f"Name the column: {argument} = {argument}.rename({{'yours': {key!r}}})"
+                f"Name the column: {argument} = {argument}.rename({'columns=' if isinstance(item, pd.DataFrame) else ''}{{'yours': {key!r}}})"
             )
         coords[key] = name
     time = metadata.find_time(ds)
     latitude, longitude = ds[coords["latitude"]], ds[coords["longitude"]]
     gridded = latitude.ndim == longitude.ndim == 1 and latitude.dims != longitude.dims
-    names = _variables(ds, wanted, argument)
+    names = _variables(ds, wanted, argument, isinstance(item, pd.DataFrame))
     base = (latitude.dims[0], longitude.dims[0]) if gridded else tuple(map(str, latitude.dims))
-    if not gridded and (latitude.dims != longitude.dims or latitude.ndim > 1):
+    if not gridded and latitude.dims != longitude.dims:
         raise ObservationError(
             f"{argument}: latitude has dimensions {latitude.dims} and longitude {longitude.dims}; a table along one "
-            f"dimension or a grid with one-dimensional latitude and longitude is needed."
+            f"dimension, a swath with both along the same two, or a grid with one-dimensional latitude and longitude is needed."
         )
+    swath = latitude.ndim > 1
     time_dims = ds[time].dims if time is not None else ()
     dims = tuple(dict.fromkeys((*map(str, time_dims), *map(str, base))))
     parts = []
     for code, name in names.items():
-        part = _read_variable(ds, name, wanted[code], dims, error, argument)
+        part = _read_variable(ds, name, wanted[code], dims, error, argument, control)
         if part is not None:
             parts.append((code, *part))
     template = xr.Dataset(
@@ -212,15 +274,26 @@ def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, ar
     row = template["row"].values.ravel()
     if not parts:
         return _empty()
-    columns: dict[str, list[np.ndarray]] = {k: [] for k in ("row", "latitude", "longitude", "variable", "value", "error", "code")}
+    station, platform = (_text(ds, usual, template, dims) for usual in (STATION_NAMES, PLATFORM_NAMES))
+    height = _heights(ds, template, dims, argument)
+    columns: dict[str, list[np.ndarray]] = {
+        k: [] for k in ("row", "latitude", "longitude", "variable", "value", "error", "code", "station", "platform", "height")
+    }
     times = []
-    for code, value, sigma, bounds in parts:
-        keep = np.isfinite(value) if gridded else np.ones(len(value), dtype=bool)  # NaN in a grid: nothing was observed there
+    for code, value, sigma, bounds, refused in parts:
+        # NaN in a grid or swath: nothing was observed there; in a long table: another variable
+        keep = np.isfinite(value) if gridded or swath or "long" in ds.attrs else np.ones(len(value), dtype=bool)
+        sigma = _of_platforms(sigma, platform, wanted[code].name, argument)
         quality = _first_codes(value, sigma, flat, stamps, bounds)
+        if control.blacklist:
+            listed = np.isin(station, list(control.blacklist)) | np.isin(platform, list(control.blacklist))
+            quality[listed & (quality <= Quality.PASSIVE)] = Quality.BLACKLISTED
+        quality[refused & (quality != Quality.MISSING)] = Quality.FLAGGED
         _check_errors(sigma, quality, value, wanted[code].name, argument)
         for key, array in (
             ("row", row), ("latitude", flat["latitude"]), ("longitude", flat["longitude"]), ("value", value),
             ("error", sigma), ("code", quality), ("variable", np.full(len(value), code)),
+            ("station", station), ("platform", platform), ("height", height),
         ):  # fmt: skip
             columns[key].append(array[keep])
         times.append(None if stamps is None else stamps[keep])
@@ -231,7 +304,7 @@ def _read_one(item: Any, wanted: list[Wanted], error: ErrorLike, source: int, ar
     )
 
 
-def _variables(ds: xr.Dataset, wanted: list[Wanted], argument: str) -> dict[int, str]:
+def _variables(ds: xr.Dataset, wanted: list[Wanted], argument: str, is_frame: bool = False) -> dict[int, str]:
     """Return index in the state -> name in the observations; anything that is not recognised is refused."""
     found: dict[int, str] = {}
     for i, w in enumerate(wanted):
@@ -243,17 +316,17 @@ def _variables(ds: xr.Dataset, wanted: list[Wanted], argument: str) -> dict[int,
             raise ObservationError(f"{argument}: {' and '.join(map(repr, named))} both could be {w.name!r}; keep one.")
         if named:
             found[i] = named[0]
-    errors = {f"{n}_error" for n in found.values()}
+    errors = {f"{n}_{suffix}" for n in found.values() for suffix in ("error", "flag", "qc")}
     ancillary = {a for n in found.values() for a in str(ds[n].attrs.get("ancillary_variables", "")).split()}
     known = {*found.values(), *errors, *ancillary, *DESCRIPTIONS}
     strange = [str(n) for n in ds.data_vars if n not in known and not str(n).endswith("_id") and ds[n].dtype.kind in "fiu"]
+    if "long" in ds.attrs:
+        strange = [n for n in strange if not n.endswith("_error")]
     if strange or not found:
         names = [w.name for w in wanted]
-        hint = (
-            f" Keep what the state has: {argument}[{list(found.values())!r}]"
-            if found
-            else did_you_mean((strange or [""])[0], names)
-        )
+        kept = [n for n in map(str, ds.variables) if n in known and n != "obs"] if is_frame else list(found.values())
+        part = f"{kept!r}" if "long" not in ds.attrs else f"{argument}['variable'].isin({list(found.values())!r})"
+        hint = f" Keep what the state has: {argument}[{part}]" if found else did_you_mean((strange or [""])[0], names)
         raise ObservationError(
             f"{argument} holds {', '.join(map(repr, strange)) or 'no variable'}, which is not in the state; it has "
             f"{', '.join(map(repr, names))}.{hint}"
@@ -281,8 +354,8 @@ def _decoded(time: xr.DataArray, argument: str) -> xr.DataArray:
 
 
 def _read_variable(
-    ds: xr.Dataset, name: str, wanted: Wanted, dims: tuple[str, ...], error: ErrorLike, argument: str
-) -> tuple[np.ndarray, np.ndarray, tuple[float, float]] | None:
+    ds: xr.Dataset, name: str, wanted: Wanted, dims: tuple[str, ...], error: Any, argument: str, control: QualityControl
+) -> tuple[np.ndarray, Any, tuple[float, float], np.ndarray] | None:
     array = ds[name]
     extra = [d for d in array.dims if d not in dims]
     if extra:
@@ -300,10 +373,15 @@ def _read_variable(
     value = _spread(_numeric(array, argument), template, dims)
     sigma = _error_of(ds, name, wanted, value, template, dims, error, abs(scale), argument)
     bounds = gross_bounds(wanted.standard_name, wanted.units)
+    bounds = tuple(map(float, control.bounds.get(wanted.name, bounds)))  # type: ignore[assignment]
+    refused = np.zeros(value.shape, dtype=bool)
+    column = next((c for c in (f"{name}_flag", f"{name}_qc", "flag") if c in ds.variables), None)
+    if control.flags is not None and column is not None:
+        refused = flagged(_spread(ds[column], template, dims), control.flags)
     missing, value = is_missing(value), value * scale + offset
     if np.isfinite(bounds).all():
         missing &= ~((value >= bounds[0]) & (value <= bounds[1]))  # 99999 Pa is a pressure
-    return np.where(missing, np.nan, value), sigma, bounds
+    return np.where(missing, np.nan, value), sigma, bounds, refused
 
 
 def _error_of(
@@ -313,26 +391,31 @@ def _error_of(
     value: np.ndarray,
     template: xr.Dataset,
     dims: tuple[str, ...],
-    error: ErrorLike,
+    error: Any,
     scale: float,
     argument: str,
-) -> np.ndarray:
-    """Return standard deviations in the units of the state; `scale` leads there from those of the observation."""
+) -> Any:
+    """Return standard deviations in the units of the state; `scale` leads there from those of the observation.
+
+    For an error per platform a mapping.
+    """
     given: Any = error.get(wanted.name) if isinstance(error, Mapping) else error
-    if given is None:
-        column = f"{name}_error" if f"{name}_error" in ds else None
-        for ancillary in str(ds[name].attrs.get("ancillary_variables", "")).split():
-            if ancillary in ds and str(ds[ancillary].attrs.get("standard_name", "")).endswith("standard_error"):
-                column = ancillary
-        if column is None:
-            raise ObservationError(
-                f"{argument}[{name!r}] has no error, and none is invented. Give the standard deviation in the units of the "
-                f"observation: error={{{wanted.name!r}: 1.0}}, or a column {name + '_error'!r} in {argument}."
-            )
+    column = f"{name}_error" if given is None and f"{name}_error" in ds else None
+    for ancillary in str(ds[name].attrs.get("ancillary_variables", "")).split():
+        if given is None and ancillary in ds and str(ds[ancillary].attrs.get("standard_name", "")).endswith("standard_error"):
+            column = ancillary
+    if given is None and column is None:
+        raise ObservationError(
+            f"{argument}[{name!r}] has no error, and none is invented. Give the standard deviation in the units of the "
+            f"observation: error={{{wanted.name!r}: 1.0}}, or a column {name + '_error'!r} in {argument}."
+        )
+    if column is not None:
         units = ds[column].attrs.get("units")
         if units is not None and wanted.units is not None:  # a difference: only the scale matters
             scale = abs(metadata.unit_factors(str(units), wanted.units)[0])
         return _spread(_numeric(ds[column], argument), template, dims) * scale
+    if isinstance(given, Mapping):
+        return {str(k): float(v) * scale for k, v in given.items()}
     if not isinstance(given, xr.DataArray) and np.ndim(given) > 1 and np.shape(given) == ds[name].shape:
         given = xr.DataArray(given, dims=ds[name].dims)
     if isinstance(given, xr.DataArray) and given.ndim:
@@ -353,6 +436,62 @@ def _error_of(
             f"error[{wanted.name!r}] has {array.size} values and {argument}[{name!r}] has {value.size}; give one number, or one each."
         )
     return np.broadcast_to(array, value.shape).astype(float) * scale
+
+
+def _of_platforms(sigma: Any, platform: np.ndarray, name: str, argument: str) -> np.ndarray:
+    """Return one standard deviation per row where they are given by platform."""
+    if not isinstance(sigma, dict):
+        return np.asarray(sigma)
+    kinds = np.unique(platform.astype(str)).tolist()
+    lacking = [k for k in kinds if k not in sigma]
+    if lacking:
+        raise ObservationError(
+            f"error[{name!r}] has no entry for the platform {lacking[0]!r} of {argument}; it has {', '.join(map(repr, sigma))}. "
+            f"Platforms are read from the column 'platform'."
+        )
+    return np.array([sigma[str(p)] for p in platform])
+
+
+def _with_representativeness(table: Table, wanted: list[Wanted], given: float | Mapping[str, float]) -> Table:
+    each = [float(given.get(w.name, 0.0)) if isinstance(given, Mapping) else float(given) for w in wanted]
+    if not all(0 <= e < np.inf for e in each):
+        raise ObservationError(f"representativeness={given!r} is not accepted; a standard deviation is a positive number.")
+    return dataclasses.replace(table, error=np.hypot(table.error, np.array([*each, 0.0])[table.variable]))
+
+
+def _text(ds: xr.Dataset, usual: tuple[str, ...], template: xr.Dataset, dims: tuple[str, ...]) -> np.ndarray:
+    """Return a descriptive column as text, empty where there is none."""
+    for name in usual:
+        if name in ds.variables and set(ds[name].dims) <= set(dims):
+            flat = _spread(ds[name], template, dims)
+            if flat.dtype.kind in "SO":
+                return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in flat], dtype=object)
+            return flat.astype(str).astype(object)
+    return np.full(template["row"].size, "", dtype=object)
+
+
+def _heights(ds: xr.Dataset, template: xr.Dataset, dims: tuple[str, ...], argument: str) -> np.ndarray:
+    """Return heights of stations in metres, NaN where they are not known."""
+    for name in HEIGHT_NAMES:
+        if name in ds.variables and set(ds[name].dims) <= set(dims) and ds[name].dtype.kind in "fiu":
+            scale = metadata.unit_factors_of(ds[name], "m")[0]
+            flat = _spread(_numeric(ds[name], argument), template, dims) * scale
+            return np.where(is_missing(flat), np.nan, flat)
+    return np.full(template["row"].size, np.nan)
+
+
+def _widened(ds: xr.Dataset, argument: str) -> xr.Dataset:
+    """Turn a long table, with the columns ``variable`` and ``observation``, into one column per variable."""
+    if not {"variable", "observation"} <= set(ds.variables) or ds["variable"].ndim != 1:
+        return ds
+    names = ds["variable"].values.astype(str)
+    out = ds.drop_vars([n for n in ("variable", "observation", "observation_error") if n in ds.variables])
+    for name in np.unique(names):
+        there = names == name
+        out[name] = (ds["variable"].dims, np.where(there, ds["observation"].values.astype(float), np.nan))
+        if "observation_error" in ds.variables:
+            out[f"{name}_error"] = (ds["variable"].dims, np.where(there, ds["observation_error"].values.astype(float), np.nan))
+    return out.assign_attrs(long=1)
 
 
 def _first_codes(

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from xgenda.curvilinear import AnyGrid
 from xgenda.errors import ObservationError, OptionError
-from xgenda.grids import Grid
-from xgenda.maps import LinearMap, bilinear
+from xgenda.maps import LinearMap, concatenate
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, read_observations
-from xgenda.observations.quality import Quality
+from xgenda.observations.quality import Quality, QualityControl, boxes, first_of_each, superob
+from xgenda.weights import interpolation
 
 #: Not the spacing of the times: then a subset of the times would be given other observations.
 DEFAULT_WINDOW = np.timedelta64(1, "h")
@@ -66,18 +68,21 @@ class Located:
 def locate_observations(
     obs: Observations,
     wanted: list[Wanted],
-    grid: Grid,
+    grid: AnyGrid,
     times: xr.DataArray | None,
     *,
     error: ErrorLike = None,
     window: object = None,
     argument: str = "obs",
+    quality: QualityControl | None = None,
+    representativeness: float | Mapping[str, float] | None = None,
+    ground: np.ndarray | None = None,
 ) -> Located:
     """Read observations, assign each to an analysis time, and build the interpolation from the state.
 
     Parameters
     ----------
-    obs, wanted, error
+    obs, wanted, error, representativeness
         See `xgenda.observations.containers.read_observations`.
     grid
         Grid of the state.
@@ -86,33 +91,110 @@ def locate_observations(
     window
         Width of the time window around each analysis time, half-open: [t - w/2, t + w/2). A timedelta, a numpy
         timedelta64 or a string such as '6h'. By default 1 h. An observation in several windows goes to the nearest time.
+    quality
+        Checks that need no background; None: the defaults.
+    ground
+        Height of the ground of the state in metres, flat, for the check of station heights.
     """
-    table = read_observations(obs, wanted, error, argument)
+    control = quality or QualityControl()
+    table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
     index = _assign_times(table, times, window, argument)
     lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
-    points, inside = bilinear(grid, np.where(lost, np.inf, table.latitude), np.where(lost, 0.0, table.longitude))
+    points, inside = interpolation(grid, np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude))
     code = table.code.copy()
     fine = code <= Quality.PASSIVE
     code[fine & ~inside] = Quality.DOMAIN
     code[fine & inside & (index < 0)] = Quality.WINDOW
     _complain_if_all_outside(table, grid, fine, inside, index, argument)
+    if ground is not None and control.height_difference is not None:
+        apart = np.abs(table.height - points(ground)) > control.height_difference  # False where the height is not known
+        code[(code <= Quality.PASSIVE) & apart] = Quality.HEIGHT
     table = table.with_code(code)
     operator = points.shifted(table.variable * grid.size, grid.size * len(wanted))
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
     order = np.lexsort(
         (table.row, table.source, table.error, table.value, table.longitude, table.latitude, table.variable, index)
     )
-    return Located(table.take(order), index[order], operator.select(order))
+    table, index, operator = table.take(order), index[order], operator.select(order)
+    return _reduced(table, index, operator, grid, len(wanted), control)
+
+
+def _reduced(
+    table: Table, index: np.ndarray, operator: LinearMap, grid: AnyGrid, channels: int, control: QualityControl
+) -> Located:
+    """Give codes to duplicates, and thin or merge what lies in one box; rows keep their order."""
+    code = table.code.copy()
+    if control.duplicates:
+        rows = np.flatnonzero(code <= Quality.PASSIVE)
+        same = (
+            table.variable[rows],
+            index[rows],
+            _numbers(table.time, rows),
+            np.round(table.latitude[rows], 4),
+            np.round(table.longitude[rows], 4),
+        )
+        named = table.station[rows] != ""
+        value = np.where(
+            named, 0.0, table.value[rows]
+        )  # one station says one thing at a time; without names only equal reports are one
+        keys = (*same, _labels(table.station[rows]), value, _labels(table.platform[rows]))
+        first, _ = first_of_each(keys, (table.error[rows], rows))
+        repeated = np.ones(len(rows), dtype=bool)
+        repeated[first] = False
+        code[rows[repeated]] = Quality.DUPLICATE
+    side = control.thin or control.superob
+    if side is None:
+        return Located(table.with_code(code), index, operator)
+    rows = np.flatnonzero(code == Quality.USED)
+    box = (table.variable[rows], index[rows], *boxes(table.latitude[rows], table.longitude[rows], float(side)))
+    first, group = first_of_each(box, (table.error[rows], rows))
+    others = np.ones(len(rows), dtype=bool)
+    others[first] = False
+    code[rows[others]] = Quality.THINNED if control.superob is None else Quality.MERGED
+    table = table.with_code(code)
+    if control.superob is None:
+        return Located(table, index, operator)
+    # the first of each box stands for all of it, at their weighted mean
+    kept = rows[first]
+    merged = superob(
+        table.value[rows], table.error[rows], table.latitude[rows], table.longitude[rows], group, control.floor
+    )  # groups are numbered in the order of `first`
+    replaced = {}
+    for name, new in zip(("value", "error", "latitude", "longitude"), merged, strict=True):
+        replaced[name] = getattr(table, name).copy()
+        replaced[name][kept] = new
+    table = dataclasses.replace(table, **replaced)
+    points, inside = interpolation(grid, table.latitude[kept], table.longitude[kept])
+    moved = points.shifted(table.variable[kept] * grid.size, grid.size * channels)
+    place = np.arange(len(table))
+    place[kept] = len(table) + np.arange(len(kept))
+    operator = concatenate([operator, moved]).select(place)
+    code = table.code.copy()
+    code[kept[~inside]] = Quality.DOMAIN
+    return Located(table.with_code(code), index, operator)
+
+
+def _numbers(time: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    """Return times as numbers, equal for equal times."""
+    if time is None:
+        return np.zeros(len(rows))
+    return (
+        time[rows].astype("M8[ns]").astype(np.int64) if time.dtype.kind == "M" else np.unique(time[rows], return_inverse=True)[1]
+    )
+
+
+def _labels(text: np.ndarray) -> np.ndarray:
+    return np.zeros(0, dtype=np.int64) if not len(text) else np.asarray(pd.factorize(text)[0])
 
 
 def _complain_if_all_outside(
-    table: Table, grid: Grid, fine: np.ndarray, inside: np.ndarray, index: np.ndarray, argument: str
+    table: Table, grid: AnyGrid, fine: np.ndarray, inside: np.ndarray, index: np.ndarray, argument: str
 ) -> None:
     n = int(fine.sum())
     if n < 5:
         return
     if (inside & fine).sum() < 0.2 * n:
-        _, swapped = bilinear(grid, table.longitude[fine], table.latitude[fine])
+        _, swapped = interpolation(grid, table.longitude[fine], table.latitude[fine])
         if swapped.sum() > 0.8 * n:
             raise ObservationError(
                 f"{int((~inside & fine).sum())} of {n} {argument} lie outside the grid, and with latitude and longitude "

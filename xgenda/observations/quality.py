@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import numbers
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 
+from xgenda.errors import OptionError, check_flag
+from xgenda.grids import EARTH_RADIUS
 from xgenda.metadata import SENTINELS, unit_factors
+from xgenda.spherical import normalised, positions, unit_vectors
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Quality(enum.IntEnum):
@@ -20,6 +30,13 @@ class Quality(enum.IntEnum):
     DOMAIN = 4
     WINDOW = 5
     BACKGROUND = 6
+    FLAGGED = 7
+    BLACKLISTED = 8
+    DUPLICATE = 9
+    THINNED = 10
+    MERGED = 11
+    BUDDY = 12
+    HEIGHT = 13
 
 
 MEANINGS: Mapping[Quality, str] = {
@@ -30,7 +47,119 @@ MEANINGS: Mapping[Quality, str] = {
     Quality.DOMAIN: "outside the grid",
     Quality.WINDOW: "outside every time window",
     Quality.BACKGROUND: "too far from the background",
+    Quality.FLAGGED: "flagged as bad by its provider",
+    Quality.BLACKLISTED: "station or platform on the blacklist",
+    Quality.DUPLICATE: "the same report as another one",
+    Quality.THINNED: "thinned: another one in its box is used",
+    Quality.MERGED: "merged into the superob of its box",
+    Quality.BUDDY: "contradicted by its neighbours",
+    Quality.HEIGHT: "station too far above or below the ground of the state",
 }
+
+#: The nearest codes of JEDI/UFO (QCflags) and of DART (quality control of the data, input and outlier).
+EQUIVALENTS: Mapping[Quality, tuple[int, int]] = {
+    Quality.USED: (0, 0),
+    Quality.PASSIVE: (1, 1),
+    Quality.MISSING: (10, 4),
+    Quality.BOUNDS: (12, 6),
+    Quality.DOMAIN: (13, 5),
+    Quality.WINDOW: (13, 5),
+    Quality.BACKGROUND: (19, 7),
+    Quality.FLAGGED: (11, 6),
+    Quality.BLACKLISTED: (14, 5),
+    Quality.DUPLICATE: (16, 5),
+    Quality.THINNED: (16, 5),
+    Quality.MERGED: (16, 5),
+    Quality.BUDDY: (22, 6),
+    Quality.HEIGHT: (13, 5),
+}
+
+#: Values of a provider's flag that are good, by convention.
+GOOD_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "argo": ("1", "2"),
+    "ncep": ("0", "1", "2", "3"),
+    "madis": ("V", "S", "C", "G", "Z"),
+    "xgenda": ("0",),
+}
+FEWEST_BUDDIES, MOST_BUDDIES = 2, 15
+SUSPECT = 2.0  # standard deviations from the background beyond which neighbours are asked
+
+
+@dataclass(frozen=True)
+class QualityControl:
+    """Which checks observations pass before they are used, beside the background check.
+
+    Parameters
+    ----------
+    flags
+        How to read a provider's flags, the column ``flag`` (or ``<name>_flag``, ``<name>_qc``): 'argo', 'ncep', 'madis', or the values that
+        are good. None ignores such columns; without one it means nothing.
+    bounds
+        Lowest and highest value by variable, in the units of the state; beyond those known for its CF standard name.
+    blacklist
+        Stations or platforms that are not used.
+    duplicates
+        Whether of equal reports (one variable, place and time, and one station or value) only one is used.
+    thin
+        Side of a box in metres in which only the observation with the smallest error is used, by variable and time.
+    superob
+        Side of a box in metres whose observations are merged into their weighted mean, with the error of a mean but not below
+        `floor` times the smallest of theirs.
+    floor
+        See `superob`.
+    buddy
+        Reject observations that lie further than this many standard deviations from what their neighbours let expect (and more
+        than two from the background). None turns it off.
+    buddy_radius
+        How far neighbours are looked for, in metres.
+    height_difference
+        Largest difference in metres between a station's height and the ground of the state, where both are known.
+
+    Notes
+    -----
+    The buddy check is that of optimal interpolation (Lorenc 1981, Mon. Weather Rev. 109, 701-721, section 4): each suspect is
+    predicted from up to 15 neighbours with background errors correlated as exp(-distance / buddy_radius), and the worst
+    are removed first, so that the order of the reports does not matter.
+    """
+
+    flags: str | Sequence[Any] | None = None
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    blacklist: Collection[str] = ()
+    duplicates: bool = True
+    thin: float | None = None
+    superob: float | None = None
+    floor: float = 0.5
+    buddy: float | None = 4.0
+    buddy_radius: float = 100e3
+    height_difference: float | None = 500.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        if isinstance(self.flags, str) and self.flags not in GOOD_FLAGS:
+            raise OptionError(
+                f"quality: flags={self.flags!r} is not accepted; choose one of {', '.join(map(repr, GOOD_FLAGS))}, or give the good values: "
+                f"flags=(1, 2)"
+            )
+        check_flag("quality: duplicates", self.duplicates)
+        for name in ("thin", "superob", "buddy", "buddy_radius", "height_difference", "floor"):
+            value = getattr(self, name)
+            optional = name not in ("buddy_radius", "floor")
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < np.inf:
+                raise OptionError(
+                    f"quality: {name}={value!r} is not accepted; give a positive number{' or None' if optional else ''}."
+                )
+        if self.thin is not None and self.superob is not None:
+            raise OptionError("quality: thin and superob exclude each other; leave one out.")
+        if isinstance(self.blacklist, str):
+            raise OptionError(
+                f"quality: blacklist={self.blacklist!r} is one text; give a collection: blacklist=[{self.blacklist!r}]"
+            )
+        for name, pair in self.bounds.items():
+            if np.shape(pair) != (2,) or not float(pair[0]) < float(pair[1]):
+                raise OptionError(f"quality: bounds[{name!r}]={pair!r} is not accepted; give (lowest, highest).")
+
 
 #: Gross bounds by CF standard name: lower, upper, units.
 BOUNDS: Mapping[str, tuple[float, float, str]] = {
@@ -73,6 +202,145 @@ def background_check(
     return np.asarray(departure > threshold * np.sqrt(error**2 + background_error**2))
 
 
+def flagged(flags: np.ndarray, good: str | Sequence[Any]) -> np.ndarray:
+    """Return True where a provider's flag is not among the good ones; bytes, text and numbers are compared as text."""
+    accepted = set(GOOD_FLAGS[good]) if isinstance(good, str) else {_as_text(g) for g in good}
+    kinds, place = np.unique(np.array([_as_text(f) for f in flags.ravel()], dtype=object).astype(str), return_inverse=True)
+    return np.asarray(~np.array([k in accepted for k in kinds], dtype=bool)[place])
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("ascii", "replace").strip()
+    if isinstance(value, (int, float, np.integer, np.floating)) and np.isfinite(value) and float(value).is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def first_of_each(keys: Sequence[np.ndarray], rank: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Group rows with equal `keys`; return the row of each group that is first by `rank`, and the group of each row.
+
+    Parameters
+    ----------
+    keys
+        Columns that are equal within a group, shape (n,) each.
+    rank
+        Columns that decide, the most important first.
+    """
+    order = np.lexsort((*reversed(rank), *reversed(keys)))
+    starts = np.zeros(len(order), dtype=bool)
+    starts[:1] = True
+    for key in keys:
+        ordered = key[order]
+        starts[1:] |= ordered[1:] != ordered[:-1]
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = np.cumsum(starts) - 1
+    return order[starts], group
+
+
+def boxes(latitude: np.ndarray, longitude: np.ndarray, side: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return row and column of boxes of about `side` by `side` metres: rows of equal height, columns as many as fit around each."""
+    height = np.degrees(side / EARTH_RADIUS)
+    row = np.floor((latitude + 90.0) / height).astype(np.int64)
+    middle = np.clip((row + 0.5) * height - 90.0, -90.0, 90.0)
+    around = np.maximum(1, np.floor(360.0 * np.cos(np.radians(middle)) / height)).astype(np.int64)
+    column = np.floor((longitude % 360.0) / 360.0 * around).astype(np.int64) % around
+    return row, column
+
+
+def superob(
+    value: np.ndarray, error: np.ndarray, latitude: np.ndarray, longitude: np.ndarray, group: np.ndarray, floor: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return weighted mean, its error, latitude and longitude of each group; errors not below `floor` times the smallest."""
+    count = int(group.max(initial=-1)) + 1
+    weight = error**-2.0
+    total = np.bincount(group, weight, count)
+    mean = np.bincount(group, weight * value, count) / total
+    smallest = np.full(count, np.inf)
+    np.minimum.at(smallest, group, error)
+    vectors = unit_vectors(latitude, longitude) * weight[:, None]
+    centre = np.stack([np.bincount(group, vectors[:, k], count) for k in range(3)], -1)
+    phi, lam = positions(normalised(centre))
+    return mean, np.maximum(total**-0.5, floor * smallest), phi, lam
+
+
+def buddy_check(
+    latitude: np.ndarray,
+    longitude: np.ndarray,
+    departure: np.ndarray,
+    error: np.ndarray,
+    background_error: np.ndarray,
+    threshold: float,
+    radius: float,
+) -> np.ndarray:
+    """Return True where observations of one variable and time are contradicted by their neighbours; see `QualityControl`."""
+    bad = np.zeros(len(departure), dtype=bool)
+    total = np.sqrt(error**2 + background_error**2)
+    suspects = np.flatnonzero(np.abs(departure) > SUSPECT * total)
+    if not len(suspects):
+        return bad
+    places = unit_vectors(latitude, longitude)
+    tree, reach = cKDTree(places), 2 * np.sin(min(radius / EARTH_RADIUS, np.pi) / 2)
+    k = min(MOST_BUDDIES + 1, len(departure))
+    distance, near = tree.query(places[suspects], k=k, distance_upper_bound=reach)
+    distance, near = distance.reshape(len(suspects), k), near.reshape(len(suspects), k)
+    there = np.isfinite(distance) & (near != suspects[:, None])
+    near = np.where(there, near, 0)
+    apart = np.linalg.norm(places[near][:, :, None] - places[near][:, None], axis=-1) * EARTH_RADIUS / radius
+    both = background_error[near][:, :, None] * background_error[near][:, None] * np.exp(-apart)
+    cross = (
+        background_error[suspects, None]
+        * background_error[near]
+        * np.exp(-np.where(there, distance, 0.0) * EARTH_RADIUS / radius)
+    )
+    while True:
+        alive = there & ~bad[near]
+        inner = (
+            np.where(alive[:, :, None] & alive[:, None], both, 0.0)
+            + np.eye(k) * np.where(alive, error[near] ** 2, 1.0)[:, :, None]
+        )
+        c = np.where(alive, cross, 0.0)
+        solved = np.linalg.solve(inner, np.stack([c, np.where(alive, departure[near], 0.0)], -1))
+        expected = (c * solved[:, :, 1]).sum(1)
+        left = np.maximum(total[suspects] ** 2 - (c * solved[:, :, 0]).sum(1), 1e-12 * total[suspects] ** 2)
+        judged = ~bad[suspects] & (alive.sum(1) >= FEWEST_BUDDIES)
+        surprise = np.where(judged, np.abs(departure[suspects] - expected) / np.sqrt(left), 0.0)
+        if surprise.max() <= threshold:
+            return bad
+        worst = np.zeros(len(departure))
+        worst[suspects] = surprise
+        around = np.where(alive, worst[near], 0.0).max(1)
+        remove = (surprise > threshold) & (surprise >= around)
+        bad[suspects[remove]] = True
+
+
+def quality_report(departures: Any) -> pd.DataFrame:
+    """Return how many observations got each code, by variable and platform.
+
+    Parameters
+    ----------
+    departures
+        What `xgenda.innovations` returns.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per variable (and platform, where known), one column per code that occurs, and ``total``; prints as text and HTML.
+    """
+    import pandas as pd
+
+    code = np.asarray(departures["quality_code"].values)
+    names = np.array([q.name.lower() for q in Quality])[code]
+    by = {"variable": departures["variable"].values}
+    if "platform" in departures.coords:
+        by["platform"] = departures["platform"].values.astype(str)
+    table = pd.crosstab([pd.Series(v, name=k) for k, v in by.items()], pd.Series(names, name="code"))
+    table = table[[q.name.lower() for q in Quality if q.name.lower() in table.columns]]
+    table["total"] = table.sum(axis=1)
+    return table
+
+
 def count_codes(codes: np.ndarray) -> dict[str, int]:
-    """Return the number of observations per code, by name, in the order of the checks; they add up to the whole."""
-    return {q.name.lower(): int(np.count_nonzero(codes == q)) for q in Quality}
+    """Return the number of observations per code that occurs, by name, 'used' first; they add up to the whole."""
+    count = {q.name.lower(): int(np.count_nonzero(codes == q)) for q in Quality}
+    return {name: n for name, n in count.items() if n or name == "used"}
