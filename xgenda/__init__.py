@@ -17,7 +17,8 @@ from xgenda import accessor as _accessor  # registers .genda
 
 if TYPE_CHECKING:
     from xgenda import errors, tutorial
-    from xgenda.assimilation import assimilate, innovations
+    from xgenda.assimilation import assimilate
+    from xgenda.departures import innovation_statistics, innovations
     from xgenda.downscaling import downscale
     from xgenda.models.gaussian import gaussian_prior
     from xgenda.models.generative import GenerativeModel
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 #: Public name -> module that defines it.
 _WHERE = {
     "assimilate": "xgenda.assimilation",
-    "innovations": "xgenda.assimilation",
+    "innovations": "xgenda.departures",
+    "innovation_statistics": "xgenda.departures",
     "downscale": "xgenda.downscaling",
     "train": "xgenda.training.loop",
     "verify": "xgenda.verification",
@@ -55,6 +57,7 @@ __all__ = [
     "downscale",
     "errors",
     "gaussian_prior",
+    "innovation_statistics",
     "innovations",
     "list_models",
     "load_model",

@@ -71,13 +71,14 @@ class GendaAccessor:
         background_check: float | str | None = "auto",
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
+        analysis: xr.Dataset | None = None,
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""
-        from xgenda.assimilation import innovations
+        from xgenda.departures import innovations
 
         return innovations(
             self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
-            representativeness=representativeness,
+            representativeness=representativeness, analysis=analysis,
         )  # fmt: skip
 
     def downscale(

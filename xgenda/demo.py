@@ -18,7 +18,8 @@ import pandas as pd
 import xarray as xr
 
 from xgenda import tutorial
-from xgenda.assimilation import assimilate, innovations
+from xgenda.assimilation import assimilate
+from xgenda.departures import innovations
 from xgenda.downscaling import downscale
 from xgenda.errors import OptionError, OutputExistsError, check_count, missing_dependency
 from xgenda.grids import Grid, Orientation, grid_of

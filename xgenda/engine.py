@@ -116,22 +116,26 @@ def _recheck(job: Job, request: Request, index: np.ndarray) -> Located:
     assert job.located is not None
     located = job.located.between(int(index[0]), int(index[0]) + len(index))
     mean, deviation = job.handle.load().prior_moments(request)
-    return located.with_code(
-        background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold, job.quality)
-    )
+    code, _, _ = background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold, job.quality)
+    return located.with_code(code)
 
 
 def background_codes(
     located: Located, mean: np.ndarray, deviation: np.ndarray, threshold: float | None, quality: QualityControl
-) -> np.ndarray:
-    """Return quality codes after the background and buddy checks; `mean` and `deviation` are (t, channels * cells)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return quality codes after the background and buddy checks, and what the prior says of each observation and how surely.
+
+    `mean` and `deviation` are (t, channels * cells).
+    """
     code = located.table.code.copy()
+    prior, deviations = np.full(len(code), np.nan), np.full(len(code), np.nan)
     fine = code <= Quality.PASSIVE
     for t in np.unique(located.time_index[fine]):
         rows = np.flatnonzero(fine & (located.time_index == t))
         operator = located.operator.select(rows)
         sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
         value, expected, spread = located.table.value[rows], operator(mean[t]), operator(deviation[t])
+        prior[rows], deviations[rows] = expected, spread
         if threshold is not None:
             code[rows[background_check(value, sigma, expected, spread, threshold)]] = Quality.BACKGROUND
         if quality.buddy is None:
@@ -143,7 +147,7 @@ def background_codes(
                 spread[among], float(quality.buddy), float(quality.buddy_radius),
             )  # fmt: skip
             code[rows[among[bad]]] = Quality.BUDDY
-    return code
+    return code, prior, deviations
 
 
 def _request(

@@ -25,7 +25,7 @@ Observations = xr.Dataset | xr.DataArray | pd.DataFrame | list[Any] | None
 ErrorLike = float | Mapping[str, Any] | Sequence[Any] | None
 
 #: Columns that say where an observation comes from, by what they say; the first that is there counts.
-STATION_NAMES = ("station_id", "station", "station_name", "wigos_id", "wmo_id", "stid", "RPT")
+STATION_NAMES = ("station_id", "station", "station_name", "wigos_id", "wmo_id", "stid", "RPT", "id")
 PLATFORM_NAMES = ("platform", "platform_type", "platform_id", "platform_code", "type", "instrument", "satellite")
 HEIGHT_NAMES = (
     "height",

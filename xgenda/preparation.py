@@ -1,0 +1,272 @@
+"""What `assimilate` and `innovations` do before anything is computed: check the input, match variables, place the observations."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from xgenda import chunking, engine, metadata
+from xgenda.devices import handle_of
+from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choice
+from xgenda.grids import Grid, Orientation, grid_of
+from xgenda.metadata import Layout
+from xgenda.models.generative import GenerativeModel
+from xgenda.models.loading import choose_model
+from xgenda.observations.containers import ErrorLike, Observations, Wanted
+from xgenda.observations.operators import Located, locate_observations
+from xgenda.observations.quality import Quality, QualityControl
+from xgenda.scaling import cycle_basis
+
+#: Threshold of the background check where the prior is centred on a background, and where it is a climatology.
+BACKGROUND_THRESHOLD = 3.0
+CLIMATE_THRESHOLD = 10.0
+
+#: Above this part of the observations rejected, or this mean squared departure over its expectation, a user is told.
+REJECTED, LARGE_CHI2, MANY = 0.2, 4.0, 10
+
+ModelLike = GenerativeModel | str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The checked input of one call.
+
+    Attributes
+    ----------
+    ds, layout, time, grid, orientation
+        The fields: names of their coordinates, name of the time dimension (None for one time), grid in model order.
+    model
+        The model, or None where none is needed.
+    wanted, variables, arrays, factors
+        Per variable: what observations must know, the user's name, the field, and scale and offset to the units of the model.
+    labels
+        Of the times.
+    located
+        Observations, or None where there are none.
+    threshold, quality
+        Of the background check, and all others.
+    """
+
+    ds: xr.Dataset
+    layout: Layout
+    time: str | None
+    grid: Grid
+    orientation: Orientation
+    model: Any
+    wanted: list[Wanted]
+    variables: dict[str, str]
+    arrays: list[xr.DataArray]
+    factors: tuple[tuple[float, float], ...]
+    labels: np.ndarray
+    located: Located | None
+    threshold: float | None
+    quality: QualityControl
+
+    def job(self, members: tuple[int, ...], seed: int, options: Any, device: str, progress: bool | None) -> engine.Job:
+        """Return what the engine needs for these members and options."""
+        spec = self.model.spec
+        time = self.ds[self.layout.time] if self.layout.time is not None else None
+        cycle = "none" if spec.scaling is None else spec.scaling.cycle
+        return engine.Job(
+            handle=handle_of(self.model), grid=self.grid, orientation=self.orientation, factors=self.factors,
+            names=tuple(self.variables.values()), labels=self.labels, basis=cycle_basis(time, cycle, len(self.labels)),
+            located=self.located, threshold=self.threshold, quality=self.quality, members=members, seed=seed, options=options, device=device,
+            output=self.orientation, check=spec.needs_background, progress=progress, threads=None,
+        )  # fmt: skip
+
+
+def at_time(job: engine.Job, t: int) -> engine.Job:
+    """Return the job of one of its times, without observations."""
+    return dataclasses.replace(job, labels=job.labels[t : t + 1], basis=job.basis[t : t + 1], located=None)
+
+
+def prepare(
+    ds: xr.Dataset,
+    obs: Observations,
+    model: ModelLike,
+    error: ErrorLike,
+    window: Any,
+    check: float | str | None,
+    quality: QualityControl | None,
+    representativeness: float | Mapping[str, float] | None,
+    *,
+    any_model: bool = True,
+) -> Prepared:
+    """Check the input of a call, match variables and place the observations.
+
+    Raises
+    ------
+    ObservationError, OptionError, GridError, CoordinateError, ChunkingError, ModelNotFoundError, UnitsError
+        With the line to type.
+    """
+    layout = metadata.find_layout(ds)
+    if layout.member is not None and ds.sizes[layout.member] > 0:
+        raise OptionError(
+            f"ds has the ensemble dimension {layout.member!r}, and one background is needed. Type ds.mean({layout.member!r}), and for "
+            f"the ensemble as prior: model=xgenda.gaussian_prior(ds)"
+        )
+    grid, orientation = grid_of(ds, layout)
+    time = layout.time if layout.time in ds.dims else None
+    if time is not None and ds.sizes[time] == 0:
+        raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
+    chosen = choose_model(model, ds, layout, grid, task="prior") if any_model or model is not None else None
+    if chosen is not None:
+        if chosen.spec.task != "prior":
+            raise ModelNotFoundError(
+                f"model={chosen.spec.name!r} is for {chosen.spec.task!r}; type ds.genda.{chosen.spec.task}(model=...)"
+            )
+        check_grid(chosen, grid)
+        wanted = [Wanted(v.name, v.standard_name, v.units) for v in chosen.spec.variables]
+    else:
+        wanted = [
+            Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in metadata.data_variables(ds, layout)
+        ]
+    variables = {w.name: metadata.match_variable(ds, w.name, w.standard_name) for w in wanted}
+    wanted = [dataclasses.replace(w, given_units=ds[variables[w.name]].attrs.get("units")) for w in wanted]
+    metadata.check_dims(ds, variables.values(), layout)
+    arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables.values()]
+    chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))
+    factors = tuple(metadata.unit_factors_of(ds[n], w.units) for n, w in zip(variables.values(), wanted, strict=True))
+    times = ds[layout.time] if layout.time is not None else None
+    labels = metadata.time_labels(times)
+    metadata.check_unique_times(labels)
+    located = None
+    # the result, and so the message, speak of the user's variable; the table of the model's
+    renamed = _rename_back(obs, variables)
+    control = check_quality(quality)
+    located = locate_observations(
+        renamed, wanted, grid, times, error=_rename_error(error, variables), window=window, quality=control,
+        representativeness=_renamed(representativeness, variables), ground=_ground(ds, layout, orientation),
+    )  # fmt: skip
+    threshold = _threshold(check, chosen)
+    return Prepared(ds, layout, time, grid, orientation, chosen, wanted, variables, arrays, factors, labels,
+                  located if len(located.table) else None, threshold, control)  # fmt: skip
+
+
+def check_trajectory(setup: Prepared) -> None:
+    """Refuse what a model of windows cannot solve together."""
+    options = setup.model.spec.options
+    window = int(options.get("window", 1))
+    if window == 1:
+        return
+    name, count = setup.model.spec.name, len(setup.labels)
+    if setup.time is None or count < window:
+        raise GridError(
+            f"model={name!r} is of windows of {window} consecutive times, and ds has {count}; give at least {window}."
+        )
+    steps = metadata.seconds_between(setup.ds[setup.time].values)
+    if abs(steps - options["spacing"]).max() > 0.01 * options["spacing"]:
+        raise GridError(
+            f"model={name!r} is of states {options['spacing']:g} seconds apart, and those of ds are {steps.min():g} to {steps.max():g} "
+            f"seconds apart. Select such times, in order: ds.sel({setup.time}=...)"
+        )
+    chunking.check_core_chunks(setup.arrays, (setup.time,))
+
+
+def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
+    """Let observations use the names of `ds` as well as those of the model."""
+    names = {theirs: ours for ours, theirs in variables.items() if theirs != ours}
+    if not names:
+        return obs
+    if isinstance(obs, (list, tuple)):
+        return [_rename_back(o, variables) for o in obs]
+    if isinstance(obs, xr.DataArray) and obs.name is not None:
+        obs = obs.to_dataset()
+    if isinstance(obs, xr.Dataset):
+        both = {o: n for o, n in names.items() if o in obs.data_vars and n not in obs.data_vars}
+        return obs.rename({**both, **{f"{o}_error": f"{n}_error" for o, n in both.items() if f"{o}_error" in obs}})
+    if isinstance(obs, pd.DataFrame):
+        both = {o: n for o, n in names.items() if o in obs.columns and n not in obs.columns}
+        return obs.rename(columns={**both, **{f"{o}_error": f"{n}_error" for o, n in both.items()}})
+    return obs
+
+
+def _rename_error(error: ErrorLike, variables: dict[str, str]) -> ErrorLike:
+    if isinstance(error, (list, tuple)):
+        return [_rename_error(e, variables) for e in error]
+    renamed: ErrorLike = _renamed(error, variables)
+    return renamed
+
+
+def _renamed(given: Any, variables: dict[str, str]) -> Any:
+    """Let a mapping use the names of `ds`."""
+    if not isinstance(given, Mapping):
+        return given
+    names = {theirs: ours for ours, theirs in variables.items()}
+    return {names.get(str(k), str(k)): v for k, v in given.items()}
+
+
+def check_quality(quality: QualityControl | None) -> QualityControl:
+    """Return the checks, the defaults for None."""
+    if quality is not None and not isinstance(quality, QualityControl):
+        raise OptionError(
+            f"quality={quality!r} is not accepted; give for example quality=xgenda.QualityControl(thin=50e3, blacklist=['08181'])"
+        )
+    return quality or QualityControl()
+
+
+def _ground(ds: xr.Dataset, layout: Layout, orientation: Orientation) -> np.ndarray | None:
+    """Return the height of the ground in metres, flat in model order, where `ds` has it."""
+    for name, array in ds.variables.items():
+        horizontal = {layout.latitude, layout.longitude}
+        if array.attrs.get("standard_name") == "surface_altitude" and set(array.dims) == horizontal:
+            values = ds[name].transpose(layout.latitude, layout.longitude).values.astype(float)
+            return orientation.to_model(values * metadata.unit_factors_of(ds[name], "m")[0]).ravel()
+    return None
+
+
+def _threshold(check: float | str | None, model: GenerativeModel | None) -> float | None:
+    if check is None or model is None:
+        return None
+    if isinstance(check, str):
+        check_choice("background_check", check, ("auto",))
+        return BACKGROUND_THRESHOLD if model.spec.needs_background else CLIMATE_THRESHOLD
+    if isinstance(check, bool) or not isinstance(check, numbers.Real) or not np.isfinite(check) or check <= 0:
+        raise OptionError(f"background_check={check!r} is not accepted; give a positive number, 'auto' or None.")
+    return float(check)
+
+
+def check_grid(model: GenerativeModel, grid: Grid) -> None:
+    """Refuse a grid that is not the model's."""
+    expected = model.spec.grid
+    if expected is not None and not expected.same_as(grid):
+        raise GridError(
+            f"model={model.spec.name!r} works on the grid {expected.describe()}; ds has {grid.describe()}. "
+            f"Interpolate: ds.interp(latitude=model.spec.grid.latitude, longitude=model.spec.grid.longitude)"
+        )
+
+
+def departure_chi2(departure: np.ndarray, error: np.ndarray, spread: np.ndarray, code: np.ndarray) -> float | None:
+    """Return the mean of (O - B)^2 / (s_o^2 + s_b^2) over what is used, 1 where the errors are right; None where nothing is."""
+    used = (code == Quality.USED) & np.isfinite(departure)
+    if not used.any():
+        return None
+    return float(np.mean(departure[used] ** 2 / (error[used] ** 2 + spread[used] ** 2)))
+
+
+def warn_of_departures(code: np.ndarray, chi2: float | None) -> None:
+    """Warn where observations and prior disagree more than their errors allow: other units, another datum, another place."""
+    judged = np.isin(code, (Quality.USED, Quality.BACKGROUND, Quality.BUDDY)).sum()
+    rejected = int(judged - (code == Quality.USED).sum())
+    look = "See xgenda.innovations(ds, obs, ...)."
+    if judged >= MANY and rejected > REJECTED * judged:
+        warnings.warn(
+            f"{rejected} of {judged} observations are too far from the background or from their neighbours and are not used. Other units, or "
+            f"another datum? {look}",
+            stacklevel=3,
+        )
+    elif chi2 is not None and judged >= MANY and chi2 > LARGE_CHI2:
+        warnings.warn(
+            f"Squared departures from the background are {chi2:.1f} times as large as their errors let expect, over {judged - rejected} "
+            f"observations. Other units, another datum, or errors that are too small? {look}",
+            stacklevel=3,
+        )
