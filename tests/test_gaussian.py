@@ -20,6 +20,7 @@ from xgenda.diffusion.covariances import (
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.models.generative import SamplingOptions
+from xgenda.observations.quality import QualityControl
 
 LATITUDE, LONGITUDE = torch.linspace(30, 60, 5), torch.linspace(-10, 25, 8)
 CELLS = 40
@@ -171,10 +172,10 @@ def point(value: float, latitude: float = 45.0, longitude: float = 1.0, **more: 
 
 def moments(background: xr.Dataset, obs: xr.Dataset, error: float = 1.0, members: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Exact posterior mean and standard deviation through the public path, from the model's closed form."""
-    from xgenda import assimilation, engine
+    from xgenda import engine, preparation
 
     prior = xgenda.gaussian_prior(background, length_scale=500e3, std=2.0)
-    setup = assimilation._setup(background, obs, prior, error, None, None)
+    setup = preparation.prepare(background, obs, prior, error, None, None, QualityControl(duplicates=False), None)
     job = setup.job((0,), 0, prior.plan(SamplingOptions()), "cpu", False)
     fields = background["t2m"].values[None]
     _, _, request = engine.moments(job, fields)

@@ -47,6 +47,7 @@ class GendaAccessor:
         background_check: float | str | None = "auto",
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
+        lapse_rate: float | Mapping[str, float] | None = None,
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -58,7 +59,7 @@ class GendaAccessor:
             self._obj, obs, model=model, error=error, members=members, seed=seed, guidance=guidance,
             guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
             steps=steps, window=window, background_check=background_check, quality=quality,
-            representativeness=representativeness, batch_size=batch_size, device=device, progress=progress,
+            representativeness=representativeness, lapse_rate=lapse_rate, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def innovations(
@@ -71,6 +72,7 @@ class GendaAccessor:
         background_check: float | str | None = "auto",
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
+        lapse_rate: float | Mapping[str, float] | None = None,
         analysis: xr.Dataset | None = None,
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""
@@ -78,7 +80,7 @@ class GendaAccessor:
 
         return innovations(
             self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
-            representativeness=representativeness, analysis=analysis,
+            representativeness=representativeness, lapse_rate=lapse_rate, analysis=analysis,
         )  # fmt: skip
 
     def downscale(
@@ -104,8 +106,16 @@ class GendaAccessor:
             schedule=schedule, steps=steps, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
-    def verify(self, truth: Any, *, error: ErrorLike = None, dims: str | list[str] | None = None) -> xr.Dataset:
+    def verify(
+        self,
+        truth: Any,
+        *,
+        error: ErrorLike = None,
+        dims: str | list[str] | None = None,
+        quality: QualityControl | None = None,
+        lapse_rate: float | Mapping[str, float] | None = None,
+    ) -> xr.Dataset:
         """Return scores of this ensemble against a truth or observations; see `xgenda.verify`."""
         from xgenda.verification import verify
 
-        return verify(self._obj, truth, error=error, dims=dims)
+        return verify(self._obj, truth, error=error, dims=dims, quality=quality, lapse_rate=lapse_rate)

@@ -37,6 +37,7 @@ def assimilate(
     background_check: float | str | None = "auto",
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -92,6 +93,9 @@ def assimilate(
         The other checks and what is thinned or merged, as a `QualityControl`; None takes its defaults.
     representativeness
         Standard deviation of what a cell of the grid cannot represent, added to `error` in quadrature: a number or a mapping per variable.
+    lapse_rate
+        Decrease per metre of height in the units of the state, a number or a mapping such as ``{"t2m": 0.0065}``: observations are taken
+        from the height of their station to that of the ground (``surface_altitude`` of `ds`), where both are known.
     batch_size
         Samples computed at once; changes time and memory only.
     device
@@ -134,7 +138,7 @@ def assimilate(
     ds = metadata.as_dataset(ds)
     member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
-    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness)
+    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate)
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
@@ -165,6 +169,7 @@ def assimilate(
         "schedule": options.schedule,
         "steps": options.steps or None,
         "background_check": "off" if setup.threshold is None else setup.threshold,
+        "lapse_rate": None if lapse_rate is None else str(lapse_rate),
         "departure_chi2": chi2,
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
     }

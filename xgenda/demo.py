@@ -26,10 +26,12 @@ from xgenda.grids import Grid, Orientation, grid_of
 from xgenda.maps import bilinear_between
 from xgenda.models.gaussian import gaussian_prior
 from xgenda.models.generative import GenerativeModel
+from xgenda.observations.quality import Quality
 from xgenda.plotting import plot_analysis
 from xgenda.verification import verify
 
 STATION_ERROR = 1.75  # K, instrument and representativeness together
+LAPSE_RATE = 0.0065  # K per metre, that of the standard atmosphere
 BACKGROUND_STD, BACKGROUND_LENGTH = 2.0, 300e3  # K and m, of the covariance function around the forecast
 POINT_ERROR = 0.5  # K, of the simulated observations
 LAST_TRAINING_YEAR, FIRST_TEST_YEAR = 2039, 2060
@@ -170,12 +172,12 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 # -- scores ---------------------------------------------------------------------------------------------------------------------
 
 
-def scores(ensemble: xr.Dataset, truth: Any, *, error: float | None = None) -> dict[str, float]:
+def scores(ensemble: xr.Dataset, truth: Any, **options: Any) -> dict[str, float]:
     """Return RMSE, bias, fair CRPS, spread/skill and chi2 of the one variable of `ensemble`.
 
     The CRPS of a single field is its mean absolute error; its spread/skill and chi2 are NaN.
     """
-    found = verify(ensemble, truth, error=error)
+    found = verify(ensemble, truth, **options)
     (name,) = found.data_vars
     return {k: float(found[name].sel(metric=k)) for k in ("rmse", "bias", "crps", "spread_skill", "chi2")}
 
@@ -210,25 +212,28 @@ def station_experiment(*, members: int = 16, seed: int = 0, folds: int = 5) -> E
     Stations that fail the background check are left out of the scores, because most such reports are wrong.
     """
     background, stations, prior = station_data()
-    departures = innovations(background, stations, model=prior, error=STATION_ERROR)
+    height: dict[str, Any] = {"error": STATION_ERROR, "lapse_rate": LAPSE_RATE}
+    departures = innovations(background, stations, model=prior, **height)
     code = departures["quality_code"].values
     good = stations.isel(obs=departures["row"].values[code == 0])
-    keyword: dict[str, Any] = {"model": prior, "error": STATION_ERROR, "members": members, "seed": seed}
+    keyword: dict[str, Any] = {"model": prior, "members": members, "seed": seed, **height}
     fold = station_folds(good.sizes["obs"], folds, seed)
     squares: dict[str, list[dict[str, float]]] = {"background": [], "analysis": []}
     for k in range(folds):
         withheld = good.isel(obs=np.flatnonzero(fold == k))
         analysis = assimilate(background, good.isel(obs=np.flatnonzero(fold != k)), **keyword)
-        squares["analysis"].append(scores(analysis, withheld, error=STATION_ERROR))
-        squares["background"].append(scores(background, withheld, error=STATION_ERROR))
+        squares["analysis"].append(scores(analysis, withheld, **height))
+        squares["background"].append(scores(background, withheld, **height))
     table = pd.DataFrame({name: _pool(rows, np.bincount(fold)) for name, rows in squares.items()}).T
     # what the prior says of the departures: the background as an ensemble of infinitely many members
     departure = departures["innovation"].values[code == 0]
     table.loc["background", "chi2"] = float((departure**2).mean()) / (BACKGROUND_STD**2 + STATION_ERROR**2)
-    rejected, missing = int((code == 6).sum()), int(np.isin(code, (2, 3, 4, 5)).sum())
+    rejected, missing = int(np.isin(code, (Quality.BACKGROUND, Quality.BUDDY)).sum()), int(np.isin(code, (2, 3, 4, 5)).sum())
+    high = int((code == Quality.HEIGHT).sum())
     title = (
         f"2 m temperature at withheld stations, 2018-11-20 12 UTC: {folds} folds of {good.sizes['obs']} stations\n"
-        f"(left out: {missing} without a usable value, {rejected} rejected by the background check)"
+        f"(left out: {missing} without a usable value, {high} more than 500 m above or below the ground of the forecast,\n"
+        f"{rejected} that disagree with the forecast or with their neighbours)"
     )
     final = assimilate(background, stations, **keyword)
     return Experiment(title, table[["rmse", "bias", "chi2"]], background, final, good)

@@ -27,6 +27,7 @@ def innovations(
     background_check: float | str | None = "auto",
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
     analysis: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """Return observation minus background (O-B) at every observation, with its quality code.
@@ -37,7 +38,7 @@ def innovations(
     ----------
     ds
         The background; read at the observed times when called.
-    obs, model, error, window, background_check, quality, representativeness
+    obs, model, error, window, background_check, quality, representativeness, lapse_rate
         As in `assimilate`. Without a `model` there is no background error, so the background and buddy checks are left out.
     analysis
         What `assimilate` returned for `ds`; its ensemble mean is compared with the observations as well.
@@ -60,7 +61,7 @@ def innovations(
     2.4
     """
     ds = metadata.as_dataset(ds)
-    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, any_model=False)
+    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, any_model=False)
     analysed = None if analysis is None else _analysed(analysis, setup)
     located = setup.located
     if located is None:

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from xgenda.errors import GridError
-from xgenda.metadata import Layout, find_layout
+from xgenda.metadata import Layout, find_layout, unit_factors_of
 from xgenda.spherical import unit_vectors
 
 EARTH_RADIUS = 6_371_229.0
@@ -241,3 +241,13 @@ def grid_of(ds: xr.Dataset, layout: Layout | None = None, argument: str = "ds") 
     else:
         unwrapped = unwrapped - 360.0 * np.floor((unwrapped[0] + 180.0 + TOLERANCE) / 360.0)
     return Grid(latitude[rows], unwrapped), Orientation(rows, columns)
+
+
+def ground_of(ds: xr.Dataset, layout: Layout, orientation: Orientation) -> np.ndarray | None:
+    """Return the height of the ground in metres, flat in model order, where `ds` has a ``surface_altitude`` on its grid."""
+    for name, array in ds.variables.items():
+        horizontal = {layout.latitude, layout.longitude}
+        if array.attrs.get("standard_name") == "surface_altitude" and set(array.dims) == horizontal:
+            values = ds[name].transpose(layout.latitude, layout.longitude).values.astype(float)
+            return orientation.to_model(values * unit_factors_of(ds[name], "m")[0]).ravel()
+    return None

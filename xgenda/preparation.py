@@ -17,7 +17,7 @@ import xarray as xr
 from xgenda import chunking, engine, metadata
 from xgenda.devices import handle_of
 from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choice
-from xgenda.grids import Grid, Orientation, grid_of
+from xgenda.grids import Grid, Orientation, grid_of, ground_of
 from xgenda.metadata import Layout
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import choose_model
@@ -98,6 +98,7 @@ def prepare(
     check: float | str | None,
     quality: QualityControl | None,
     representativeness: float | Mapping[str, float] | None,
+    lapse_rate: float | Mapping[str, float] | None = None,
     *,
     any_model: bool = True,
 ) -> Prepared:
@@ -145,7 +146,8 @@ def prepare(
     control = check_quality(quality)
     located = locate_observations(
         renamed, wanted, grid, times, error=_rename_error(error, variables), window=window, quality=control,
-        representativeness=_renamed(representativeness, variables), ground=_ground(ds, layout, orientation),
+        representativeness=_renamed(representativeness, variables), ground=ground_of(ds, layout, orientation),
+        lapse_rate=_renamed(lapse_rate, variables),
     )  # fmt: skip
     threshold = _threshold(check, chosen)
     return Prepared(ds, layout, time, grid, orientation, chosen, wanted, variables, arrays, factors, labels,
@@ -212,16 +214,6 @@ def check_quality(quality: QualityControl | None) -> QualityControl:
             f"quality={quality!r} is not accepted; give for example quality=xgenda.QualityControl(thin=50e3, blacklist=['08181'])"
         )
     return quality or QualityControl()
-
-
-def _ground(ds: xr.Dataset, layout: Layout, orientation: Orientation) -> np.ndarray | None:
-    """Return the height of the ground in metres, flat in model order, where `ds` has it."""
-    for name, array in ds.variables.items():
-        horizontal = {layout.latitude, layout.longitude}
-        if array.attrs.get("standard_name") == "surface_altitude" and set(array.dims) == horizontal:
-            values = ds[name].transpose(layout.latitude, layout.longitude).values.astype(float)
-            return orientation.to_model(values * metadata.unit_factors_of(ds[name], "m")[0]).ravel()
-    return None
 
 
 def _threshold(check: float | str | None, model: GenerativeModel | None) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,10 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import OptionError
-from xgenda.grids import grid_of
+from xgenda.grids import grid_of, ground_of
 from xgenda.observations.containers import ErrorLike, Wanted
 from xgenda.observations.operators import locate_observations
-from xgenda.observations.quality import Quality
+from xgenda.observations.quality import Quality, QualityControl
 
 #: Metric -> what to know about it; written to its attributes.
 METRICS: dict[str, dict[str, str]] = {
@@ -59,6 +59,8 @@ def verify(
     *,
     error: ErrorLike = None,
     dims: str | Sequence[str] | None = None,
+    quality: QualityControl | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
 ) -> xr.Dataset:
     """Score an ensemble (or a single field) against a truth on its grid, or against observations.
 
@@ -74,6 +76,8 @@ def verify(
         is drawn nowhere: the CRPS is that of the state.
     dims
         Dimensions to average over; all by default, weighted by cell area. For observations always all.
+    quality, lapse_rate
+        For observations, as in `xgenda.assimilate`.
 
     Returns
     -------
@@ -96,7 +100,7 @@ def verify(
         reference = metadata.as_dataset(truth, "truth")
         gridded = {layout.latitude, layout.longitude} <= set(reference.dims)
     if not gridded:
-        return _verify_at_points(ds, layout, truth, error)
+        return _verify_at_points(ds, layout, truth, error, quality, lapse_rate)
     names = [n for n in metadata.data_variables(ds, layout) if n in reference]
     if not names:
         raise OptionError(
@@ -170,12 +174,22 @@ def _finish(scores: dict[str, xr.DataArray], ds: xr.Dataset) -> xr.Dataset:
     return out
 
 
-def _verify_at_points(ds: xr.Dataset, layout: metadata.Layout, obs: Any, error: ErrorLike) -> xr.Dataset:
+def _verify_at_points(
+    ds: xr.Dataset,
+    layout: metadata.Layout,
+    obs: Any,
+    error: ErrorLike,
+    quality: QualityControl | None,
+    lapse_rate: float | Mapping[str, float] | None,
+) -> xr.Dataset:
     names = metadata.data_variables(ds, layout)
     wanted = [Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in names]
     grid, orientation = grid_of(ds, layout, "ensemble")
     times = ds[layout.time] if layout.time is not None else None
-    located = locate_observations(obs, wanted, grid, times, error=error, argument="truth").used()
+    located = locate_observations(
+        obs, wanted, grid, times, error=error, argument="truth", quality=quality,
+        lapse_rate=lapse_rate, ground=ground_of(ds, layout, orientation),
+    ).used()  # fmt: skip
     count = 1 if layout.member is None else ds.sizes[layout.member]
     seen = np.empty((count, len(located.table)))
     for t in np.unique(located.time_index):

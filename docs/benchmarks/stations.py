@@ -14,6 +14,7 @@ import xgenda
 from xgenda.demo import (
     BACKGROUND_LENGTH,
     BACKGROUND_STD,
+    LAPSE_RATE,
     STATION_ERROR,
     scores,
     show,
@@ -22,29 +23,36 @@ from xgenda.demo import (
     station_folds,
 )
 
+#: Stations far above or below the ground of the forecast are not assimilated, but they are scored.
+ANY_HEIGHT = xgenda.QualityControl(height_difference=None)
+
 
 def wider_sets(seed: int, members: int) -> dict[str, dict[str, float]]:
     """Score at more stations than the background check lets through; the analysis itself never sees those that it rejects."""
     background, stations, prior = station_data()
     usable = stations.isel(obs=np.flatnonzero(np.isfinite(stations.t2m.values)))
-    departure = xgenda.innovations(background, usable, error=STATION_ERROR).innovation.values
+    departure = xgenda.innovations(background, usable, error=STATION_ERROR, lapse_rate=LAPSE_RATE).innovation.values
     robust = 1.4826 * np.median(np.abs(departure - np.median(departure)))
     sets = {
-        "every usable report": np.full(len(departure), True),
+        "every usable report": np.isfinite(departure),
         "within 5 robust standard deviations": np.abs(departure) < 5 * robust,
     }
     fold = station_folds(len(departure), 5, seed)
     square = {name: {"background": 0.0, "analysis": 0.0, "chi2": 0.0} for name in sets}
     for k in range(5):
         seen = usable.isel(obs=np.flatnonzero(fold != k))
-        analysis = background.genda.assimilate(seen, model=prior, error=STATION_ERROR, members=members, seed=seed)
+        analysis = background.genda.assimilate(
+            seen, model=prior, error=STATION_ERROR, lapse_rate=LAPSE_RATE, members=members, seed=seed
+        )
         for name, inside in sets.items():
             withheld = usable.isel(obs=np.flatnonzero((fold == k) & inside))
             share = withheld.sizes["obs"] / inside.sum()
-            after = scores(analysis, withheld, error=STATION_ERROR)
+            after = scores(analysis, withheld, error=STATION_ERROR, lapse_rate=LAPSE_RATE, quality=ANY_HEIGHT)
             square[name]["analysis"] += after["rmse"] ** 2 * share
             square[name]["chi2"] += after["chi2"] * share
-            square[name]["background"] += scores(background, withheld, error=STATION_ERROR)["rmse"] ** 2 * share
+            square[name]["background"] += (
+                scores(background, withheld, error=STATION_ERROR, lapse_rate=LAPSE_RATE, quality=ANY_HEIGHT)["rmse"] ** 2 * share
+            )
     return {
         f"{name} ({sets[name].sum()})": {k: round(v if k == "chi2" else v**0.5, 3) for k, v in row.items()}
         for name, row in square.items()

@@ -77,6 +77,7 @@ def locate_observations(
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
     ground: np.ndarray | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
 ) -> Located:
     """Read observations, assign each to an analysis time, and build the interpolation from the state.
 
@@ -95,6 +96,9 @@ def locate_observations(
         Checks that need no background; None: the defaults.
     ground
         Height of the ground of the state in metres, flat, for the check of station heights.
+    lapse_rate
+        Decrease per metre of height, a number or a mapping per variable: observations are taken from the height of their station to that
+        of the ground, where both are known.
     """
     control = quality or QualityControl()
     table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
@@ -106,10 +110,12 @@ def locate_observations(
     code[fine & ~inside] = Quality.DOMAIN
     code[fine & inside & (index < 0)] = Quality.WINDOW
     _complain_if_all_outside(table, grid, fine, inside, index, argument)
-    if ground is not None and control.height_difference is not None:
-        apart = np.abs(table.height - points(ground)) > control.height_difference  # False where the height is not known
-        code[(code <= Quality.PASSIVE) & apart] = Quality.HEIGHT
+    above = np.full(len(table), np.nan) if ground is None else table.height - points(ground)
+    if control.height_difference is not None:
+        code[(code <= Quality.PASSIVE) & (np.abs(above) > control.height_difference)] = Quality.HEIGHT
     table = table.with_code(code)
+    if lapse_rate is not None:
+        table = _at_the_ground(table, wanted, above, lapse_rate, argument)
     operator = points.shifted(table.variable * grid.size, grid.size * len(wanted))
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
     order = np.lexsort(
@@ -117,6 +123,25 @@ def locate_observations(
     )
     table, index, operator = table.take(order), index[order], operator.select(order)
     return _reduced(table, index, operator, grid, len(wanted), control)
+
+
+def _at_the_ground(
+    table: Table, wanted: list[Wanted], above: np.ndarray, lapse_rate: float | Mapping[str, float], argument: str
+) -> Table:
+    rates = np.array(
+        [float(lapse_rate.get(w.name, 0.0)) if isinstance(lapse_rate, Mapping) else float(lapse_rate) for w in wanted]
+    )
+    known = np.isfinite(above)
+    if len(table) and not known.any():
+        raise ObservationError(
+            f"lapse_rate={lapse_rate!r} needs heights: a column 'height' in {argument}, and the height of the ground in ds, a variable with "
+            f"standard_name 'surface_altitude'."
+        )
+    if not np.isfinite(rates).all():
+        raise ObservationError(
+            f"lapse_rate={lapse_rate!r} is not accepted; give for example lapse_rate={{'t2m': 0.0065}} (K per metre)."
+        )
+    return dataclasses.replace(table, value=table.value + np.where(known, above, 0.0) * rates[table.variable])
 
 
 def _reduced(
