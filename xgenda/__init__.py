@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xgenda import accessor as _accessor  # registers .genda
 
 if TYPE_CHECKING:
-    from xgenda import errors, tutorial
+    from xgenda import errors, operators, tutorial
     from xgenda.assimilation import assimilate
     from xgenda.departures import innovation_statistics, innovations
     from xgenda.downscaling import downscale
@@ -46,7 +46,7 @@ _WHERE = {
     "regrid": "xgenda.regridding",
     "Regridder": "xgenda.regridding",
 }
-_MODULES = ("errors", "tutorial", "plotting")
+_MODULES = ("errors", "operators", "plotting", "tutorial")
 
 __all__ = [
     "GenerativeModel",
@@ -61,6 +61,7 @@ __all__ = [
     "innovations",
     "list_models",
     "load_model",
+    "operators",
     "quality_report",
     "regrid",
     "train",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
     from xgenda.observations.quality import QualityControl
+    from xgenda.operators import Operator
 
     ModelLike: TypeAlias = GenerativeModel | str | os.PathLike[str] | None
 
@@ -48,6 +49,7 @@ class GendaAccessor:
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
+        operators: Mapping[str, Operator] | None = None,
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -59,7 +61,8 @@ class GendaAccessor:
             self._obj, obs, model=model, error=error, members=members, seed=seed, guidance=guidance,
             guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
             steps=steps, window=window, background_check=background_check, quality=quality,
-            representativeness=representativeness, lapse_rate=lapse_rate, batch_size=batch_size, device=device, progress=progress,
+            representativeness=representativeness, lapse_rate=lapse_rate,
+            operators=operators, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def innovations(
@@ -73,6 +76,7 @@ class GendaAccessor:
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
+        operators: Mapping[str, Operator] | None = None,
         analysis: xr.Dataset | None = None,
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""
@@ -80,7 +84,7 @@ class GendaAccessor:
 
         return innovations(
             self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
-            representativeness=representativeness, lapse_rate=lapse_rate, analysis=analysis,
+            representativeness=representativeness, lapse_rate=lapse_rate, operators=operators, analysis=analysis,
         )  # fmt: skip
 
     def downscale(

@@ -15,6 +15,7 @@ from xgenda.devices import resolve_device
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
+from xgenda.operators import Operator
 from xgenda.preparation import ModelLike, Prepared, check_trajectory, departure_chi2, prepare, warn_of_departures
 
 
@@ -38,6 +39,7 @@ def assimilate(
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
+    operators: Mapping[str, Operator] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -96,6 +98,9 @@ def assimilate(
     lapse_rate
         Decrease per metre of height in the units of the state, a number or a mapping such as ``{"t2m": 0.0065}``: observations are taken
         from the height of their station to that of the ground (``surface_altitude`` of `ds`), where both are known.
+    operators
+        Observed quantities that are functions of the state, by their name in `obs`: see `xgenda.operators`, for example
+        ``{"wind_speed": xgenda.operators.wind_speed("u", "v")}``. For diffusion models.
     batch_size
         Samples computed at once; changes time and memory only.
     device
@@ -138,11 +143,11 @@ def assimilate(
     ds = metadata.as_dataset(ds)
     member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
-    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate)
+    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators)
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
-    options = setup.model.plan(asked)
+    options = setup.model.plan(asked, linear=setup.linear)
     check_trajectory(setup)
     job = setup.job(member_numbers, drawn_seed, options, device, progress)
     if setup.located is None or not (setup.located.table.code == Quality.USED).any():
@@ -193,7 +198,7 @@ def _final_codes(setup: Prepared, job: engine.Job) -> tuple[np.ndarray, float | 
     ]
     mean, deviation, _ = engine.moments(job, *(f if setup.time else f[None] for f in fields))
     checked, expected, spread = engine.background_codes(
-        located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), setup.threshold, setup.quality
+        located, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
     )
     return checked, departure_chi2(located.table.value - expected, located.table.error, spread, checked)
 

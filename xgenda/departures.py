@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from xgenda import engine, metadata
@@ -14,6 +15,7 @@ from xgenda.errors import OptionError
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
+from xgenda.operators import Operator, extended
 from xgenda.preparation import ModelLike, Prepared, at_time, departure_chi2, prepare
 
 
@@ -28,6 +30,7 @@ def innovations(
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
+    operators: Mapping[str, Operator] | None = None,
     analysis: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """Return observation minus background (O-B) at every observation, with its quality code.
@@ -38,7 +41,7 @@ def innovations(
     ----------
     ds
         The background; read at the observed times when called.
-    obs, model, error, window, background_check, quality, representativeness, lapse_rate
+    obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators
         As in `assimilate`. Without a `model` there is no background error, so the background and buddy checks are left out.
     analysis
         What `assimilate` returned for `ds`; its ensemble mean is compared with the observations as well.
@@ -61,11 +64,13 @@ def innovations(
     2.4
     """
     ds = metadata.as_dataset(ds)
-    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, any_model=False)
+    setup = prepare(
+        ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, any_model=False
+    )
     analysed = None if analysis is None else _analysed(analysis, setup)
     located = setup.located
     if located is None:
-        located = locate_observations(None, setup.wanted, setup.grid, None)
+        located = locate_observations(None, setup.observable, setup.grid, None)
     size = len(located.table)
     background, spread, seen = (np.full(size, np.nan) for _ in range(3))
     code = located.table.code.copy()
@@ -82,12 +87,12 @@ def innovations(
             mean, deviation, _ = engine.moments(job, *(f[None] for f in fields))
             now = located.at(int(t))
             code[rows], _, spread[rows] = engine.background_codes(
-                Located(now.table, np.zeros(len(rows), dtype=np.int64), now.operator), mean.flatten(1).numpy(),
-                deviation.flatten(1).numpy(), setup.threshold, setup.quality,
+                Located(now.table, np.zeros(len(rows), dtype=np.int64), now.operator),
+                *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality,
             )  # fmt: skip
     order = np.lexsort((located.table.row, located.table.variable, located.table.source))
     table = located.table
-    names = np.array([w.name for w in setup.wanted])
+    names = np.array([w.name for w in setup.observable])
     data = {
         "value": table.value, "error": table.error, "background": background, "innovation": table.value - background,
     }  # fmt: skip
@@ -95,7 +100,7 @@ def innovations(
         data["background_error"] = spread
     if analysed is not None:
         data["analysis"], data["residual"] = seen, table.value - seen
-    units = {w.units for w in setup.wanted}
+    units = {setup.observable[v].units for v in np.unique(table.variable)}
     attrs = {"units": units.pop()} if len(units) == 1 and None not in units else {}
     out = xr.Dataset({k: ("obs", v[order], attrs) for k, v in data.items()})
     out["innovation"].attrs["long_name"] = "observation minus background (O-B)"
@@ -136,7 +141,8 @@ def _field(array: xr.DataArray, setup: Prepared, t: int) -> np.ndarray:
 def _state(fields: list[np.ndarray], setup: Prepared) -> np.ndarray:
     """Return the flat state in model order and units."""
     scaled = [setup.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
-    return np.stack(scaled).ravel()
+    wide: np.ndarray = extended(torch.as_tensor(np.stack(scaled)), setup.operators).numpy().ravel()
+    return wide
 
 
 def _analysed(analysis: xr.Dataset, setup: Prepared) -> list[xr.DataArray]:

@@ -125,7 +125,7 @@ def downscale(
     job = engine.Job(
         handle=handle_of(chosen), grid=grid, orientation=orientation, factors=factors, names=tuple(variables), labels=labels,
         basis=cycle_basis(times, "none" if spec.scaling is None else spec.scaling.cycle, len(labels)), located=None, threshold=None,
-        quality=QualityControl(),
+        quality=QualityControl(), operators=(),
         members=numbers, seed=drawn_seed, options=options, device=device, output=fine, check=True, progress=progress, threads=None,
     )  # fmt: skip
     values = engine.lay(job, arrays, layout, time, spec.grid.shape)

@@ -23,6 +23,7 @@ from xgenda.grids import Grid, Orientation
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
+from xgenda.operators import Operator, extended, extended_deviation
 
 IMPLAUSIBLE = 20.0  # standard deviations from the training climate: surely other units or a fill value
 
@@ -49,6 +50,8 @@ class Job:
         Of the background check, or None.
     quality
         For the buddy check.
+    operators
+        See `Request`.
     members, seed, options, device
         See `Request`.
     output
@@ -65,6 +68,7 @@ class Job:
     located: Located | None
     threshold: float | None
     quality: QualityControl
+    operators: tuple[tuple[Operator, tuple[int, ...]], ...]
     members: tuple[int, ...]
     seed: int
     options: SamplingOptions
@@ -116,8 +120,15 @@ def _recheck(job: Job, request: Request, index: np.ndarray) -> Located:
     assert job.located is not None
     located = job.located.between(int(index[0]), int(index[0]) + len(index))
     mean, deviation = job.handle.load().prior_moments(request)
-    code, _, _ = background_codes(located, mean.flatten(1).numpy(), deviation.flatten(1).numpy(), job.threshold, job.quality)
+    code, _, _ = background_codes(located, *in_observation_space(job, mean, deviation), job.threshold, job.quality)
     return located.with_code(code)
+
+
+def in_observation_space(job: Job, mean: torch.Tensor, deviation: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return moments (t, channels, cells) with those of the operators after them, flat, (t, (channels + operators) * cells)."""
+    shaped = [m.reshape(*m.shape[:2], *job.grid.shape) for m in (mean, deviation)]
+    wide = extended(shaped[0], job.operators), extended_deviation(shaped[0], shaped[1], job.operators)
+    return wide[0].flatten(1).numpy(), wide[1].flatten(1).numpy()
 
 
 def background_codes(
@@ -171,7 +182,7 @@ def _request(
     located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
     return Request(
         job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(located, len(index)),
-        [str(job.labels[i]) for i in index], job.members, job.seed, job.options, device, advance,
+        [str(job.labels[i]) for i in index], job.members, job.seed, job.options, device, advance, job.operators,
     )  # fmt: skip
 
 

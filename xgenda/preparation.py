@@ -24,6 +24,7 @@ from xgenda.models.loading import choose_model
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
+from xgenda.operators import Operator
 from xgenda.scaling import cycle_basis
 
 #: Threshold of the background check where the prior is centred on a background, and where it is a climatology.
@@ -54,6 +55,8 @@ class Prepared:
         Observations, or None where there are none.
     threshold, quality
         Of the background check, and all others.
+    operators, observable
+        Operators with the channels that they take; what may be observed: `wanted` and what the operators make.
     """
 
     ds: xr.Dataset
@@ -70,6 +73,13 @@ class Prepared:
     located: Located | None
     threshold: float | None
     quality: QualityControl
+    operators: tuple[tuple[Operator, tuple[int, ...]], ...]
+    observable: list[Wanted]
+
+    @property
+    def linear(self) -> bool:
+        """Whether nothing is observed through an operator."""
+        return self.located is None or not bool((self.located.table.variable >= len(self.wanted)).any())
 
     def job(self, members: tuple[int, ...], seed: int, options: Any, device: str, progress: bool | None) -> engine.Job:
         """Return what the engine needs for these members and options."""
@@ -79,7 +89,8 @@ class Prepared:
         return engine.Job(
             handle=handle_of(self.model), grid=self.grid, orientation=self.orientation, factors=self.factors,
             names=tuple(self.variables.values()), labels=self.labels, basis=cycle_basis(time, cycle, len(self.labels)),
-            located=self.located, threshold=self.threshold, quality=self.quality, members=members, seed=seed, options=options, device=device,
+            located=self.located, threshold=self.threshold, quality=self.quality, operators=self.operators,
+            members=members, seed=seed, options=options, device=device,
             output=self.orientation, check=spec.needs_background, progress=progress, threads=None,
         )  # fmt: skip
 
@@ -99,6 +110,7 @@ def prepare(
     quality: QualityControl | None,
     representativeness: float | Mapping[str, float] | None,
     lapse_rate: float | Mapping[str, float] | None = None,
+    operators: Mapping[str, Operator] | None = None,
     *,
     any_model: bool = True,
 ) -> Prepared:
@@ -144,14 +156,16 @@ def prepare(
     # the result, and so the message, speak of the user's variable; the table of the model's
     renamed = _rename_back(obs, variables)
     control = check_quality(quality)
+    made = _operators(operators, wanted, variables, grid)
+    observable = [*wanted, *(Wanted(n, o.standard_name, o.units) for n, o in (operators or {}).items())]
     located = locate_observations(
-        renamed, wanted, grid, times, error=_rename_error(error, variables), window=window, quality=control,
+        renamed, observable, grid, times, error=_rename_error(error, variables), window=window, quality=control,
         representativeness=_renamed(representativeness, variables), ground=ground_of(ds, layout, orientation),
         lapse_rate=_renamed(lapse_rate, variables),
     )  # fmt: skip
     threshold = _threshold(check, chosen)
     return Prepared(ds, layout, time, grid, orientation, chosen, wanted, variables, arrays, factors, labels,
-                  located if len(located.table) else None, threshold, control)  # fmt: skip
+                  located if len(located.table) else None, threshold, control, made, observable)  # fmt: skip
 
 
 def check_trajectory(setup: Prepared) -> None:
@@ -205,6 +219,34 @@ def _renamed(given: Any, variables: dict[str, str]) -> Any:
         return given
     names = {theirs: ours for ours, theirs in variables.items()}
     return {names.get(str(k), str(k)): v for k, v in given.items()}
+
+
+def _operators(
+    operators: Mapping[str, Operator] | None, wanted: list[Wanted], variables: dict[str, str], grid: Grid
+) -> tuple[tuple[Operator, tuple[int, ...]], ...]:
+    """Return the operators with the indices of the channels that they take; the user's names and the model's both count."""
+    if operators is None:
+        return ()
+    if not isinstance(operators, Mapping):
+        raise OptionError(
+            f"operators={operators!r} is not accepted; give a mapping: operators={{'wind_speed': xgenda.operators.wind_speed('u', 'v')}}"
+        )
+    names = {w.name: i for i, w in enumerate(wanted)}
+    places = names | {variables[w.name]: i for i, w in enumerate(wanted)}
+    out = []
+    for name, operator in operators.items():
+        if not isinstance(operator, Operator):
+            raise OptionError(
+                f"operators[{name!r}] is a {type(operator).__name__}; make it with xgenda.operators, for example "
+                f"xgenda.operators.function({name}, variables=({next(iter(places))!r},), units='K')"
+            )
+        if name in places:
+            raise OptionError(
+                f"operators[{name!r}] has the name of a variable of the state; give it another, and rename the observations."
+            )
+        operator.check(name, grid.shape, list(places))
+        out.append((operator, tuple(places[v] for v in operator.variables)))
+    return tuple(out)
 
 
 def check_quality(quality: QualityControl | None) -> QualityControl:

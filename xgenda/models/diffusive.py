@@ -12,7 +12,7 @@ from torch import Tensor
 from xgenda.diffusion.anchors import Anchor, Separable, anchor_tensors, read_anchor
 from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
-from xgenda.diffusion.evidence import LinearEvidence
+from xgenda.diffusion.evidence import Evidence, FunctionEvidence, LinearEvidence
 from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, direct_limit, guidance_options, guide
 from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.samplers import SAMPLERS, integrate, network_calls, sampler_options
@@ -22,6 +22,7 @@ from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
 from xgenda.networks.unet import UNet
+from xgenda.operators import extended
 from xgenda.scaling import Scaling
 
 SIGMA_MIN = (
@@ -62,7 +63,7 @@ class DiffusionModel(GenerativeModel):
         """Number of states that the model sees together."""
         return int(self.spec.options.get("window", 1))
 
-    def plan(self, asked: SamplingOptions) -> SamplingOptions:
+    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options.
 
         Guidance 'auto' is 'anchor' where there is a Gaussian and all operators are linear: exact for Gaussians, and without
@@ -72,7 +73,7 @@ class DiffusionModel(GenerativeModel):
         check_choice("sampler", asked.sampler, ("auto", *SAMPLERS))
         check_choice("schedule", asked.schedule, ("auto", *SCHEDULES))
         check_choice("likelihood", asked.likelihood, tuple(LIKELIHOODS))
-        linear = self.scaling.is_affine
+        linear = linear and self.scaling.is_affine
         has_anchor = self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
         guidance = asked.guidance
         if guidance == "auto":
@@ -82,7 +83,9 @@ class DiffusionModel(GenerativeModel):
                 f"guidance='anchor' needs a Gaussian of the state, and {self.spec.name!r} has none; use guidance='mmps'."
             )
         if guidance == "inpaint" and not linear:
-            raise OptionError("guidance='inpaint' needs linear operators, and a log-scaled variable is not; use guidance='mmps'.")
+            raise OptionError(
+                "guidance='inpaint' needs linear operators, and those of log-scaled variables or in operators= are not; use guidance='mmps'."
+            )
         sampler = asked.sampler
         if sampler == "auto":  # what is replaced needs fresh noise around it
             sampler = "ancestral" if guidance == "inpaint" else "heun"
@@ -145,15 +148,42 @@ class DiffusionModel(GenerativeModel):
             )
 
         limit = direct_limit(covariance)
+        cells, channels = len(std) // self.spec.channels, self.spec.channels
 
-        def kind(span: int) -> tuple[int, bool]:
-            """Return what samples of one batch must share: levels below the lowest, and how the anchor is solved."""
+        def derives(span: int) -> bool:
+            """Tell whether something beside the channels is observed."""
+            return any(bool((request.evidence[t].indices >= len(std)).any()) for t in spans[span])
+
+        def kind(span: int) -> tuple[int, bool, int]:
+            """Return what samples of one batch must share: levels below the lowest, how the anchor is solved, their operators."""
+            if derives(span):
+                return 0, True, span
             evidence = evidence_of([span], torch.zeros(1, dtype=torch.int64))
-            return finer_levels(evidence.sharpness()), evidence.values.shape[1] <= limit
+            return finer_levels(evidence.sharpness()), evidence.values.shape[1] <= limit, -1
+
+        def derived(span: int) -> FunctionEvidence:
+            """Return observations of a span through the operators."""
+            width = cells * (channels + len(request.operators))
+            joined = join_times([request.evidence[t] for t in spans[span]], width)
+            mean = climatology[list(spans[span])].reshape(-1, channels, *_grid(self.spec).shape)
+
+            def observe(z: Tensor) -> Tensor:
+                states = z.reshape(len(z), len(spans[span]), channels, *_grid(self.spec).shape)
+                physical = self._physical(states * std.reshape(channels, *_grid(self.spec).shape).to(z) + mean.to(z), -3)
+                flat = extended(physical, request.operators).flatten(1)
+                return (flat[:, joined.indices.to(z.device)] * joined.weights.to(z)).sum(-1)
+
+            return FunctionEvidence(
+                observe, shape, joined.value.double().to(request.device), joined.variance.double().to(request.device)
+            )
 
         def sample(batch: list[tuple[int, int]]) -> Tensor:
             groups = sorted({s for s, _ in batch})
-            evidence = evidence_of(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
+            evidence: Evidence = (
+                derived(batch[0][0])
+                if kinds[batch[0][0]][2] >= 0
+                else evidence_of(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
+            )
             added = [SIGMA_MIN / FINER ** (j + 1) for j in range(kinds[batch[0][0]][0])]
             noise = LabelledNoise([[(request.seed, request.labels[t], m) for t in spans[s]] for s, m in batch])
             # double precision: at large sigma single precision loses what the last steps need, and batches would differ
@@ -184,11 +214,17 @@ class DiffusionModel(GenerativeModel):
         z = torch.stack([parts[s] for s in range(len(spans))])
         z = z.reshape(len(spans), len(request.members), len(spans[0]), self.spec.channels, -1)
         z = z.transpose(1, 2).flatten(0, 1).double()  # (times, members, channels, cells)
-        out = z * std.reshape(self.spec.channels, -1) + request.climatology[:, None]
+        return self._physical(z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
+
+    def _physical(self, scaled: Tensor, axis: int) -> Tensor:
+        """Undo the logarithms of a state whose channels are along `axis`."""
+        if self.scaling.is_affine:
+            return scaled
+        parts = list(scaled.unbind(axis))
         for c, (name, offset) in enumerate(zip(self.scaling.transforms, self.scaling.offsets, strict=True)):
             if name == "log":
-                out[:, :, c] = out[:, :, c].exp() - offset
-        return out
+                parts[c] = parts[c].exp() - offset
+        return torch.stack(parts, axis)
 
     def calls(self, options: SamplingOptions) -> int:
         """Return the number of network evaluations of one member."""

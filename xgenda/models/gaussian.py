@@ -86,6 +86,11 @@ class GaussianModel(GenerativeModel):
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Accept 'auto' and 'exact' only: the posterior is drawn in closed form."""
+        if not linear:
+            raise OptionError(
+                f"model={self.spec.name!r} is Gaussian and solved in closed form, which operators that are not linear do not have; use a "
+                f"diffusion model, for example xgenda.train(ds)."
+            )
         check_choice("guidance", asked.guidance, ("auto", "exact"))
         check_choice("sampler", asked.sampler, ("auto", "exact"))
         asked.refuse_all_but(("guidance", "sampler"), "a Gaussian prior is solved in closed form")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xgenda.errors import OptionError, check_count
 from xgenda.grids import Grid
 from xgenda.models.spec import ModelSpec
+from xgenda.operators import Operator
 
 if TYPE_CHECKING:
     import os
@@ -55,6 +56,8 @@ class Request:
         Where to compute.
     advance
         Called with a number of finished units of work, `GenerativeModel.work` in all.
+    operators
+        What `evidence` may observe beside the channels, each with the channels that it takes: further channels after them.
     """
 
     grid: Grid
@@ -67,6 +70,7 @@ class Request:
     options: SamplingOptions
     device: device
     advance: Callable[[int], None]
+    operators: Sequence[tuple[Operator, tuple[int, ...]]] = ()
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ class GenerativeModel(ABC):
     sha256: str = ""
 
     @abstractmethod
-    def plan(self, asked: SamplingOptions) -> SamplingOptions:
-        """Resolve 'auto' and None, and refuse what this model cannot do."""
+    def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
+        """Resolve 'auto' and None, and refuse what this model cannot do; `linear` tells whether all observation operators are."""
 
     @abstractmethod
     def posterior(self, request: Request) -> Tensor:
