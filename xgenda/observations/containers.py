@@ -463,10 +463,11 @@ def _text(ds: xr.Dataset, usual: tuple[str, ...], template: xr.Dataset, dims: tu
     """Return a descriptive column as text, empty where there is none."""
     for name in usual:
         if name in ds.variables and set(ds[name].dims) <= set(dims):
-            flat = _spread(ds[name], template, dims)
-            if flat.dtype.kind in "SO":
-                return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in flat], dtype=object)
-            return flat.astype(str).astype(object)
+            codes, labels = pd.factorize(
+                _spread(ds[name], template, dims)
+            )  # one text object per station, however many its reports
+            text = np.array([v.decode() if isinstance(v, bytes) else str(v) for v in labels] + [""], dtype=object)
+            return np.asarray(text[codes])
     return np.full(template["row"].size, "", dtype=object)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,11 +118,25 @@ def locate_observations(
         table = _at_the_ground(table, wanted, above, lapse_rate, argument)
     operator = points.shifted(table.variable * grid.size, grid.size * len(wanted))
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
-    order = np.lexsort(
-        (table.row, table.source, table.error, table.value, table.longitude, table.latitude, table.variable, index)
-    )
+    keys = (index, table.variable, table.latitude, table.longitude, table.value, table.error, table.source, table.row)
+    order = canonical_order(keys)
     table, index, operator = table.take(order), index[order], operator.select(order)
     return _reduced(table, index, operator, grid, len(wanted), control)
+
+
+def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the order of rows by several columns, the most important first; most rows differ in the first three already."""
+    order = np.lexsort(tuple(reversed(keys[:3])))
+    tied = np.zeros(len(order) + 1, dtype=bool)
+    tied[1:-1] = True
+    for key in keys[:3]:
+        ordered = key[order]
+        tied[1:-1] &= (ordered[1:] == ordered[:-1]) | ((ordered[1:] != ordered[1:]) & (ordered[:-1] != ordered[:-1]))
+    rows = np.flatnonzero(tied[:-1] | tied[1:])  # with an equal neighbour before or after
+    if len(rows):
+        some = order[rows]
+        order[rows] = some[np.lexsort(tuple(key[some] for key in reversed(keys)))]
+    return order
 
 
 def _at_the_ground(
@@ -151,13 +165,14 @@ def _reduced(
     code = table.code.copy()
     if control.duplicates:
         rows = np.flatnonzero(code <= Quality.PASSIVE)
-        same = (
-            table.variable[rows],
-            index[rows],
-            _numbers(table.time, rows),
-            np.round(table.latitude[rows], 4),
-            np.round(table.longitude[rows], 4),
-        )
+        corner = [np.round(table.latitude, 4), np.round(table.longitude, 4)]
+        # rows that share a hash may be duplicates; all others are not
+        mixed = np.zeros(len(rows), dtype=np.uint64)
+        for key in (table.variable[rows], index[rows], *((p[rows] * 1e4).astype(np.int64) for p in corner)):
+            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + key.astype(np.int64).view(np.uint64)
+        ordered = np.sort(mixed)
+        rows = rows[np.isin(mixed, ordered[1:][ordered[1:] == ordered[:-1]])]
+        same = (table.variable[rows], index[rows], _numbers(table.time, rows), *(p[rows] for p in corner))
         named = table.station[rows] != ""
         value = np.where(
             named, 0.0, table.value[rows]

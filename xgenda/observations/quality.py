@@ -82,6 +82,7 @@ GOOD_FLAGS: Mapping[str, tuple[str, ...]] = {
     "xgenda": ("0",),
 }
 FEWEST_BUDDIES, MOST_BUDDIES = 2, 15
+SUSPECTS_AT_ONCE = 4096
 SUSPECT = 2.0  # standard deviations from the background beyond which neighbours are asked
 
 
@@ -286,32 +287,37 @@ def buddy_check(
     distance, near = distance.reshape(len(suspects), k), near.reshape(len(suspects), k)
     there = np.isfinite(distance) & (near != suspects[:, None])
     near = np.where(there, near, 0)
-    apart = np.linalg.norm(places[near][:, :, None] - places[near][:, None], axis=-1) * EARTH_RADIUS / radius
-    both = background_error[near][:, :, None] * background_error[near][:, None] * np.exp(-apart)
-    cross = (
-        background_error[suspects, None]
-        * background_error[near]
-        * np.exp(-np.where(there, distance, 0.0) * EARTH_RADIUS / radius)
-    )
-    while True:
-        alive = there & ~bad[near]
-        inner = (
-            np.where(alive[:, :, None] & alive[:, None], both, 0.0)
-            + np.eye(k) * np.where(alive, error[near] ** 2, 1.0)[:, :, None]
-        )
-        c = np.where(alive, cross, 0.0)
-        solved = np.linalg.solve(inner, np.stack([c, np.where(alive, departure[near], 0.0)], -1))
-        expected = (c * solved[:, :, 1]).sum(1)
-        left = np.maximum(total[suspects] ** 2 - (c * solved[:, :, 0]).sum(1), 1e-12 * total[suspects] ** 2)
-        judged = ~bad[suspects] & (alive.sum(1) >= FEWEST_BUDDIES)
-        surprise = np.where(judged, np.abs(departure[suspects] - expected) / np.sqrt(left), 0.0)
-        if surprise.max() <= threshold:
-            return bad
-        worst = np.zeros(len(departure))
+
+    def surprise_of(rows: np.ndarray) -> np.ndarray:
+        """Return how many standard deviations suspects are from what their remaining neighbours let expect; 0 with too few of them."""
+        at, alive = near[rows], there[rows] & ~bad[near[rows]]
+        apart = np.linalg.norm(places[at][:, :, None] - places[at][:, None], axis=-1) * EARTH_RADIUS / radius
+        spread = background_error[at]
+        inner = np.where(alive[:, :, None] & alive[:, None], spread[:, :, None] * spread[:, None] * np.exp(-apart), 0.0)
+        inner += np.eye(k) * np.where(alive, error[at] ** 2, 1.0)[:, :, None]
+        near_by = np.exp(-np.where(alive, distance[rows], 0.0) * EARTH_RADIUS / radius)
+        cross = np.where(alive, background_error[suspects[rows], None] * spread * near_by, 0.0)
+        solved = np.linalg.solve(inner, np.stack([cross, np.where(alive, departure[at], 0.0)], -1))
+        expected = (cross * solved[:, :, 1]).sum(1)
+        own = total[suspects[rows]] ** 2
+        left = np.maximum(own - (cross * solved[:, :, 0]).sum(1), 1e-12 * own)
+        judged = ~bad[suspects[rows]] & (alive.sum(1) >= FEWEST_BUDDIES)
+        return np.where(judged, np.abs(departure[suspects[rows]] - expected) / np.sqrt(left), 0.0)
+
+    surprise, worst = np.zeros(len(suspects)), np.zeros(len(departure))
+    todo = np.arange(len(suspects))
+    while len(todo):
+        for first in range(0, len(todo), SUSPECTS_AT_ONCE):
+            rows = todo[first : first + SUSPECTS_AT_ONCE]
+            surprise[rows] = surprise_of(rows)
         worst[suspects] = surprise
-        around = np.where(alive, worst[near], 0.0).max(1)
-        remove = (surprise > threshold) & (surprise >= around)
-        bad[suspects[remove]] = True
+        beyond = np.flatnonzero(surprise > threshold)
+        around = np.where(there[beyond], worst[near[beyond]], 0.0).max(1, initial=0.0)
+        removed = suspects[beyond[surprise[beyond] >= around]]
+        bad[removed] = True
+        # only where a neighbour is gone does anything change
+        todo = np.flatnonzero((there & np.isin(near, removed)).any(1) | np.isin(suspects, removed)) if len(removed) else todo[:0]
+    return bad
 
 
 def quality_report(departures: Any) -> pd.DataFrame:
