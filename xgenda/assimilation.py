@@ -162,7 +162,7 @@ def assimilate(
     if not lazy:
         codes, chi2 = _final_codes(setup, job)
         counts = json.dumps(count_codes(codes))
-        warn_of_departures(codes, chi2)
+        warn_of_departures(codes, chi2, setup.model.spec.needs_background)
     result = _wrap(ds, setup, values, member_numbers)
     provenance = {
         "model": setup.model.spec.name,

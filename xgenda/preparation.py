@@ -32,7 +32,9 @@ BACKGROUND_THRESHOLD = 3.0
 CLIMATE_THRESHOLD = 10.0
 
 #: Above this part of the observations rejected, or this mean squared departure over its expectation, a user is told.
-REJECTED, LARGE_CHI2, MANY = 0.2, 4.0, 10
+REJECTED, MANY = 0.2, 10
+#: Around a background, and around a climatology, which a warming world leaves behind.
+LARGE_CHI2, LARGE_CLIMATE_CHI2 = 4.0, 100.0
 
 ModelLike = GenerativeModel | str | os.PathLike[str] | None
 
@@ -287,7 +289,7 @@ def departure_chi2(departure: np.ndarray, error: np.ndarray, spread: np.ndarray,
     return float(np.mean(departure[used] ** 2 / (error[used] ** 2 + spread[used] ** 2)))
 
 
-def warn_of_departures(code: np.ndarray, chi2: float | None) -> None:
+def warn_of_departures(code: np.ndarray, chi2: float | None, around_background: bool) -> None:
     """Warn where observations and prior disagree more than their errors allow: other units, another datum, another place."""
     judged = np.isin(code, (Quality.USED, Quality.BACKGROUND, Quality.BUDDY)).sum()
     rejected = int(judged - (code == Quality.USED).sum())
@@ -298,7 +300,7 @@ def warn_of_departures(code: np.ndarray, chi2: float | None) -> None:
             f"another datum? {look}",
             stacklevel=3,
         )
-    elif chi2 is not None and judged >= MANY and chi2 > LARGE_CHI2:
+    elif chi2 is not None and judged >= MANY and chi2 > (LARGE_CHI2 if around_background else LARGE_CLIMATE_CHI2):
         warnings.warn(
             f"Squared departures from the background are {chi2:.1f} times as large as their errors let expect, over {judged - rejected} "
             f"observations. Other units, another datum, or errors that are too small? {look}",
