@@ -209,7 +209,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir()} == {f"{n}.{s}" for n in names for s in ("nc", "png")}
     text = "\n".join(lines)
     assert str(out) in text
-    assert re.search(r"26 without a usable value, \d+ rejected by the background check", text)
+    assert re.search(r"26 without a usable value, 80 more than 500 m above or below the ground", text)
     for name in names:
         with xr.open_dataset(out / f"{name}.nc") as ds:
             assert ds.sizes["member"] == 4
