@@ -365,3 +365,12 @@ def test_a_lazy_result_with_time_bounds_is_written_to_zarr(tiny_downscaler, clim
     again = xr.open_zarr(tmp_path / "fine.zarr", consolidated=False)
     assert np.array_equal(again.air_temperature, fine.air_temperature)
     assert again.time.equals(fine.time)
+
+
+def test_practical_salinity_in_its_canonical_unit() -> None:
+    """CF gives sea_water_practical_salinity the unit 1, with values of about 35; other ratios of unit 1 are not in thousandths."""
+    practical = xr.DataArray([35.0], attrs={"units": "1", "standard_name": "sea_water_practical_salinity"})
+    assert metadata.unit_factors_of(practical, "1e-3") == pytest.approx((1.0, 0.0))
+    assert metadata.convert_units(practical, "psu").item() == 35.0
+    other = practical.assign_attrs(standard_name="sea_water_salinity")
+    assert metadata.unit_factors_of(other, "1e-3") == pytest.approx((1000.0, 0.0))

@@ -600,3 +600,10 @@ def test_bilinear_over_the_poles_for_observations() -> None:
     assert operator(np.ones(grid.size)) == pytest.approx(np.ones(5))
     _, outside = interpolation(Grid(grid.latitude[:-2], grid.longitude), lat, lon)
     assert outside.tolist() == [False, False, False, True, True]
+
+
+def test_the_accessor_forwards() -> None:
+    ds, target = ocean(), plain(-10, 10, 5, 30, 5)
+    options = {"method": "nearest", "regridder": "builtin", "skipna": True, "na_thres": 0.5}
+    xr.testing.assert_equal(ds.genda.regrid(target, **options), xgenda.regrid(ds, target, **options))
+    assert ds.sst.genda.regrid(target, **options).name == "sst"

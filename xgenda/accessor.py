@@ -110,6 +110,26 @@ class GendaAccessor:
             schedule=schedule, steps=steps, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
+    def regrid(
+        self,
+        target: xr.Dataset | xr.DataArray,
+        *,
+        method: str = "bilinear",
+        regridder: str = "auto",
+        skipna: bool = False,
+        na_thres: float = 1.0,
+        extrapolate: str | None = None,
+        source_mask: xr.DataArray | None = None,
+        target_mask: xr.DataArray | None = None,
+    ) -> xr.Dataset | xr.DataArray:
+        """Return these fields on another horizontal grid; see `xgenda.regrid`."""
+        from xgenda.regridding import regrid
+
+        return regrid(
+            self._obj, target, method=method, regridder=regridder, skipna=skipna, na_thres=na_thres, extrapolate=extrapolate,
+            source_mask=source_mask, target_mask=target_mask,
+        )  # fmt: skip
+
     def verify(
         self,
         truth: Any,

@@ -233,15 +233,24 @@ def unit_factors(found: str, wanted: str) -> tuple[float, float]:
     return float(one - zero), float(zero)
 
 
+def units_of(array: xr.DataArray) -> str | None:
+    """Return the units of an array; CF's canonical '1' of practical salinity is what others call psu."""
+    found = array.attrs.get("units")
+    if found is None:
+        return None
+    practical = array.attrs.get("standard_name") == "sea_water_practical_salinity"
+    return "psu" if practical and str(found).strip() in ("1", "1.0", "") else str(found)
+
+
 def unit_factors_of(array: xr.DataArray, wanted: str | None) -> tuple[float, float]:
     """Return (scale, offset) from the units of `array` to `wanted`; an array without units is taken to be in them."""
-    found = array.attrs.get("units")
+    found = units_of(array)
     return (1.0, 0.0) if found is None or wanted is None else unit_factors(str(found), wanted)
 
 
 def convert_units(array: xr.DataArray, wanted: str | None) -> xr.DataArray:
     """Return `array` in the units `wanted` (lazily for dask); without units in its attrs it is taken as it is."""
-    found = array.attrs.get("units")
+    found = units_of(array)
     if wanted is None or found is None or found == wanted:
         return array
     scale, offset = unit_factors(str(found), wanted)

@@ -146,7 +146,7 @@ def prepare(
             Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in metadata.data_variables(ds, layout)
         ]
     variables = {w.name: metadata.match_variable(ds, w.name, w.standard_name) for w in wanted}
-    wanted = [dataclasses.replace(w, given_units=ds[variables[w.name]].attrs.get("units")) for w in wanted]
+    wanted = [dataclasses.replace(w, given_units=metadata.units_of(ds[variables[w.name]])) for w in wanted]
     metadata.check_dims(ds, variables.values(), layout)
     arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables.values()]
     chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))

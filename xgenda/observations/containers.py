@@ -362,7 +362,7 @@ def _read_variable(
         raise ObservationError(
             f"{argument}[{name!r}] has the extra dimension {extra[0]!r}; select: {argument}.isel({extra[0]}=0)"
         )
-    units = array.attrs.get("units") or wanted.given_units
+    units = metadata.units_of(array) or wanted.given_units
     scale, offset = 1.0, 0.0
     if units is not None and wanted.units is not None:
         try:
