@@ -1,9 +1,182 @@
-"""Simulated observing networks, as masks on a grid: what an instrument would have seen of a known truth."""
+"""Simulated observing networks: where and when an instrument would have looked, as places on the sphere or as masks on a grid.
+
+`sample` turns a known truth and such places into observations.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 from scipy.ndimage import gaussian_filter
+
+from xgenda.errors import OptionError, check_count
+from xgenda.grids import EARTH_RADIUS, ROTATION, grid_of
+from xgenda.metadata import find_layout, match_variable
+from xgenda.spherical import normalised, positions, unit_vectors
+from xgenda.weights import interpolation
+
+LATITUDE = {"standard_name": "latitude", "units": "degrees_north"}
+LONGITUDE = {"standard_name": "longitude", "units": "degrees_east"}
+
+
+def random_stations(
+    count: int,
+    rng: np.random.Generator,
+    *,
+    latitude: tuple[float, float] = (-90.0, 90.0),
+    longitude: tuple[float, float] = (-180.0, 180.0),
+) -> xr.Dataset:
+    """Return places that are spread evenly over the sphere, or over a part of it between parallels and meridians.
+
+    Parameters
+    ----------
+    count
+        Number of stations.
+    rng
+        Where they lie.
+    latitude, longitude
+        Bounds in degrees, ascending.
+
+    Returns
+    -------
+    xarray.Dataset
+        Coordinates latitude and longitude along ``obs``. As many per unit of area everywhere: no crowd at the poles.
+    """
+    check_count("count", count)
+    if not -90 <= latitude[0] < latitude[1] <= 90:
+        raise OptionError(f"latitude={latitude!r} is not accepted; give two ascending bounds between -90 and 90.")
+    if not longitude[0] < longitude[1] <= longitude[0] + 360:
+        raise OptionError(f"longitude={longitude!r} is not accepted; give two ascending bounds at most 360 degrees apart.")
+    low, high = np.sin(np.radians(latitude))
+    phi = np.degrees(np.arcsin(rng.uniform(low, high, count)))
+    lam = (rng.uniform(*longitude, count) + 180.0) % 360.0 - 180.0
+    return xr.Dataset(coords={"latitude": ("obs", phi, LATITUDE), "longitude": ("obs", lam, LONGITUDE)})
+
+
+def ground_track(
+    seconds: np.ndarray, *, inclination: float = 98.7, period: float = 6072.0, node: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return latitude and longitude in degrees under a satellite on a circular orbit.
+
+    Parameters
+    ----------
+    seconds
+        Since it crossed the equator northward, any shape.
+    inclination
+        Of the orbit in degrees; the default is that of polar orbiters in the morning.
+    period
+        Of one revolution in seconds.
+    node
+        Longitude of that crossing in degrees.
+
+    Notes
+    -----
+    The plane of the orbit is fixed; that of a sun-synchronous satellite turns by one degree a day.
+    """
+    angle, tilt = 2 * np.pi * np.asarray(seconds, dtype=float) / period, np.radians(inclination)
+    phi = np.arcsin(np.sin(tilt) * np.sin(angle))
+    lam = np.arctan2(np.cos(tilt) * np.sin(angle), np.cos(angle)) - ROTATION * np.asarray(seconds, dtype=float)
+    return np.degrees(phi), (np.degrees(lam) + node + 180.0) % 360.0 - 180.0
+
+
+def polar_swath(
+    start: str | pd.Timestamp,
+    duration: str | pd.Timedelta,
+    *,
+    width: float = 2000e3,
+    pixels: int = 40,
+    every: float = 8.0,
+    inclination: float = 98.7,
+    period: float = 6072.0,
+    node: float = 0.0,
+) -> xr.Dataset:
+    """Return where and when a scanner on a polar orbiter looks.
+
+    Parameters
+    ----------
+    start, duration
+        Time of the northward crossing of the equator at `node`, and how long to look, as pandas reads them.
+    width
+        Of the swath in metres, from the first to the last pixel along the ground.
+    pixels
+        Number of them in each line.
+    every
+        Seconds between lines.
+    inclination, period, node
+        See `ground_track`.
+
+    Returns
+    -------
+    xarray.Dataset
+        Coordinates latitude and longitude along (scan, pixel), and time along ``scan``.
+    """
+    check_count("pixels", pixels)
+    seconds = np.arange(0.0, pd.Timedelta(duration).total_seconds(), every)
+    if not len(seconds) or not 0 < width < np.pi * EARTH_RADIUS:
+        raise OptionError(
+            f"duration={duration!r}, every={every!r} and width={width!r} must be positive, and the swath less than half the globe."
+        )
+    orbit = {"inclination": inclination, "period": period, "node": node}
+    here, ahead = (unit_vectors(*ground_track(seconds + step, **orbit)) for step in (0.0, 1.0))
+    left = normalised(np.cross(here, ahead - here))
+    angle = (np.linspace(-0.5, 0.5, pixels) if pixels > 1 else np.zeros(1)) * width / EARTH_RADIUS
+    phi, lam = positions(np.cos(angle)[None, :, None] * here[:, None] + np.sin(angle)[None, :, None] * left[:, None])
+    time = pd.Timestamp(start) + pd.to_timedelta(seconds, unit="s")
+    return xr.Dataset(
+        coords={
+            "latitude": (("scan", "pixel"), phi, LATITUDE),
+            "longitude": (("scan", "pixel"), lam, LONGITUDE),
+            "time": ("scan", time.values.astype("datetime64[ns]"), {"standard_name": "time"}),
+        }
+    )
+
+
+def sample(truth: xr.Dataset, places: xr.Dataset, error: dict[str, float], rng: np.random.Generator) -> xr.Dataset:
+    """Return observations of a truth at some places, with errors drawn and carried along.
+
+    Parameters
+    ----------
+    truth
+        Fields on a rectilinear grid, of one time, or of several to which the nearest of each place is taken.
+    places
+        Latitude and longitude, and time where `truth` has several.
+    error
+        Standard deviation by variable, in the units of the variable; other variables are not observed.
+    rng
+        For the errors.
+
+    Returns
+    -------
+    xarray.Dataset
+        On the coordinates of `places`, with ``<name>_error``; NaN outside the grid of the truth.
+    """
+    layout = find_layout(truth, "truth")
+    grid, orientation = grid_of(truth, layout, "truth")
+    dims = places["latitude"].dims
+    latitude, longitude = (places[n].values.ravel() for n in ("latitude", "longitude"))
+    operator, inside = interpolation(grid, latitude, longitude)
+    times = layout.time if layout.time in truth.dims else None
+    which = np.zeros(len(latitude), dtype=np.int64)
+    if times is not None and truth.sizes[times] > 1:
+        if "time" not in places:
+            raise OptionError(f"places has no time and truth has {truth.sizes[times]} times; select one: truth.isel({times}=0)")
+        asked = places["time"].broadcast_like(places["latitude"]).transpose(*dims).values.ravel()
+        which = np.asarray(np.abs(truth[times].values[None] - asked[:, None]).argmin(1))
+    out = places.copy()
+    for name, sigma in error.items():
+        field = truth[match_variable(truth, name, None, "truth")]
+        rows = field.transpose(*([times] if times else []), layout.latitude, layout.longitude).values
+        flat = orientation.to_model(rows).reshape(-1, grid.size).astype(float)
+        value = np.full(len(latitude), np.nan)
+        for t in np.unique(which):
+            mine = np.flatnonzero((which == t) & inside)
+            value[mine] = operator.select(mine)(flat[min(int(t), len(flat) - 1)])
+        noisy = value + float(sigma) * rng.standard_normal(len(value))
+        shape = [places.sizes[d] for d in dims]
+        out[name] = (dims, noisy.reshape(shape), dict(field.attrs))
+        out[f"{name}_error"] = (dims, np.full(shape, float(sigma)), {k: v for k, v in field.attrs.items() if k == "units"})
+    return out
 
 
 def nadir_tracks(shape: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
