@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin while they wait starve other processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models in tests are tiny: waking a second thread takes longer than their work
 
 import matplotlib
 import numpy as np
