@@ -68,6 +68,13 @@ class Wanted:
     standard_name: str | None
     units: str | None
     given_units: str | None = None  #: of the user's Dataset: what observations without units are in
+    levels: tuple[float, ...] = ()  #: of its channels, in Pa or m; empty for one channel without a level
+    vertical: str | None = None  #: what `levels` are: 'pressure', 'depth' (positive downward) or 'height' (above the sea)
+
+
+def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:
+    """Return the first channel of each variable, and after them the number of all channels, shape (n + 1,)."""
+    return np.cumsum([0, *(max(1, len(w.levels)) for w in wanted)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import xarray as xr
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import ObservationError, OptionError
 from xgenda.maps import LinearMap, concatenate
-from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, read_observations
+from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, read_observations
 from xgenda.observations.quality import Quality, QualityControl, boxes, first_of_each, superob
 from xgenda.weights import interpolation
 
@@ -116,12 +116,13 @@ def locate_observations(
     table = table.with_code(code)
     if lapse_rate is not None:
         table = _at_the_ground(table, wanted, above, lapse_rate, argument)
-    operator = points.shifted(table.variable * grid.size, grid.size * len(wanted))
+    channel = first_channels(wanted)
+    operator = points.shifted(channel[table.variable] * grid.size, grid.size * channel[-1])
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
     keys = (index, table.variable, table.latitude, table.longitude, table.value, table.error, table.source, table.row)
     order = canonical_order(keys)
     table, index, operator = table.take(order), index[order], operator.select(order)
-    return _reduced(table, index, operator, grid, len(wanted), control)
+    return _reduced(table, index, operator, grid, channel, control)
 
 
 def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -159,7 +160,7 @@ def _at_the_ground(
 
 
 def _reduced(
-    table: Table, index: np.ndarray, operator: LinearMap, grid: AnyGrid, channels: int, control: QualityControl
+    table: Table, index: np.ndarray, operator: LinearMap, grid: AnyGrid, channel: np.ndarray, control: QualityControl
 ) -> Located:
     """Give codes to duplicates, and thin or merge what lies in one box; rows keep their order."""
     code = table.code.copy()
@@ -205,7 +206,7 @@ def _reduced(
         replaced[name][kept] = new
     table = dataclasses.replace(table, **replaced)
     points, inside = interpolation(grid, table.latitude[kept], table.longitude[kept])
-    moved = points.shifted(table.variable[kept] * grid.size, grid.size * channels)
+    moved = points.shifted(channel[table.variable[kept]] * grid.size, grid.size * channel[-1])
     place = np.arange(len(table))
     place[kept] = len(table) + np.arange(len(kept))
     operator = concatenate([operator, moved]).select(place)
