@@ -72,7 +72,7 @@ def test_a_dimension_wins_over_another_coordinate_of_that_kind() -> None:
         (field().assign_coords(longitude=["a", "b", "c"]), r"longitude coordinate 'longitude' holds values that are not finite"),
         (
             field("y", "x").assign_coords(latitude=(("y", "x"), np.ones((2, 3))), longitude=(("y", "x"), np.ones((2, 3)))),
-            r"latitude coordinate 'latitude' has dimensions \('y', 'x'\); this version works on grids with one-dimensional",
+            r"latitude coordinate 'latitude' has dimensions \('y', 'x'\); this works on grids with one-dimensional",
         ),
     ],
 )

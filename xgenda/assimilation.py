@@ -156,14 +156,14 @@ def assimilate(
             f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons.",
             stacklevel=2,
         )
-    values = engine.lay(job, setup.arrays, setup.layout, setup.time, setup.grid.shape)
+    values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
     lazy = chunking.is_chunked(setup.arrays)
     counts, chi2 = None, None
     if not lazy:
         codes, chi2 = _final_codes(setup, job)
         counts = json.dumps(count_codes(codes))
         warn_of_departures(codes, chi2, setup.model.spec.needs_background)
-    result = _wrap(ds, setup, values, member_numbers)
+    result = setup.state.leave(_wrap(setup, values, member_numbers))
     provenance = {
         "model": setup.model.spec.name,
         "model_sha256": setup.model.sha256,
@@ -179,7 +179,7 @@ def assimilate(
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
     }
     call = f"assimilate(model={setup.model.spec.name!r}, members={members}, seed={drawn_seed}, guidance={options.guidance!r})"
-    return metadata.carry_metadata(result, ds, list(setup.variables.values()), call=call, provenance=provenance)
+    return metadata.carry_metadata(result, ds, setup.state.variables(setup.variables.values()), call=call, provenance=provenance)
 
 
 def _described(name: str, options: Mapping[str, Any]) -> str:
@@ -192,10 +192,7 @@ def _final_codes(setup: Prepared, job: engine.Job) -> tuple[np.ndarray, float | 
     located = setup.located
     if located is None:
         return np.zeros(0), None
-    fields = [
-        a.transpose(*([setup.time] if setup.time else []), setup.layout.latitude, setup.layout.longitude).values
-        for a in setup.arrays
-    ]
+    fields = [a.transpose(*([setup.time] if setup.time else []), *setup.state.layout.dims).values for a in setup.arrays]
     mean, deviation, _ = engine.moments(job, *(f if setup.time else f[None] for f in fields))
     checked, expected, spread = engine.background_codes(
         located, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
@@ -203,19 +200,17 @@ def _final_codes(setup: Prepared, job: engine.Job) -> tuple[np.ndarray, float | 
     return checked, departure_chi2(located.table.value - expected, located.table.error, spread, checked)
 
 
-def _wrap(ds: xr.Dataset, setup: Prepared, values: Any, members: tuple[int, ...]) -> xr.Dataset:
-    layout, out = setup.layout, {}
+def _wrap(setup: Prepared, values: Any, members: tuple[int, ...]) -> xr.Dataset:
+    ds, layout, out = setup.state.ds, setup.state.layout, {}
     for c, name in enumerate(setup.variables.values()):
         array = xr.DataArray(
             values[:, :, c] if setup.time else values[0, :, c],
-            dims=([setup.time] if setup.time else []) + ["member", layout.latitude, layout.longitude],
+            dims=([setup.time] if setup.time else []) + ["member", *layout.dims],
         )
         order = list(setup.arrays[c].dims)
         out[name] = array.transpose("member", *order)
     kept = {
-        str(n): v
-        for n, v in ds.variables.items()
-        if n not in out and (n in ds.coords or not {layout.latitude, layout.longitude} <= set(v.dims))
+        str(n): v for n, v in ds.variables.items() if n not in out and (n in ds.coords or not set(layout.dims) <= set(v.dims))
     }
     kept = {n: v for n, v in kept.items() if n in ds.coords or not set(v.dims) & {layout.member}}
     result = xr.Dataset(out, coords={n: v for n, v in kept.items() if n in ds.coords})

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -108,6 +110,22 @@ class CurvilinearGrid:
         spacing = float(np.median(steps)) if steps.size else 1e-3
         return bool(np.linalg.norm(self.centres - other.centres, axis=-1).max() <= 2e-3 * spacing)
 
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Number of rows and columns of fields."""
+        return self.shape
+
+    @property
+    def longitude_count(self) -> None:
+        """None: meridians are no columns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable form."""
+        return {
+            "kind": "curvilinear", "latitude": _packed(self.latitude), "longitude": _packed(self.longitude),
+            "corners": None if self.corners is None else _packed(self.corners),
+        }  # fmt: skip
+
     def describe(self) -> str:
         """Return one line: shape, ranges, periodicity."""
         return f"curvilinear {self.shape[0]} x {self.shape[1]}, {_ranges(self.latitude, self.longitude)}" + (
@@ -135,6 +153,31 @@ class PointSet:
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Return latitude and longitude."""
         return self.latitude, self.longitude
+
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Number of rows and columns of fields: one column."""
+        return self.size, 1
+
+    @property
+    def longitude_count(self) -> None:
+        """None: there are no columns."""
+
+    @property
+    def periodic(self) -> bool:
+        """False: there is no last column."""
+        return False
+
+    def same_as(self, other: object) -> bool:
+        """Whether two sets have the same points in the same order, to a ten-thousandth of a degree."""
+        if not isinstance(other, PointSet) or self.size != other.size:
+            return False
+        apart = unit_vectors(self.latitude, self.longitude) - unit_vectors(other.latitude, other.longitude)
+        return bool(np.abs(apart).max(initial=0) < np.radians(1e-4))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable form."""
+        return {"kind": "points", "latitude": _packed(self.latitude), "longitude": _packed(self.longitude)}
 
     def describe(self) -> str:
         """Return one line: number and ranges."""
@@ -203,7 +246,7 @@ def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
         for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES))
     ]
     if None in names:
-        ds = _with_positions(ds, argument)
+        ds = with_positions(ds, argument)
         names = ["latitude", "longitude"]
     latitude, longitude = (str(n) for n in names)
     lat, lon = ds[latitude], ds[longitude]
@@ -241,7 +284,7 @@ def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
 def _rectilinear(ds: xr.Dataset, latitude: str, longitude: str, argument: str) -> Horizontal:
     dims = (str(ds[latitude].dims[0]), str(ds[longitude].dims[0]))
     axes = xr.Dataset(coords={d: (d, ds[n].values, ds[n].attrs) for d, n in zip(dims, (latitude, longitude), strict=True)})
-    layout = metadata.Layout(*dims, None, None)
+    layout = metadata.Layout(*dims, None, None, dims)
     grid, orientation = grid_of(axes, layout, argument)
     edges = [_edges(ds, n) for n in (latitude, longitude)]
     if edges[0] is not None and edges[1] is not None:
@@ -313,7 +356,49 @@ def _corners(ds: xr.Dataset, latitude: str, longitude: str, dims: tuple[str, ...
     return np.stack(out, -1)
 
 
-def _with_positions(ds: xr.Dataset, argument: str) -> xr.Dataset:
+def grid_in(ds: xr.Dataset, layout: metadata.Layout, argument: str = "ds") -> tuple[AnyGrid, Orientation]:
+    """Return the grid of fields on two horizontal dimensions, and how they get into model order.
+
+    Model order is the user's but for rectilinear grids. A set of points has a second dimension of size one.
+    """
+    latitude, longitude = ds[layout.latitude], ds[layout.longitude]
+    if latitude.ndim == 1:
+        return grid_of(ds, layout, argument)
+    values = [c.transpose(*layout.dims).values.astype(float) for c in (latitude, longitude)]
+    if np.abs(values[0]).max(initial=0) > 90.0 + 1e-6:
+        raise GridError(
+            f"{argument}: {layout.latitude!r} reaches {values[0].flat[np.abs(values[0]).argmax()]:.6g}; a latitude lies in -90 to 90."
+        )
+    ny, nx = values[0].shape
+    orientation = Orientation(np.arange(ny), np.arange(nx))
+    if nx == 1:
+        return PointSet(values[0].ravel(), values[1].ravel()), orientation
+    return CurvilinearGrid(
+        values[0], values[1], _corners(ds, layout.latitude, layout.longitude, layout.dims, argument)
+    ), orientation
+
+
+def grid_from_dict(data: Mapping[str, Any]) -> AnyGrid:
+    """Read the form written by the method `to_dict` of a grid of any kind."""
+    if data.get("kind") == "curvilinear":
+        corners = None if data["corners"] is None else _unpacked(data["corners"])
+        return CurvilinearGrid(_unpacked(data["latitude"]), _unpacked(data["longitude"]), corners)
+    if data.get("kind") == "points":
+        return PointSet(_unpacked(data["latitude"]), _unpacked(data["longitude"]))
+    return Grid.from_dict(data)
+
+
+def _packed(values: np.ndarray) -> dict[str, Any]:
+    raw = np.ascontiguousarray(values, dtype="<f8").tobytes()
+    return {"shape": list(values.shape), "float64": base64.b64encode(zlib.compress(raw, 6)).decode()}
+
+
+def _unpacked(data: Mapping[str, Any]) -> np.ndarray:
+    raw = zlib.decompress(base64.b64decode(data["float64"]))
+    return np.frombuffer(raw, dtype="<f8").reshape(data["shape"]).astype(float)
+
+
+def with_positions(ds: xr.Dataset, argument: str) -> xr.Dataset:
     """Add two-dimensional latitude and longitude to a Dataset with projection coordinates and a grid mapping."""
     axes: dict[str, str] = {}
     for axis, standard in (

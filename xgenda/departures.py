@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from xgenda import engine, metadata
+from xgenda import engine, metadata, states
 from xgenda.errors import OptionError
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.operators import Located, locate_observations
@@ -70,7 +70,7 @@ def innovations(
     analysed = None if analysis is None else _analysed(analysis, setup)
     located = setup.located
     if located is None:
-        located = locate_observations(None, setup.observable, setup.grid, None)
+        located = locate_observations(None, setup.observable, setup.state.grid, None)
     size = len(located.table)
     background, spread, seen = (np.full(size, np.nan) for _ in range(3))
     code = located.table.code.copy()
@@ -133,14 +133,12 @@ def innovations(
 
 def _field(array: xr.DataArray, setup: Prepared, t: int) -> np.ndarray:
     """Return the field of one time, rows and columns as the user has them."""
-    return np.asarray(
-        (array.isel({setup.time: t}) if setup.time else array).transpose(setup.layout.latitude, setup.layout.longitude)
-    )
+    return np.asarray((array.isel({setup.time: t}) if setup.time else array).transpose(*setup.state.layout.dims))
 
 
 def _state(fields: list[np.ndarray], setup: Prepared) -> np.ndarray:
     """Return the flat state in model order and units."""
-    scaled = [setup.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
+    scaled = [setup.state.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
     wide: np.ndarray = extended(torch.as_tensor(np.stack(scaled)), setup.operators).numpy().ravel()
     return wide
 
@@ -148,13 +146,17 @@ def _state(fields: list[np.ndarray], setup: Prepared) -> np.ndarray:
 def _analysed(analysis: xr.Dataset, setup: Prepared) -> list[xr.DataArray]:
     """Return the ensemble means of an analysis, on the coordinates of the background."""
     out = []
+    analysis = states.enter(analysis, "analysis").ds
     member = metadata.find_member(analysis)
     for name, array in zip(setup.variables.values(), setup.arrays, strict=True):
         if name not in analysis:
             raise OptionError(f"analysis lacks {name!r}; give what assimilate returned for this ds.")
         mean = analysis[name].mean(member) if member else analysis[name]
-        dims = (setup.layout.latitude, setup.layout.longitude, *([setup.time] if setup.time else []))
-        same = all(d in mean.dims and mean[d].equals(array[d]) for d in dims)
+        dims = (*setup.state.layout.dims, *([setup.time] if setup.time else []))
+        places = (setup.state.layout.latitude, setup.state.layout.longitude)
+        same = set(dims) <= set(mean.dims) and all(
+            n in mean.coords and mean[n].equals(array[n]) for n in {*places, *dims} & set(array.coords)
+        )
         if not same:
             raise OptionError(
                 f"analysis is not on the coordinates of ds ({', '.join(dims)}); give what assimilate returned for this ds."

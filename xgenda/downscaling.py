@@ -12,7 +12,7 @@ import xarray as xr
 from xgenda import chunking, engine, metadata
 from xgenda.devices import handle_of, resolve_device
 from xgenda.errors import GridError, ModelNotFoundError, OptionError
-from xgenda.grids import Grid, Orientation, grid_of
+from xgenda.grids import Grid, Orientation, grid_of, rectilinear
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.observations.quality import QualityControl
@@ -94,9 +94,10 @@ def downscale(
         raise ModelNotFoundError(
             f"model={spec.name!r} is for {spec.task!r}; train one for this: xgenda.train(fine, task='downscale', factor=4)"
         )
-    coarse = spec.grid.coarsened(spec.factor)
+    target_grid = rectilinear(spec.grid, f"model={spec.name!r}")
+    coarse = target_grid.coarsened(spec.factor)
     if not coarse.same_as(grid):
-        ny, nx = spec.grid.shape
+        ny, nx = target_grid.shape
         raise GridError(
             f"model={spec.name!r} needs the {spec.factor}x{spec.factor} block means of its grid: {coarse.describe()}; ds has "
             f"{grid.describe()}. From fine data type fine.isel(latitude=slice(0, {ny}), longitude=slice(0, {nx}))"
@@ -109,7 +110,7 @@ def downscale(
     variables = [metadata.match_variable(ds, v.name, v.standard_name) for v in spec.variables]
     metadata.check_dims(ds, variables, layout)
     arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables]
-    chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))
+    chunking.check_core_chunks(arrays, layout.dims)
     factors = tuple(metadata.unit_factors_of(ds[n], v.units) for n, v in zip(variables, spec.variables, strict=True))
     times = ds[layout.time] if layout.time is not None else None
     labels = metadata.time_labels(times)
@@ -120,7 +121,7 @@ def downscale(
         )
     )
     fine, latitude, longitude = _fine_axes(
-        spec.grid, orientation, np.asarray(ds[layout.longitude].values, dtype=float), spec.factor
+        target_grid, orientation, np.asarray(ds[layout.longitude].values, dtype=float), spec.factor
     )
     job = engine.Job(
         handle=handle_of(chosen), grid=grid, orientation=orientation, factors=factors, names=tuple(variables), labels=labels,
@@ -128,14 +129,14 @@ def downscale(
         quality=QualityControl(), operators=(),
         members=numbers, seed=drawn_seed, options=options, device=device, output=fine, check=True, progress=progress, threads=None,
     )  # fmt: skip
-    values = engine.lay(job, arrays, layout, time, spec.grid.shape)
+    values = engine.lay(job, arrays, layout, time, target_grid.shape)
     out = {}
     for c, name in enumerate(variables):
-        dims = ([time] if time else []) + ["member", layout.latitude, layout.longitude]
+        dims = ([time] if time else []) + ["member", *layout.dims]
         array = xr.DataArray(values[:, :, c] if time else values[0, :, c], dims=dims)
         out[name] = array.transpose("member", *arrays[c].dims)
-    coords: dict[Any, Any] = {n: v for n, v in ds.coords.items() if not {layout.latitude, layout.longitude} & set(v.dims)}
-    coords |= {layout.latitude: (layout.latitude, latitude), layout.longitude: (layout.longitude, longitude)}
+    coords: dict[Any, Any] = {n: v for n, v in ds.coords.items() if not set(layout.dims) & set(v.dims)}
+    coords |= {n: (d, v) for n, d, v in zip((layout.latitude, layout.longitude), layout.dims, (latitude, longitude), strict=True)}
     result = xr.Dataset(out, coords=coords).assign_coords(member=("member", np.array(numbers), metadata.MEMBER_ATTRS))
     provenance = {
         "model": spec.name, "model_sha256": chosen.sha256, "seed": drawn_seed, "sampler": options.sampler, "steps": options.steps,

@@ -17,9 +17,10 @@ import torch
 import xarray as xr
 
 from xgenda import chunking, metadata
+from xgenda.curvilinear import AnyGrid
 from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
-from xgenda.grids import Grid, Orientation
+from xgenda.grids import Orientation
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
@@ -59,7 +60,7 @@ class Job:
     """
 
     handle: Handle
-    grid: Grid
+    grid: AnyGrid
     orientation: Orientation
     factors: tuple[tuple[float, float], ...]
     names: tuple[str, ...]
@@ -93,7 +94,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
                 request = dataclasses.replace(request, evidence=_evidence(_recheck(job, request, index), len(index)))
             values = model.posterior(request)
     spec = model.spec
-    shape = (spec.grid or job.grid).shape
+    shape = (spec.grid or job.grid).plane
     out = values.numpy().reshape(len(index), len(job.members), spec.channels, *shape)
     if not np.isfinite(out).all():
         raise StateError(
@@ -104,6 +105,8 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
     for c, (scale, offset) in enumerate(job.factors):
         if (scale, offset) != (1.0, 0.0):
             out[:, :, c] = (out[:, :, c] - offset) / scale
+    if model.valid is not None:
+        out[:, :, ~model.valid] = np.nan
     return job.output.from_model(out).astype(job.dtype, copy=False)
 
 
@@ -126,7 +129,7 @@ def _recheck(job: Job, request: Request, index: np.ndarray) -> Located:
 
 def in_observation_space(job: Job, mean: torch.Tensor, deviation: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return moments (t, channels, cells) with those of the operators after them, flat, (t, (channels + operators) * cells)."""
-    shaped = [m.reshape(*m.shape[:2], *job.grid.shape) for m in (mean, deviation)]
+    shaped = [m.reshape(*m.shape[:2], *job.grid.plane) for m in (mean, deviation)]
     wide = extended(shaped[0], job.operators), extended_deviation(shaped[0], shaped[1], job.operators)
     return wide[0].flatten(1).numpy(), wide[1].flatten(1).numpy()
 
@@ -167,16 +170,20 @@ def _request(
     model = job.handle.load()
     where = f" at {job.labels[index[0]]}" if len(index) == 1 else ""
     channels = []
-    for name, field, (scale, offset) in zip(job.names, fields, job.factors, strict=True):
+    for c, (name, given, (scale, offset)) in enumerate(zip(job.names, fields, job.factors, strict=True)):
+        field = np.asarray(given)
+        if model.valid is not None:  # what is masked has no value; some number in its place keeps arithmetic finite
+            valid = job.orientation.from_model(model.valid[c])
+            field = np.where(valid, field, field[:, valid].mean())
         if job.check:
-            metadata.check_values(np.asarray(field), name, where=where)
-        channels.append(job.orientation.to_model(np.asarray(field)).astype(np.float64) * scale + offset)
+            metadata.check_values(field, name, where=where)
+        channels.append(job.orientation.to_model(field).astype(np.float64) * scale + offset)
     values = np.stack(channels, 1)
     climatology = None
     if model.spec.scaling is not None:
         grid = model.spec.grid or job.grid
         mean = model.spec.scaling.climatology(job.basis[index])
-        climatology = torch.as_tensor(np.broadcast_to(mean, (len(index), model.spec.channels, *grid.shape)).copy()).flatten(2)
+        climatology = torch.as_tensor(np.broadcast_to(mean, (len(index), model.spec.channels, *grid.plane)).copy()).flatten(2)
     if job.check:
         _check_plausible(job, values, model.spec)
     located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
@@ -233,7 +240,7 @@ def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str
     if lazy:
         job = dataclasses.replace(job, progress=False, threads=1)
     return chunking.lay(
-        run, job, arrays, time=time, horizontal=(layout.latitude, layout.longitude),
+        run, job, arrays, time=time, horizontal=layout.dims,
         output=(len(job.members), len(arrays), *shape), dtype=dtype,
     )  # fmt: skip
 

@@ -65,6 +65,11 @@ class Grid:
         return len(self.latitude), len(self.longitude)
 
     @property
+    def plane(self) -> tuple[int, int]:
+        """Number of rows and columns of fields."""
+        return self.shape
+
+    @property
     def size(self) -> int:
         """Number of cells."""
         return len(self.latitude) * len(self.longitude)
@@ -125,9 +130,9 @@ class Grid:
         start = self.longitude[0] if self.periodic else (self.longitude[0] + self.longitude[-1]) / 2 - 180.0
         return np.asarray((np.asarray(longitude, dtype=float) - start) % 360.0 + start)
 
-    def same_as(self, other: Grid) -> bool:
+    def same_as(self, other: object) -> bool:
         """Whether two grids have the same cells, to a thousandth of the spacing."""
-        if self.shape != other.shape:
+        if not isinstance(other, Grid) or self.shape != other.shape:
             return False
         for mine, theirs in ((self.latitude, other.latitude), (self.longitude, other.longitude)):
             step = np.diff(mine).mean() if len(mine) > 1 else 1.0
@@ -167,8 +172,25 @@ class Grid:
     def from_dict(cls, data: Mapping[str, Any]) -> Grid:
         """Read the form written by `to_dict`."""
         if data.get("kind") != "rectilinear":
-            raise GridError(f"grid kind {data.get('kind')!r} is not known to this version; it reads 'rectilinear'.")
+            raise GridError(
+                f"grid kind {data.get('kind')!r} is not known to this version; it reads 'rectilinear', 'curvilinear' and 'points'."
+            )
         return cls(np.asarray(data["latitude"], dtype=float), np.asarray(data["longitude"], dtype=float))
+
+
+def rectilinear(grid: object, what: str) -> Grid:
+    """Return `grid` if it is rectilinear.
+
+    Raises
+    ------
+    GridError
+        If it is not, naming `what` needs it.
+    """
+    if not isinstance(grid, Grid):
+        raise GridError(
+            f"{what} needs latitude and longitude along one axis each. Interpolate to such a grid first: ds.genda.regrid(target)"
+        )
+    return grid
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
@@ -246,8 +268,8 @@ def grid_of(ds: xr.Dataset, layout: Layout | None = None, argument: str = "ds") 
 def ground_of(ds: xr.Dataset, layout: Layout, orientation: Orientation) -> np.ndarray | None:
     """Return the height of the ground in metres, flat in model order, where `ds` has a ``surface_altitude`` on its grid."""
     for name, array in ds.variables.items():
-        horizontal = {layout.latitude, layout.longitude}
+        horizontal = set(layout.dims)
         if array.attrs.get("standard_name") == "surface_altitude" and set(array.dims) == horizontal:
-            values = ds[name].transpose(layout.latitude, layout.longitude).values.astype(float)
+            values = ds[name].transpose(*layout.dims).values.astype(float)
             return orientation.to_model(values * unit_factors_of(ds[name], "m")[0]).ravel()
     return None

@@ -119,6 +119,39 @@ class LinearMap:
         entries = (self.matrix.data, self.matrix.indices + start, self.matrix.indptr)
         return LinearMap(scipy.sparse.csr_array(entries, shape=(self.shape[0], size)))
 
+    def scaled(self, factor: np.ndarray) -> LinearMap:
+        """Return the map with each row times a factor, shape (rows,)."""
+        scaled = self.matrix.copy()
+        scaled.data = scaled.data * np.repeat(factor, self.lengths)
+        scaled.eliminate_zeros()
+        return LinearMap(scaled)
+
+    def plus(self, other: LinearMap) -> LinearMap:
+        """Return the sum of two maps of one shape."""
+        return LinearMap(self.matrix + other.matrix)
+
+    def spread(self, rows: np.ndarray, count: int) -> LinearMap:
+        """Return a map of `count` rows, of which `rows` (ascending) are those of this one and all others empty."""
+        starts = np.zeros(count + 1, dtype=self.matrix.indptr.dtype)
+        starts[rows + 1] = self.lengths
+        entries = (self.matrix.data, self.matrix.indices, np.cumsum(starts))
+        return LinearMap(scipy.sparse.csr_array(entries, shape=(count, self.size)))
+
+    def restricted(self, valid: np.ndarray, least: float) -> tuple[LinearMap, np.ndarray]:
+        """Return the map on valid cells only, its rows scaled back to their sum, and which rows have at least the part `least` there.
+
+        Rows with less are empty.
+        """
+        row = np.repeat(np.arange(self.shape[0]), self.lengths)
+        there = valid[self.matrix.indices]
+        whole, left = (np.bincount(row, w, self.shape[0]) for w in (np.abs(self.matrix.data), np.abs(self.matrix.data) * there))
+        enough = (left >= least * whole) & (whole > 0)
+        factor = np.divide(whole, left, out=np.zeros(self.shape[0]), where=enough)
+        kept = self.matrix.copy()
+        kept.data = kept.data * there * factor[row]
+        kept.eliminate_zeros()
+        return LinearMap(kept), enough | (whole == 0)
+
     def after(self, first: LinearMap) -> LinearMap:
         """Return the composition: this map of what `first` gives."""
         return LinearMap(self.matrix @ first.matrix)

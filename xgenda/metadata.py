@@ -31,12 +31,13 @@ LARGEST_PLAUSIBLE = 1e15
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the coordinates of a Dataset: `latitude` and `longitude` are dimensions of a rectilinear grid."""
+    """Names of the coordinates and of the two horizontal dimensions of a Dataset; on a rectilinear grid these are the same."""
 
     latitude: str
     longitude: str
     time: str | None
     member: str | None
+    dims: tuple[str, str]
 
 
 def as_dataset(obj: object, argument: str = "ds") -> xr.Dataset:
@@ -87,15 +88,20 @@ def find_time(ds: xr.Dataset) -> str | None:
     return find_coordinate(ds, "time", TIME_NAMES)
 
 
-def find_layout(ds: xr.Dataset, argument: str = "ds") -> Layout:
+def find_layout(ds: xr.Dataset, argument: str = "ds", *, rectilinear: bool = True) -> Layout:
     """Find latitude, longitude, time and member of a gridded Dataset.
+
+    Parameters
+    ----------
+    rectilinear
+        Whether only one-dimensional latitude and longitude will do.
 
     Raises
     ------
     CoordinateError
-        If latitude or longitude is missing, ambiguous, not one-dimensional, or holds NaN.
+        If latitude or longitude is missing, ambiguous, of another shape, or holds NaN.
     """
-    names = {}
+    names, dims = {}, {}
     for key, usual in (("latitude", LATITUDE_NAMES), ("longitude", LONGITUDE_NAMES)):
         name = find_coordinate(ds, key, usual)
         if name is None:
@@ -105,29 +111,39 @@ def find_layout(ds: xr.Dataset, argument: str = "ds") -> Layout:
                 f"or mark yours: {argument}['name'].attrs['standard_name'] = {key!r}"
             )
         coordinate = ds[name]
-        if name not in ds.dims:
-            if coordinate.ndim == 0:
-                raise CoordinateError(
-                    f"{argument}: {key} coordinate {name!r} is a scalar; a grid needs it as a dimension: "
-                    f"{argument}.expand_dims({name!r})"
-                )
+        if coordinate.ndim == 0:
             raise CoordinateError(
-                f"{argument}: {key} coordinate {name!r} has dimensions {coordinate.dims}; this version works on grids "
-                f"with one-dimensional latitude and longitude. Interpolate to such a grid first."
+                f"{argument}: {key} coordinate {name!r} is a scalar; a grid needs it as a dimension: "
+                f"{argument}.expand_dims({name!r})"
+            )
+        if coordinate.ndim > 1 and rectilinear:
+            raise CoordinateError(
+                f"{argument}: {key} coordinate {name!r} has dimensions {coordinate.dims}; this works on grids with "
+                f"one-dimensional latitude and longitude only. Interpolate to such a grid first: {argument}.genda.regrid(target)"
             )
         values = coordinate.values
         if values.dtype.kind not in "fiu" or not np.isfinite(values.astype(float)).all():
             raise CoordinateError(f"{argument}: {key} coordinate {name!r} holds values that are not finite numbers.")
-        names[key] = name
-    return Layout(names["latitude"], names["longitude"], find_time(ds), find_member(ds))
+        names[key], dims[key] = name, tuple(map(str, coordinate.dims))
+    across, along = dims["latitude"], dims["longitude"]
+    if len(across) == len(along) == 1 and across != along:
+        horizontal = (across[0], along[0])
+    elif not rectilinear and set(across) == set(along) and len(across) == 2:
+        horizontal = (across[0], across[1])
+    else:
+        raise CoordinateError(
+            f"{argument}: latitude {names['latitude']!r} has dimensions {across} and longitude {names['longitude']!r} has {along}; "
+            f"a grid has both along one axis each{'' if rectilinear else ', or both along the same two'}."
+        )
+    return Layout(names["latitude"], names["longitude"], find_time(ds), find_member(ds), horizontal)
 
 
 def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argument: str = "ds") -> None:
     """Refuse variables that lack a horizontal dimension or have one that is not handled."""
-    known = {layout.latitude, layout.longitude, layout.time, layout.member}
+    known = {*layout.dims, layout.time, layout.member}
     for name in variables:
         dims = ds[name].dims
-        for needed in (layout.latitude, layout.longitude):
+        for needed in layout.dims:
             if needed not in dims:
                 raise CoordinateError(f"{argument}[{name!r}] has dimensions {dims} and lacks {needed!r}.")
         extra = [d for d in dims if d not in known]
@@ -150,11 +166,7 @@ def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argumen
 
 def data_variables(ds: xr.Dataset, layout: Layout) -> list[str]:
     """Return the names of the variables on the horizontal grid (bounds and grid mappings are left out)."""
-    return [
-        str(n)
-        for n, v in ds.data_vars.items()
-        if layout.latitude in v.dims and layout.longitude in v.dims and v.dtype.kind in "fiuO"
-    ]
+    return [str(n) for n, v in ds.data_vars.items() if set(layout.dims) <= set(v.dims) and v.dtype.kind in "fiuO"]
 
 
 def match_variable(ds: xr.Dataset, name: str, standard_name: str | None, argument: str = "ds") -> str:

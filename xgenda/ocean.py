@@ -131,7 +131,7 @@ def geostrophic_velocity(ssh: xr.DataArray, *, equator: float = 5.0, smoothing: 
         _check_number("smoothing", smoothing, 1e-3, 1e5, "smoothing=25.0, in kilometres")
     ds = height.to_dataset(name="ssh")
     layout = metadata.find_layout(ds, "ssh")
-    horizontal = [layout.latitude, layout.longitude]
+    horizontal = list(layout.dims)
     grid, orientation = grid_of(ds, layout, "ssh")
     if min(grid.shape) < 2:
         raise GridError(f"ssh has {grid.shape[0]} x {grid.shape[1]} cells; gradients need at least 2 x 2.")

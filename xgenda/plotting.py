@@ -154,10 +154,10 @@ def _fields(ds: xr.Dataset, name: str, layout: metadata.Layout, time: int) -> np
         array = array.isel({layout.time: time})
     if layout.member not in array.dims:
         array = array.expand_dims(str(layout.member))
-    for dim in (layout.latitude, layout.longitude):
+    for dim in layout.dims:
         if dim not in array.dims:
             raise OptionError(f"reference[{name!r}] has dimensions {array.dims} and lacks {dim!r}.")
-    return np.asarray(array.transpose(layout.member, layout.latitude, layout.longitude).values, dtype=float)
+    return np.asarray(array.transpose(layout.member, *layout.dims).values, dtype=float)
 
 
 def _axes(ds: xr.Dataset, layout: metadata.Layout) -> tuple[np.ndarray, np.ndarray]:

@@ -14,18 +14,19 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from xgenda import chunking, engine, metadata
+from xgenda import chunking, engine, metadata, states
+from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of
 from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choice
-from xgenda.grids import Grid, Orientation, grid_of, ground_of
-from xgenda.metadata import Layout
+from xgenda.grids import ground_of
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import choose_model
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
-from xgenda.observations.operators import Located, locate_observations
+from xgenda.observations.operators import Located, columned, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
 from xgenda.operators import Operator
 from xgenda.scaling import cycle_basis
+from xgenda.states import State
 
 #: Threshold of the background check where the prior is centred on a background, and where it is a climatology.
 BACKGROUND_THRESHOLD = 3.0
@@ -45,12 +46,14 @@ class Prepared:
 
     Attributes
     ----------
-    ds, layout, time, grid, orientation
-        The fields: names of their coordinates, name of the time dimension (None for one time), grid in model order.
+    state
+        The fields.
+    time
+        Name of the time dimension, None for one time.
     model
         The model, or None where none is needed.
-    wanted, variables, arrays, factors
-        Per variable: what observations must know, the user's name, the field, and scale and offset to the units of the model.
+    variables, arrays, factors
+        Per channel: its name in the model and in `state`, the field, and scale and offset to the units of the model.
     labels
         Of the times.
     located
@@ -58,16 +61,12 @@ class Prepared:
     threshold, quality
         Of the background check, and all others.
     operators, observable
-        Operators with the channels that they take; what may be observed: `wanted` and what the operators make.
+        Operators with the channels that they take; what may be observed: variables, on all their levels, and what the operators make.
     """
 
-    ds: xr.Dataset
-    layout: Layout
+    state: State
     time: str | None
-    grid: Grid
-    orientation: Orientation
     model: Any
-    wanted: list[Wanted]
     variables: dict[str, str]
     arrays: list[xr.DataArray]
     factors: tuple[tuple[float, float], ...]
@@ -81,19 +80,20 @@ class Prepared:
     @property
     def linear(self) -> bool:
         """Whether nothing is observed through an operator."""
-        return self.located is None or not bool((self.located.table.variable >= len(self.wanted)).any())
+        return self.located is None or not bool((self.located.table.variable >= len(self.observable) - len(self.operators)).any())
 
     def job(self, members: tuple[int, ...], seed: int, options: Any, device: str, progress: bool | None) -> engine.Job:
         """Return what the engine needs for these members and options."""
         spec = self.model.spec
-        time = self.ds[self.layout.time] if self.layout.time is not None else None
+        layout = self.state.layout
+        time = self.state.ds[layout.time] if layout.time is not None else None
         cycle = "none" if spec.scaling is None else spec.scaling.cycle
         return engine.Job(
-            handle=handle_of(self.model), grid=self.grid, orientation=self.orientation, factors=self.factors,
+            handle=handle_of(self.model), grid=self.state.grid, orientation=self.state.orientation, factors=self.factors,
             names=tuple(self.variables.values()), labels=self.labels, basis=cycle_basis(time, cycle, len(self.labels)),
             located=self.located, threshold=self.threshold, quality=self.quality, operators=self.operators,
             members=members, seed=seed, options=options, device=device,
-            output=self.orientation, check=spec.needs_background, progress=progress, threads=None,
+            output=self.state.orientation, check=spec.needs_background, progress=progress, threads=None,
         )  # fmt: skip
 
 
@@ -123,13 +123,13 @@ def prepare(
     ObservationError, OptionError, GridError, CoordinateError, ChunkingError, ModelNotFoundError, UnitsError
         With the line to type.
     """
-    layout = metadata.find_layout(ds)
+    state = states.enter(ds)
+    ds, layout, grid, orientation = state.ds, state.layout, state.grid, state.orientation
     if layout.member is not None and ds.sizes[layout.member] > 0:
         raise OptionError(
             f"ds has the ensemble dimension {layout.member!r}, and one background is needed. Type ds.mean({layout.member!r}), and for "
             f"the ensemble as prior: model=xgenda.gaussian_prior(ds)"
         )
-    grid, orientation = grid_of(ds, layout)
     time = layout.time if layout.time in ds.dims else None
     if time is not None and ds.sizes[time] == 0:
         raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
@@ -145,29 +145,30 @@ def prepare(
         wanted = [
             Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in metadata.data_variables(ds, layout)
         ]
-    variables = {w.name: metadata.match_variable(ds, w.name, w.standard_name) for w in wanted}
+    variables = {w.name: states.match_channel(ds, w.name, w.standard_name) for w in wanted}
     wanted = [dataclasses.replace(w, given_units=metadata.units_of(ds[variables[w.name]])) for w in wanted]
     metadata.check_dims(ds, variables.values(), layout)
     arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables.values()]
-    chunking.check_core_chunks(arrays, (layout.latitude, layout.longitude))
+    chunking.check_core_chunks(arrays, layout.dims)
     factors = tuple(metadata.unit_factors_of(ds[n], w.units) for n, w in zip(variables.values(), wanted, strict=True))
     times = ds[layout.time] if layout.time is not None else None
     labels = metadata.time_labels(times)
     metadata.check_unique_times(labels)
     located = None
     # the result, and so the message, speak of the user's variable; the table of the model's
-    renamed = _rename_back(obs, variables)
+    names = {states.parse_channel(ours)[0]: states.parse_channel(theirs)[0] for ours, theirs in variables.items()}
+    renamed = _rename_back(obs, names)
     control = check_quality(quality)
     made = _operators(operators, wanted, variables, grid)
-    observable = [*wanted, *(Wanted(n, o.standard_name, o.units) for n, o in (operators or {}).items())]
+    observable = [*columned(wanted), *(Wanted(n, o.standard_name, o.units) for n, o in (operators or {}).items())]
     located = locate_observations(
-        renamed, observable, grid, times, error=_rename_error(error, variables), window=window, quality=control,
-        representativeness=_renamed(representativeness, variables), ground=ground_of(ds, layout, orientation),
-        lapse_rate=_renamed(lapse_rate, variables),
+        renamed, observable, grid, times, error=_rename_error(error, names), window=window, quality=control,
+        representativeness=_renamed(representativeness, names), ground=ground_of(ds, layout, orientation),
+        lapse_rate=_renamed(lapse_rate, names), valid=None if chosen is None else chosen.valid,
     )  # fmt: skip
     threshold = _threshold(check, chosen)
-    return Prepared(ds, layout, time, grid, orientation, chosen, wanted, variables, arrays, factors, labels,
-                  located if len(located.table) else None, threshold, control, made, observable)  # fmt: skip
+    return Prepared(state, time, chosen, variables, arrays, factors, labels, located if len(located.table) else None,
+                  threshold, control, made, observable)  # fmt: skip
 
 
 def check_trajectory(setup: Prepared) -> None:
@@ -181,7 +182,7 @@ def check_trajectory(setup: Prepared) -> None:
         raise GridError(
             f"model={name!r} is of windows of {window} consecutive times, and ds has {count}; give at least {window}."
         )
-    steps = metadata.seconds_between(setup.ds[setup.time].values)
+    steps = metadata.seconds_between(setup.state.ds[setup.time].values)
     if abs(steps - options["spacing"]).max() > 0.01 * options["spacing"]:
         raise GridError(
             f"model={name!r} is of states {options['spacing']:g} seconds apart, and those of ds are {steps.min():g} to {steps.max():g} "
@@ -224,7 +225,7 @@ def _renamed(given: Any, variables: dict[str, str]) -> Any:
 
 
 def _operators(
-    operators: Mapping[str, Operator] | None, wanted: list[Wanted], variables: dict[str, str], grid: Grid
+    operators: Mapping[str, Operator] | None, wanted: list[Wanted], variables: dict[str, str], grid: AnyGrid
 ) -> tuple[tuple[Operator, tuple[int, ...]], ...]:
     """Return the operators with the indices of the channels that they take; the user's names and the model's both count."""
     if operators is None:
@@ -246,7 +247,7 @@ def _operators(
             raise OptionError(
                 f"operators[{name!r}] has the name of a variable of the state; give it another, and rename the observations."
             )
-        operator.check(name, grid.shape, list(places))
+        operator.check(name, grid.plane, list(places))
         out.append((operator, tuple(places[v] for v in operator.variables)))
     return tuple(out)
 
@@ -271,13 +272,13 @@ def _threshold(check: float | str | None, model: GenerativeModel | None) -> floa
     return float(check)
 
 
-def check_grid(model: GenerativeModel, grid: Grid) -> None:
+def check_grid(model: GenerativeModel, grid: AnyGrid) -> None:
     """Refuse a grid that is not the model's."""
     expected = model.spec.grid
     if expected is not None and not expected.same_as(grid):
         raise GridError(
             f"model={model.spec.name!r} works on the grid {expected.describe()}; ds has {grid.describe()}. "
-            f"Interpolate: ds.interp(latitude=model.spec.grid.latitude, longitude=model.spec.grid.longitude)"
+            f"Interpolate: ds.genda.regrid(target), with target on that grid"
         )
 
 

@@ -140,6 +140,7 @@ def fit_scaling(
     offset: float | Mapping[str, float] = 1e-3,
     pointwise_std: bool = False,
     homogeneous: bool = False,
+    valid: np.ndarray | None = None,
 ) -> Scaling:
     """Fit a `Scaling` to training fields.
 
@@ -161,6 +162,8 @@ def fit_scaling(
         One standard deviation per cell instead of one per variable.
     homogeneous
         One climatology for all cells, where all places are alike.
+    valid
+        Which cells count for the standard deviation, shape (channels, ny, nx); None: all.
 
     Raises
     ------
@@ -185,7 +188,10 @@ def fit_scaling(
         mean = mean.mean((2, 3), keepdims=True)
     anomaly = transformed - np.tensordot(basis, mean, axes=(1, 0))
     axes = (0,) if pointwise_std else (0, 2, 3)
-    std = np.sqrt(np.mean(anomaly**2, axis=axes, keepdims=True))[0]
+    counted = True if valid is None or pointwise_std else np.broadcast_to(valid, anomaly.shape)
+    std = np.sqrt(np.mean(anomaly**2, axis=axes, keepdims=True, where=counted))[0]
+    if pointwise_std and valid is not None:
+        std = np.where(valid, std, 1.0)
     rounding = 1e-12 * np.abs(transformed).max(axis=axes, keepdims=True)[0]
     for c, name in enumerate(names):
         if (std[c] <= rounding[c]).any():

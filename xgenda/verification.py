@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xgenda import metadata
+from xgenda import metadata, states
+from xgenda.curvilinear import PointSet
 from xgenda.errors import OptionError
-from xgenda.grids import grid_of, ground_of
+from xgenda.grids import ground_of
 from xgenda.observations.containers import ErrorLike, Wanted
-from xgenda.observations.operators import locate_observations
+from xgenda.observations.operators import columned, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
+from xgenda.states import State
 
 #: Metric -> what to know about it; written to its attributes.
 METRICS: dict[str, dict[str, str]] = {
@@ -94,20 +96,23 @@ def verify(
     True
     """
     ds = metadata.as_dataset(ensemble, "ensemble")
-    layout = metadata.find_layout(ds, "ensemble")
+    state = states.enter(ds, "ensemble")
+    ds, layout = state.ds, state.layout
     gridded = False
     if isinstance(truth, (xr.Dataset, xr.DataArray)):
         reference = metadata.as_dataset(truth, "truth")
-        gridded = {layout.latitude, layout.longitude} <= set(reference.dims)
+        gridded = set(layout.dims) - {states.SINGLE} <= set(reference.dims)
     if not gridded:
-        return _verify_at_points(ds, layout, truth, error, quality, lapse_rate)
+        return state.leave(_verify_at_points(state, truth, error, quality, lapse_rate))
+    reference = states.enter(reference, "truth").ds
     names = [n for n in metadata.data_variables(ds, layout) if n in reference]
     if not names:
         raise OptionError(
             f"truth has none of the variables {metadata.data_variables(ds, layout)}; it has {list(reference.data_vars)}."
         )
-    grid, orientation = grid_of(ds, layout, "ensemble")
-    area = xr.DataArray(orientation.from_model(grid.areas()), dims=(layout.latitude, layout.longitude))
+    area = None
+    if not isinstance(state.grid, PointSet):
+        area = xr.DataArray(state.orientation.from_model(state.grid.areas()), dims=layout.dims)
     over = None if dims is None else [dims] if isinstance(dims, str) else list(dims)
     out = {}
     for n in names:
@@ -130,7 +135,7 @@ def verify(
             )
         fields = {k: xr.DataArray(v, dims=given.dims, coords=given.coords) for k, v in points.items()}
         out[n] = _aggregate(fields, area, over, len(values))
-    return _finish(out, ds)
+    return state.leave(_finish(out, state))
 
 
 def _point_scores(members: np.ndarray, truth: np.ndarray, error: np.ndarray | float) -> dict[str, np.ndarray]:
@@ -166,28 +171,28 @@ def _aggregate(
     return joined.assign_coords(metric=list(METRICS))
 
 
-def _finish(scores: dict[str, xr.DataArray], ds: xr.Dataset) -> xr.Dataset:
+def _finish(scores: dict[str, xr.DataArray], state: State) -> xr.Dataset:
     out = xr.Dataset(scores)
     for n in scores:
-        out[n].attrs = {"units": ds[n].attrs.get("units", "1"), "comment": "spread_skill and chi2 have no unit"}
+        source = state.ds[n] if n in state.ds else state.origin[n]
+        out[n].attrs = {"units": source.attrs.get("units", "1"), "comment": "spread_skill and chi2 have no unit"}
     out["metric"].attrs = {k: v["long_name"] for k, v in METRICS.items()}
     return out
 
 
 def _verify_at_points(
-    ds: xr.Dataset,
-    layout: metadata.Layout,
+    state: State,
     obs: Any,
     error: ErrorLike,
     quality: QualityControl | None,
     lapse_rate: float | Mapping[str, float] | None,
 ) -> xr.Dataset:
+    ds, layout, orientation = state.ds, state.layout, state.orientation
     names = metadata.data_variables(ds, layout)
-    wanted = [Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in names]
-    grid, orientation = grid_of(ds, layout, "ensemble")
+    wanted = columned([Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in names])
     times = ds[layout.time] if layout.time is not None else None
     located = locate_observations(
-        obs, wanted, grid, times, error=error, argument="truth", quality=quality,
+        obs, wanted, state.grid, times, error=error, argument="truth", quality=quality,
         lapse_rate=lapse_rate, ground=ground_of(ds, layout, orientation),
     ).used()  # fmt: skip
     count = 1 if layout.member is None else ds.sizes[layout.member]
@@ -197,17 +202,17 @@ def _verify_at_points(
         stack = []
         for n in names:
             array = ds[n].isel({layout.time: int(t)}) if layout.time in ds[n].dims else ds[n]
-            order = ([layout.member] if layout.member is not None else []) + [layout.latitude, layout.longitude]
+            order = ([layout.member] if layout.member is not None else []) + list(layout.dims)
             stack.append(orientation.to_model(np.asarray(array.transpose(*order).values, dtype=float)).reshape(count, -1))
         seen[:, rows] = located.operator.select(rows)(np.concatenate(stack, -1))
     out = {}
-    for i, n in enumerate(names):
+    for i, w in enumerate(wanted):
         rows = np.flatnonzero(located.table.variable == i)
         if len(rows):
             points = _point_scores(seen[:, rows], located.table.value[rows], located.table.error[rows])
-            out[n] = _aggregate({k: xr.DataArray(v, dims="obs") for k, v in points.items()}, None, None, count)
+            out[w.name] = _aggregate({k: xr.DataArray(v, dims="obs") for k, v in points.items()}, None, None, count)
     if not out:
         raise OptionError(
             f"No observation in truth can be compared: {np.count_nonzero(located.table.code == Quality.USED)} usable."
         )
-    return _finish(out, ds)
+    return _finish(out, state)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from xgenda.diffusion.noise import NoiseStream
@@ -21,6 +23,7 @@ from xgenda.errors import OptionError
 
 EARTH_RADIUS = 6_371_229.0
 DENSE_LIMIT = 6000  # cells; a dense factorisation beyond this takes minutes and gigabytes
+NODES, MOST_ROWS, MOST_COLUMNS, LEFT = 16, 256, 720, 0.1  # of draws at scattered places, see `Nearby`
 KERNELS = ("exponential", "matern32", "matern52", "gaussian")
 
 
@@ -46,7 +49,7 @@ class Covariance(Protocol):
 
 
 class SphereKernel:
-    """A correlation function of distance between the cells of a grid.
+    """A correlation function of distance between the cells of a grid, or between scattered places (`SphereKernel.at`).
 
     Parameters
     ----------
@@ -69,6 +72,19 @@ class SphereKernel:
         self._axes = (latitude.double(), longitude.double())
         self._positions = _unit_vectors(*_mesh(*self._axes))
         self._root: Tensor | None = None
+        self._nearby: Nearby | None = None
+
+    @classmethod
+    def at(cls, latitude: Tensor, longitude: Tensor, kind: str, length: float) -> SphereKernel:
+        """Return the same between scattered places in degrees, shapes (n,).
+
+        Up to `DENSE_LIMIT` of them are drawn with a dense root, more by `Nearby`.
+        """
+        kernel = cls(latitude, torch.zeros(1), kind, length)
+        kernel._positions = _unit_vectors(latitude.double(), longitude.double())
+        if len(latitude) > DENSE_LIMIT:
+            kernel._nearby = Nearby(kernel)
+        return kernel
 
     def correlation(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the correlation of cells, shape (rows, columns)."""
@@ -89,6 +105,8 @@ class SphereKernel:
 
     def draw(self, noise: NoiseStream, fields: int = 1) -> Tensor:
         """Draw `fields` independent fields per sample with this correlation, shape (samples, fields, size), float64."""
+        if self._nearby is not None:
+            return self._nearby.draw(noise, fields)
         if self._root is None:
             self._root = self._circulant_root() if self.around else self._dense_root()
         ny, nx = self.shape
@@ -124,6 +142,62 @@ class SphereKernel:
         return matrix_root(self.correlation(everything, everything))
 
 
+class Nearby:
+    r"""Draws at many scattered places: drawn exactly on a rectilinear grid around them, and kriged from its nearest nodes.
+
+    x_i = w_i . u + s_i e_i, with w_i the weights of simple kriging from the `NODES` nearest nodes, s_i^2 the variance they leave, and e_i
+    independent. Variances are exact; covariances as nearly as kriging is (Vecchia 1988, J. R. Stat. Soc. B 50, 297-312).
+
+    Raises
+    ------
+    OptionError
+        On drawing, if the nodes leave more than `LEFT` of the variance: the length scale is too short for so many cells.
+    """
+
+    def __init__(self, kernel: SphereKernel) -> None:
+        self.kernel = kernel
+        self._made: tuple[SphereKernel, Tensor, Tensor, Tensor] | None = None
+
+    def draw(self, noise: NoiseStream, fields: int) -> Tensor:
+        """Draw `fields` fields per sample, shape (samples, fields, size)."""
+        self._made = self._made or self._make()
+        nodes, index, weight, left = self._made
+        known = nodes.draw(noise, fields)
+        out = left * noise.normal(fields, self.kernel.size, dtype=torch.float64)
+        for k in range(index.shape[1]):  # one node at a time: all at once would be many times the memory of the draws
+            out += known[..., index[:, k]] * weight[:, k]
+        return out
+
+    def _make(self) -> tuple[SphereKernel, Tensor, Tensor, Tensor]:
+        places = self.kernel._positions
+        tree = cKDTree(places.numpy())
+        apart = float(np.median(tree.query(places.numpy(), k=2)[0][:, 1]))
+        latitude = torch.rad2deg(torch.asin(places[:, 2].clamp(-1, 1)))
+        low, high = float(latitude.min()), float(latitude.max())
+        step = max(math.degrees(apart) / 2, (high - low) / MOST_ROWS, 360 / MOST_COLUMNS)
+        rows = torch.arange(
+            max(low - step, -90 + step / 2), min(high + step, 90 - step / 2) + step / 2, step, dtype=torch.float64
+        )
+        around = math.ceil(360 / step)
+        turn = torch.arange(around, dtype=torch.float64) * (360 / around)
+        nodes = SphereKernel(rows, turn, self.kernel.kind, self.kernel.length, around)
+        _, near = cKDTree(nodes._positions.numpy()).query(places.numpy(), k=NODES)
+        index = torch.as_tensor(near)
+        weight, left = torch.empty(index.shape, dtype=torch.float64), torch.empty(len(index), dtype=torch.float64)
+        for some in torch.split(torch.arange(len(index)), 2**14):
+            around_it = nodes._positions[index[some]]
+            inner = self.kernel._of_chord(_chord(around_it, around_it)) + 1e-9 * torch.eye(NODES, dtype=torch.float64)
+            cross = self.kernel._of_chord(_chord(places[some, None], around_it))[:, 0]
+            weight[some] = torch.linalg.solve(inner, cross)
+            left[some] = (1 - (weight[some] * cross).sum(-1)).clamp(min=0.0)
+        if float(left.mean()) > LEFT:
+            raise OptionError(
+                f"A length scale of {self.kernel.length / 1e3:g} km cannot be drawn on {self.kernel.size} cells that are not in rows and "
+                f"columns of latitude and longitude. Use a longer one, a part of the grid, or a grid with evenly spaced longitudes."
+            )
+        return nodes, index, weight, left.sqrt()
+
+
 def gaspari_cohn(scaled: Tensor) -> Tensor:
     """Taper of Gaspari and Cohn (1999, Q. J. R. Meteorol. Soc. 125, eq. 4.10), of distance over the radius where it is zero."""
     r = 2 * scaled
@@ -156,7 +230,7 @@ def matrix_root(matrix: Tensor) -> Tensor:
 
 
 class KernelCovariance:
-    """S = std_i c(d_ij) std_j within each channel, and no covariance between channels.
+    """S = std_i c(d_ij) std_j within each channel, and between channels none, or the part `between` of it.
 
     Parameters
     ----------
@@ -164,21 +238,29 @@ class KernelCovariance:
         One per channel, all on the same grid.
     std
         Standard deviations, shape (channels, cells).
+    between
+        Correlation of channels at one place, shape (channels, channels); between channels whose kernels differ it must be zero.
     """
 
-    def __init__(self, kernels: list[SphereKernel], std: Tensor) -> None:
+    def __init__(self, kernels: list[SphereKernel], std: Tensor, between: Tensor | None = None) -> None:
         self.kernels, self.std = kernels, std.double()
         self.size = std.numel()
+        self.between = torch.eye(len(kernels), dtype=torch.float64) if between is None else between.double()
+        alike = torch.tensor([[a.kind == b.kind and a.length == b.length for b in kernels] for a in kernels])
+        if bool((self.between[~alike] != 0).any()):
+            raise OptionError("Channels can only be correlated where they have the same length scale and kind of covariance.")
 
     def block(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return S[rows][:, columns]."""
         cells = self.kernels[0].size
         out = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-        for c, kernel in enumerate(self.kernels):
-            i, j = (torch.nonzero(index // cells == c)[:, 0] for index in (rows, columns))
+        for c, d in torch.nonzero(self.between).tolist():
+            i, j = torch.nonzero(rows // cells == c)[:, 0], torch.nonzero(columns // cells == d)[:, 0]
             if len(i) and len(j):
                 a, b = rows[i] % cells, columns[j] % cells
-                out[i[:, None], j] = self.std[c, a, None] * kernel.correlation(a, b) * self.std[c, b]
+                out[i[:, None], j] = (
+                    float(self.between[c, d]) * self.std[c, a, None] * self.kernels[c].correlation(a, b) * self.std[d, b]
+                )
         return out
 
     def diagonal(self) -> Tensor:
@@ -187,8 +269,10 @@ class KernelCovariance:
 
     def draw(self, noise: NoiseStream) -> Tensor:
         """Draw one field per sample."""
-        fields = [kernel.draw(noise)[:, 0] * std for kernel, std in zip(self.kernels, self.std, strict=True)]
-        return torch.cat(fields, -1)
+        fields = torch.stack([kernel.draw(noise)[:, 0] for kernel in self.kernels], 1)
+        if len(self.between) > 1 and not torch.equal(self.between, torch.eye(len(self.between), dtype=torch.float64)):
+            fields = torch.einsum("cd,sdn->scn", matrix_root(self.between), fields)
+        return (fields * self.std).flatten(1)
 
 
 class LocalisedSample:

@@ -135,5 +135,6 @@ def precondition(anchor: Anchor | None, x: Tensor, sigma: float) -> tuple[Tensor
 
 def anchor_scales(given: Conditional) -> tuple[Tensor, Tensor]:
     """Return the standard deviations of x - G and of x0 - G under the anchor, each shape (n,)."""
-    left = (given.sigma**2 - given.variance).clamp(min=1e-12 * given.sigma**2)
-    return left.sqrt(), given.variance.sqrt()
+    least = 1e-12 * given.sigma**2  # where the anchor has no variance at all, as on masked cells
+    left = (given.sigma**2 - given.variance).clamp(min=least)
+    return left.sqrt(), given.variance.clamp(min=least).sqrt()

@@ -25,7 +25,7 @@ from xgenda.diffusion.noise import NoiseStream
 from xgenda.diffusion.samplers import SAMPLERS, integrate, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.errors import OptionError, check_choice, check_count
-from xgenda.grids import Grid
+from xgenda.grids import Grid, rectilinear
 from xgenda.maps import bilinear_between, block_mean
 from xgenda.models.diffusive import BATCH, SIGMA_MIN, STEPS, build_network
 from xgenda.models.fitting import kernel_on
@@ -124,7 +124,7 @@ class CorrectiveModel(GenerativeModel):
         if spec.grid is None or spec.scaling is None or spec.factor is None:
             raise OptionError("A downscaling model needs a grid, a scaling and a factor.")
         self.spec, self.linear, self.spread = spec, linear, spread.float()
-        self.grid, self.scaling, self.factor = spec.grid, spec.scaling, spec.factor
+        self.grid, self.scaling, self.factor = rectilinear(spec.grid, spec.name), spec.scaling, spec.factor
         self.regression = None if regression is None else regression.eval().requires_grad_(False)
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.sigma_max, self.unit = float(spec.options["sigma_max"]), float(spec.options["unit"])
@@ -227,7 +227,7 @@ class CorrectiveModel(GenerativeModel):
         stray = [k for k in tensors if not k.startswith(("network.", "regression."))]
         if stray or spec.grid is None or spec.factor is None:
             raise KeyError(f"unexpected tensors {stray}")
-        blocks = torch.as_tensor(block_mean(spec.grid, spec.factor).matrix.toarray())
+        blocks = torch.as_tensor(block_mean(rectilinear(spec.grid, spec.name), spec.factor).matrix.toarray())
         return cls(
             spec,
             CoarseMap(matrix, torch.block_diag(*[blocks] * spec.channels)),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,14 +48,19 @@ class DiffusionModel(GenerativeModel):
         Network and, where trained with one, Gaussian anchor.
     covariance
         Of the standardised state, for guidance='anchor'; by default that of the denoiser's anchor.
+    valid
+        Where the state is, see `GenerativeModel`.
     """
 
-    def __init__(self, spec: ModelSpec, denoiser: EDMDenoiser, covariance: Anchor | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, denoiser: EDMDenoiser, covariance: Anchor | None = None, valid: np.ndarray | None = None
+    ) -> None:
         if spec.grid is None or spec.scaling is None:
             raise OptionError("A diffusion model needs a grid and a scaling.")
         self.spec, self.denoiser = spec, denoiser.eval().requires_grad_(False)
         self.covariance = denoiser.anchor if covariance is None else covariance
         self.scaling: Scaling = spec.scaling
+        self.valid = valid
         self.sigma_max = float(spec.options["sigma_max"])
         self.denoiser.sigma_range = (SIGMA_MIN, self.sigma_max)
 
@@ -106,7 +112,7 @@ class DiffusionModel(GenerativeModel):
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
         """Return the climatology and its standard deviation, in physical units."""
         assert request.climatology is not None
-        std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).shape).flatten(1)
+        std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).plane).flatten(1)
         if self.covariance is not None:
             spread = self.covariance.diagonal().sqrt().reshape(self.window, *std.shape)
             std = std * spread[self.window // 2]
@@ -127,8 +133,8 @@ class DiffusionModel(GenerativeModel):
         assert request.climatology is not None
         levels = noise_levels(options.schedule, options.steps, SIGMA_MIN, self.sigma_max)
         climatology = request.climatology
-        std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).shape).reshape(-1)
-        shape: tuple[int, ...] = (self.spec.channels, *_grid(self.spec).shape)
+        std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *_grid(self.spec).plane).reshape(-1)
+        shape: tuple[int, ...] = (self.spec.channels, *_grid(self.spec).plane)
         # an item is what is solved together: one time of one member, or all times of one member
         if k == 0:
             spans: list[tuple[int, ...]] = [(t,) for t in range(times)]
@@ -165,11 +171,11 @@ class DiffusionModel(GenerativeModel):
             """Return observations of a span through the operators."""
             width = cells * (channels + len(request.operators))
             joined = join_times([request.evidence[t] for t in spans[span]], width)
-            mean = climatology[list(spans[span])].reshape(-1, channels, *_grid(self.spec).shape)
+            mean = climatology[list(spans[span])].reshape(-1, channels, *_grid(self.spec).plane)
 
             def observe(z: Tensor) -> Tensor:
-                states = z.reshape(len(z), len(spans[span]), channels, *_grid(self.spec).shape)
-                physical = self._physical(states * std.reshape(channels, *_grid(self.spec).shape).to(z) + mean.to(z), -3)
+                states = z.reshape(len(z), len(spans[span]), channels, *_grid(self.spec).plane)
+                physical = self._physical(states * std.reshape(channels, *_grid(self.spec).plane).to(z) + mean.to(z), -3)
                 flat = extended(physical, request.operators).flatten(1)
                 return (flat[:, joined.indices.to(z.device)] * joined.weights.to(z)).sum(-1)
 
@@ -234,15 +240,17 @@ class DiffusionModel(GenerativeModel):
         """Return weights, anchor, and the Gaussian for guidance where that is another one."""
         out = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         own = self.covariance if self.covariance is not self.denoiser.anchor else None
-        return out | anchor_tensors(self.denoiser.anchor) | anchor_tensors(own, "covariance")
+        masked = {} if self.valid is None else {"valid": torch.as_tensor(self.valid, dtype=torch.uint8)}
+        return out | anchor_tensors(self.denoiser.anchor) | anchor_tensors(own, "covariance") | masked
 
     @classmethod
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> DiffusionModel:
         """Rebuild the model; the tensors must be exactly those that it stores."""
         anchor, covariance = read_anchor(tensors), read_anchor(tensors, "covariance")
+        valid = tensors.pop("valid").bool().numpy() if "valid" in tensors else None
         network = build_network(spec.options["network"])
         network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()}, strict=True)
-        return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance)
+        return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
 
 
 def build_network(options: Mapping[str, Any]) -> UNet:

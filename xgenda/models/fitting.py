@@ -12,11 +12,13 @@ import xarray as xr
 from torch import Tensor
 
 from xgenda import metadata
+from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
 from xgenda.errors import OptionError
-from xgenda.grids import Grid, Orientation
+from xgenda.grids import Grid
 from xgenda.scaling import Scaling, cycle_basis
+from xgenda.states import State
 
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (2, 5, 10, 20, 40, 80)
@@ -24,16 +26,29 @@ RADII = 8
 PROBES = 150  # observed and predicted cells of one cross-validation fold
 
 
-def kernel_on(grid: Grid, kind: str, length: float) -> SphereKernel:
+def kernel_on(grid: AnyGrid, kind: str, length: float) -> SphereKernel:
     """Return a correlation function on a grid."""
+    if not isinstance(grid, Grid):
+        latitude, longitude = (torch.as_tensor(p) for p in grid.points())
+        return SphereKernel.at(latitude, longitude, kind, length)
     return SphereKernel(torch.as_tensor(grid.latitude), torch.as_tensor(grid.longitude), kind, length, grid.longitude_count)
 
 
-def read_sample(
-    ds: xr.Dataset, layout: metadata.Layout, names: list[str], orientation: Orientation
-) -> tuple[str, np.ndarray, xr.DataArray | None]:
-    """Return the sample dimension, the fields (n, channels, ny, nx) in memory and model order, and their times."""
-    horizontal = {layout.latitude, layout.longitude}
+def read_sample(state: State, names: list[str]) -> tuple[str, np.ndarray, xr.DataArray | None, np.ndarray | None]:
+    """Return the sample dimension, the fields (n, channels, ny, nx) in memory and model order, their times, and which cells are valid.
+
+    Cells that are NaN in every field are masked, land in an ocean: they are filled with the mean of the others, and False in the last
+    (channels, ny, nx), which is None without a mask.
+
+    Raises
+    ------
+    OptionError
+        If there is not one sample dimension.
+    StateError
+        If some fields are NaN where others are not.
+    """
+    ds, layout = state.ds, state.layout
+    horizontal = set(layout.dims)
     dims = [d for d in dict.fromkeys(str(d) for n in names for d in ds[n].dims) if d not in horizontal]
     long = [d for d in dims if ds.sizes[d] > 1]
     if len(long) != 1:
@@ -42,18 +57,19 @@ def read_sample(
             + (f"Select: ds.isel({long[1]}=0), or join them: ds.stack(sample={long})" if len(long) > 1 else
                "For a single background give gaussian_prior(ds, length_scale=300e3, std=2.0).")
         )  # fmt: skip
-    arrays = []
+    arrays, masks = [], []
     for n in names:
-        array = (
-            ds[n]
-            .squeeze([d for d in dims if d not in long and d in ds[n].dims])
-            .transpose(long[0], layout.latitude, layout.longitude)
-        )
+        array = ds[n].squeeze([d for d in dims if d not in long and d in ds[n].dims]).transpose(long[0], *layout.dims)
         values = np.asarray(array.values)
+        masked = np.isnan(values).all(0)
+        if masked.any() and not masked.all():
+            values = np.where(masked, values[:, ~masked].mean(), values)
         metadata.check_values(values, n)
-        arrays.append(orientation.to_model(values))
+        arrays.append(state.orientation.to_model(values))
+        masks.append(state.orientation.to_model(~masked))
     time = ds[layout.time] if layout.time is not None and ds[layout.time].dims == (long[0],) else None
-    return long[0], np.stack(arrays, 1).astype(np.float64), time
+    valid = np.stack(masks)
+    return long[0], np.stack(arrays, 1).astype(np.float64), time, None if valid.all() else valid
 
 
 def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None) -> np.ndarray:
@@ -66,7 +82,7 @@ Choice = tuple[str, float, float]
 
 def candidates(
     kinds: tuple[str, ...],
-    grid: Grid,
+    grid: AnyGrid,
     shape: tuple[int, ...],
     radius: float | None,
     rank: int | None,
@@ -112,16 +128,19 @@ def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
     return LowRank(torch.as_tensor(factor.copy()), torch.as_tensor(residual))
 
 
-def cross_validate(z: np.ndarray, grid: Grid, choices: list[Choice], fold: np.ndarray) -> dict[Choice, float]:
-    """Return the mean log score of each choice over the blocks of consecutive fields that `fold` numbers from 0."""
+def cross_validate(
+    z: np.ndarray, grid: AnyGrid, choices: list[Choice], fold: np.ndarray, valid: np.ndarray | None = None
+) -> dict[Choice, float]:
+    """Return the mean log score of each choice over the blocks of consecutive fields that `fold` numbers from 0, on valid cells."""
     total = dict.fromkeys(choices, 0.0)
     cells = z.shape[1] // grid.size
     taper = kernel_on(grid, "gaspari-cohn", 1.0)
     folds = int(fold.max()) + 1
+    among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
     for k in range(folds):
         block = np.flatnonzero(fold == k)
         rng = np.random.default_rng(k)
-        probe = rng.choice(z.shape[1], min(2 * PROBES, z.shape[1]), replace=False)
+        probe = rng.choice(among, min(2 * PROBES, len(among)), replace=False)
         seen = len(probe) // 3
         rest = np.setdiff1d(np.arange(len(z)), block)
         centre = z[rest].mean(0)

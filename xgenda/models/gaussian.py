@@ -10,7 +10,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from xgenda import metadata
+from xgenda import metadata, states
+from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import (
     KERNELS,
@@ -22,12 +23,12 @@ from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
-from xgenda.grids import Grid, grid_of
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.fitting import candidates, cross_validate, fit_sample, kernel_on, read_sample, standardise
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import fit_scaling
+from xgenda.states import State
 
 SAMPLE_KINDS = ("localized", "eof")
 
@@ -47,7 +48,8 @@ class GaussianModel(GenerativeModel):
     """
 
     def __init__(self, spec: ModelSpec, arrays: Mapping[str, Tensor]) -> None:
-        self.spec, self.arrays = spec, dict(arrays)
+        self.spec, self.arrays = spec, {k: v for k, v in arrays.items() if k != "valid"}
+        self.valid = None if "valid" not in arrays else arrays["valid"].bool().numpy()
         self._covariances: dict[tuple[bytes, bytes], Covariance] = {}
         self.sha256 = content_hash(self)
 
@@ -55,7 +57,7 @@ class GaussianModel(GenerativeModel):
         """Leave the factorisations behind: a worker makes its own."""
         return {**self.__dict__, "_covariances": {}}
 
-    def covariance(self, grid: Grid | None = None) -> Covariance:
+    def covariance(self, grid: AnyGrid | None = None) -> Covariance:
         """Return the covariance of the state on `grid` (by default the model's own), in standardised units."""
         grid = grid or self.spec.grid
         if grid is None:
@@ -65,7 +67,7 @@ class GaussianModel(GenerativeModel):
             self._covariances = {key: self._build(grid)}
         return self._covariances[key]
 
-    def _build(self, grid: Grid) -> Covariance:
+    def _build(self, grid: AnyGrid) -> Covariance:
         options = self.spec.options
         kind = options["covariance"]
         if kind == "eof":
@@ -77,9 +79,11 @@ class GaussianModel(GenerativeModel):
         names = [v.name for v in self.spec.variables]
         kernels = [kernel_on(grid, kind, options["length_scale"][n]) for n in names]
         std = torch.tensor([options["std"][n] for n in names], dtype=torch.float64)
-        return KernelCovariance(kernels, std[:, None].expand(-1, grid.size))
+        return KernelCovariance(
+            kernels, std[:, None].expand(-1, grid.size), _between_levels(names, options.get("vertical_scale"))
+        )
 
-    def denoiser(self, grid: Grid | None = None) -> GaussianDenoiser:
+    def denoiser(self, grid: AnyGrid | None = None) -> GaussianDenoiser:
         """Return the exact denoiser of the standardised anomaly, N(0, S), for use in the diffusion machinery."""
         low_rank = LowRank.of(self.covariance(grid))
         return GaussianDenoiser(torch.zeros(low_rank.size), low_rank)
@@ -107,11 +111,11 @@ class GaussianModel(GenerativeModel):
             return request.fields
         return request.climatology
 
-    def _std(self, grid: Grid) -> Tensor:
+    def _std(self, grid: AnyGrid) -> Tensor:
         scaling = self.spec.scaling
         if scaling is None:
             return torch.ones(self.spec.channels, grid.size, dtype=torch.float64)
-        return torch.as_tensor(scaling.std).double().expand(self.spec.channels, *grid.shape).flatten(1)
+        return torch.as_tensor(scaling.std).double().expand(self.spec.channels, *grid.plane).flatten(1)
 
     def posterior(self, request: Request) -> Tensor:
         """Draw exact members; times with the same network share one factorisation."""
@@ -156,7 +160,8 @@ class GaussianModel(GenerativeModel):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the arrays in single precision."""
-        return {k: v.float() for k, v in self.arrays.items()}
+        masked = {} if self.valid is None else {"valid": torch.as_tensor(self.valid, dtype=torch.uint8)}
+        return {k: v.float() for k, v in self.arrays.items()} | masked
 
     @classmethod
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> GaussianModel:
@@ -167,7 +172,7 @@ class GaussianModel(GenerativeModel):
             raise KeyError(f"covariance {kind!r} is not known")
         if kind in KERNELS and not all(set(spec.options[k]) == set(names) for k in ("std", "length_scale")):
             raise KeyError("std and length_scale do not cover the variables")
-        if set(tensors) != expected:
+        if set(tensors) - {"valid"} != expected:
             raise KeyError(f"expected tensors {sorted(expected)}, found {sorted(tensors)}")
         return cls(spec, {k: v.double() for k, v in tensors.items()})
 
@@ -190,6 +195,7 @@ def gaussian_prior(
     *,
     length_scale: float | Mapping[str, float] | None = None,
     std: float | Mapping[str, float] | None = None,
+    vertical_scale: float | None = None,
     covariance: str | None = None,
     radius: float | None = None,
     rank: int | None = None,
@@ -212,6 +218,9 @@ def gaussian_prior(
         Length of the covariance function in metres, for all variables or per variable.
     std
         Its standard deviation in the units of the variable: the error of the background.
+    vertical_scale
+        With `length_scale`, for variables on levels: levels of one variable are correlated as exp(-d / vertical_scale), with d their
+        difference in the logarithm of pressure, or in metres of height or depth. None: not at all.
     covariance
         'exponential' (default with `length_scale`; great-circle distance), 'matern32', 'matern52' or 'gaussian' (chordal
         distance, without which they are not valid on a sphere); or 'localized' or 'eof' for a sample. None chooses between
@@ -234,6 +243,9 @@ def gaussian_prior(
     -------
     GaussianModel
         Ready for ``ds.genda.assimilate(obs, model=...)``.
+
+    Cells that are NaN in all of `ds` (for a covariance function: at its first time, which is read) are masked, such as land in an ocean: NaN
+    in the analysis, and unknown to observations.
 
     Raises
     ------
@@ -262,14 +274,11 @@ def gaussian_prior(
     'gaussian'
     """
     ds = metadata.as_dataset(ds)
-    layout = metadata.find_layout(ds)
-    names = metadata.data_variables(ds, layout)
+    state = states.enter(ds)
+    names = metadata.data_variables(state.ds, state.layout)
     if not names:
-        raise OptionError(f"ds has no variable on the dimensions {layout.latitude!r} and {layout.longitude!r}.")
-    variables = tuple(
-        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name")))
-        for n in names
-    )
+        raise OptionError(f"ds has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
+    variables = tuple(VariableSpec(n, **states.described(state.ds, n)) for n in names)
     check_choice("covariance", covariance or "localized", (*SAMPLE_KINDS, *KERNELS))
     if length_scale is not None or std is not None or covariance in KERNELS:
         stray = [k for k, v in {"radius": radius, "rank": rank, "inflation": inflation}.items() if v is not None]
@@ -278,7 +287,9 @@ def gaussian_prior(
                 f"{stray[0] if stray else 'covariance=' + repr(covariance)} belongs to a prior from a sample; leave out "
                 f"length_scale and std for that, or leave it out for a covariance function."
             )
-        return _from_function(names, variables, covariance or "exponential", length_scale, std)
+        return _from_function(state, names, variables, covariance or "exponential", length_scale, std, vertical_scale)
+    if vertical_scale is not None:
+        raise OptionError("vertical_scale belongs to a covariance function; give length_scale and std too, or leave it out.")
     check_choice("mean", mean, ("sample", "background"))
     check_count("folds", folds, 2)
     if rank is not None:
@@ -293,7 +304,7 @@ def gaussian_prior(
         covariance = "localized"
     if inflation is not None:
         _positive("inflation", inflation)
-    return _from_sample(ds, layout, names, variables, covariance, radius, rank, inflation, climatology, mean, folds)
+    return _from_sample(state, names, variables, covariance, radius, rank, inflation, climatology, mean, folds)
 
 
 def _positive(argument: str, value: Any, where: str = "") -> None:
@@ -312,6 +323,11 @@ def _per_variable(argument: str, value: Any, names: list[str]) -> dict[str, floa
             f"for example gaussian_prior(ds, length_scale=300e3, std=2.0)."
         )
     given = dict.fromkeys(names, value) if not isinstance(value, Mapping) else dict(value)
+    for n in names:  # one value for all levels of a variable
+        variable = states.parse_channel(n)[0]
+        if n not in given and variable in given:
+            given[n] = given[variable]
+    given = {n: v for n, v in given.items() if n not in {states.parse_channel(m)[0] for m in names} - set(names)}
     for n in given:
         if n not in names:
             raise OptionError(f"{argument} names {n!r}, which ds does not have.{did_you_mean(n, names)}")
@@ -323,27 +339,55 @@ def _per_variable(argument: str, value: Any, names: list[str]) -> dict[str, floa
 
 
 def _from_function(
+    state: State,
     names: list[str],
     variables: tuple[VariableSpec, ...],
     kind: str,
     length_scale: float | Mapping[str, float] | None,
     std: float | Mapping[str, float] | None,
+    vertical_scale: float | None,
 ) -> GaussianModel:
     lengths, deviations = _per_variable("length_scale", length_scale, names), _per_variable("std", std, names)
-    options = {"covariance": kind, "length_scale": lengths, "std": deviations}
+    options: dict[str, Any] = {"covariance": kind, "length_scale": lengths, "std": deviations}
+    if vertical_scale is not None:
+        _positive("vertical_scale", vertical_scale)
+        if not any(levels for _, _, levels, _ in states.columns(names)):
+            raise OptionError(f"vertical_scale={vertical_scale!r} has no effect: no variable of ds has levels. Leave it out.")
+        options["vertical_scale"] = float(vertical_scale)
     shown = ", ".join(f"{n}: {lengths[n] / 1e3:g} km, {deviations[n]:g}" for n in names)
+    # what is NaN in the background is masked: land in an ocean
+    metadata.check_dims(state.ds, names, state.layout)
+    first = {d: 0 for d in state.ds.dims if d not in state.layout.dims}
+    fields = [state.ds[n].isel(first, missing_dims="ignore").transpose(*state.layout.dims).values for n in names]
+    valid = np.stack([state.orientation.to_model(~np.isnan(np.asarray(f, dtype=float))) for f in fields])
+    if not valid.any((1, 2)).all():
+        empty = names[int(np.flatnonzero(~valid.any((1, 2)))[0])]
+        raise StateError(f"ds[{empty!r}] is NaN everywhere; there is no background to analyse. Drop it: ds.drop_vars({empty!r})")
     return GaussianModel(
         ModelSpec(
-            f"gaussian-{kind}", "prior", "gaussian", variables, needs_background=True, options=options, licence="none",
-            training={"covariance": f"{kind} ({shown})"}, description="Covariance function around the background",
+            f"gaussian-{kind}", "prior", "gaussian", variables, None if valid.all() else state.grid, needs_background=True, options=options,
+            licence="none", training={"covariance": f"{kind} ({shown})"}, description="Covariance function around the background",
         ),
-        {},
+        {} if valid.all() else {"valid": torch.as_tensor(valid)},
     )  # fmt: skip
 
 
+def _between_levels(names: list[str], scale: float | None) -> Tensor | None:
+    """Return the correlation between channels, exp(-d / scale) with d the distance of two levels of one variable, in ln p or metres."""
+    if scale is None:
+        return None
+    out = torch.eye(len(names), dtype=torch.float64)
+    for _, at, levels, kind in states.columns(names):
+        if levels:
+            place = torch.tensor(levels, dtype=torch.float64)
+            place = place.log() if kind == "pressure" else place
+            index = torch.tensor(at)
+            out[index[:, None], index] = torch.exp(-(place[:, None] - place).abs() / scale)
+    return out
+
+
 def _from_sample(
-    ds: xr.Dataset,
-    layout: metadata.Layout,
+    state: State,
     names: list[str],
     variables: tuple[VariableSpec, ...],
     covariance: str | None,
@@ -354,15 +398,15 @@ def _from_sample(
     mean: str,
     folds: int,
 ) -> GaussianModel:
-    grid, orientation = grid_of(ds, layout)
-    metadata.check_dims(ds, names, layout)
-    sample_dim, values, time = read_sample(ds, layout, names, orientation)
+    grid = state.grid
+    metadata.check_dims(state.ds, names, state.layout)
+    sample_dim, values, time, valid = read_sample(state, names)
     if len(values) < 2 * folds:
         raise StateError(
             f"ds has {len(values)} fields along {sample_dim!r}; a sample covariance with {folds}-fold cross-validation needs at "
             f"least {2 * folds}. Give more, or use a covariance function: gaussian_prior(ds, length_scale=300e3, std=2.0)"
         )
-    scaling = fit_scaling(values, time, names, cycle=climatology)
+    scaling = fit_scaling(values, time, names, cycle=climatology, valid=valid)
     z = standardise(scaling, values, time)
     if rank is not None and rank >= len(values):
         raise OptionError(
@@ -371,7 +415,9 @@ def _from_sample(
     kinds = SAMPLE_KINDS if covariance is None else (covariance,)
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
     scores = (
-        cross_validate(z, grid, choices, np.arange(len(z)) * folds // len(z)) if len(choices) > 1 else {choices[0]: float("nan")}
+        cross_validate(z, grid, choices, np.arange(len(z)) * folds // len(z), valid)
+        if len(choices) > 1
+        else {choices[0]: float("nan")}
     )
     best = max(scores, key=lambda c: scores[c])
     options, arrays = fit_sample(z, *best)
@@ -386,4 +432,4 @@ def _from_sample(
         f"gaussian-{best[0]}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
         licence="that of the sample", description="Covariance of a sample",
     )  # fmt: skip
-    return GaussianModel(spec, arrays)
+    return GaussianModel(spec, arrays if valid is None else arrays | {"valid": torch.as_tensor(valid)})

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from xgenda.curvilinear import AnyGrid
 from xgenda.errors import OptionError, check_count
-from xgenda.grids import Grid
 from xgenda.models.spec import ModelSpec
 from xgenda.operators import Operator
 
@@ -60,7 +62,7 @@ class Request:
         What `evidence` may observe beside the channels, each with the channels that it takes: further channels after them.
     """
 
-    grid: Grid
+    grid: AnyGrid
     fields: Tensor
     climatology: Tensor | None
     evidence: Sequence[PointEvidence]
@@ -116,11 +118,14 @@ class GenerativeModel(ABC):
         The file it was read from; dask tasks then carry this and the checksum, never weights.
     sha256 : str
         Of that file, or of the content for a model that was never saved.
+    valid : numpy.ndarray or None
+        Where the state is, shape (channels, rows, columns), bool: False on land in an ocean. None: everywhere.
     """
 
     spec: ModelSpec
     path: Path | None = None
     sha256: str = ""
+    valid: np.ndarray | None = None
 
     @abstractmethod
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
@@ -161,6 +166,7 @@ class GenerativeModel(ABC):
             "task": f"{spec.task} ({spec.kind})" + (f", x{spec.factor}" if spec.factor else ""),
             "variables": ", ".join(f"{v.name} [{v.units or 'no units'}]" for v in spec.variables),
             "grid": spec.grid.describe() if spec.grid is not None else "any",
+            **({"mask": f"{100 * (1 - self.valid.mean()):.0f} % of the cells are masked"} if self.valid is not None else {}),
             **(
                 {"window": f"{spec.options['window']} states, {spec.options['spacing'] / 86400:g} days apart"}
                 if "spacing" in spec.options

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import xarray as xr
 
-from xgenda import metadata
+from xgenda import metadata, states
+from xgenda.curvilinear import AnyGrid
 from xgenda.errors import GendaError, ModelNotFoundError, OptionError
-from xgenda.grids import Grid
+from xgenda.grids import rectilinear
 from xgenda.models.checkpoints import read_model
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.store import find_file, registry
@@ -51,7 +52,7 @@ def choose_model(
     model: GenerativeModel | str | os.PathLike[str] | None,
     ds: xr.Dataset,
     layout: metadata.Layout,
-    grid: Grid,
+    grid: AnyGrid,
     *,
     task: str,
 ) -> GenerativeModel:
@@ -95,13 +96,13 @@ def choose_model(
     )
 
 
-def _fits(model: GenerativeModel, ds: xr.Dataset, layout: metadata.Layout, grid: Grid) -> None:
+def _fits(model: GenerativeModel, ds: xr.Dataset, layout: metadata.Layout, grid: AnyGrid) -> None:
     for v in model.spec.variables:
-        name = metadata.match_variable(ds, v.name, v.standard_name)
+        name = states.match_channel(ds, v.name, v.standard_name)
         if v.units is not None and ds[name].attrs.get("units") is not None:
             metadata.unit_factors(str(ds[name].attrs["units"]), v.units)
     expected = model.spec.grid
     if expected is not None and model.spec.factor:
-        expected = expected.coarsened(model.spec.factor)
+        expected = rectilinear(expected, f"model={model.spec.name!r}").coarsened(model.spec.factor)
     if expected is not None and not expected.same_as(grid):
         raise ModelNotFoundError(f"it works on the grid {expected.describe()}; ds has {grid.describe()}")

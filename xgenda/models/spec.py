@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from xgenda.curvilinear import AnyGrid, grid_from_dict
 from xgenda.errors import CheckpointError
-from xgenda.grids import Grid
 from xgenda.scaling import Scaling
 
 TASKS = ("prior", "downscale")
@@ -58,7 +58,7 @@ class ModelSpec:
     task: str
     kind: str
     variables: tuple[VariableSpec, ...]
-    grid: Grid | None = None
+    grid: AnyGrid | None = None
     scaling: Scaling | None = None
     factor: int | None = None
     needs_background: bool = False
@@ -106,6 +106,6 @@ class ModelSpec:
             raise CheckpointError(f"The model description has unexpected or missing keys: {sorted(set(data) ^ expected)}.")
         if data["task"] not in TASKS or data["kind"] not in KINDS:
             raise CheckpointError(f"The model is a {data['kind']!r} for {data['task']!r}, which this version does not know.")
-        grid = None if data["grid"] is None else Grid.from_dict(data["grid"])
+        grid = None if data["grid"] is None else grid_from_dict(data["grid"])
         variables = tuple(VariableSpec(**v) for v in data["variables"])
         return cls(**{**data, "variables": variables, "grid": grid, "scaling": scaling})

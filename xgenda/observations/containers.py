@@ -99,6 +99,8 @@ class Table:
         Text; empty where unknown.
     height
         Of the station in metres; NaN where unknown.
+    level
+        Pressure in Pa, depth or height in m, as the levels of the variable; NaN where unknown.
     """
 
     source: np.ndarray
@@ -113,6 +115,7 @@ class Table:
     station: np.ndarray
     platform: np.ndarray
     height: np.ndarray
+    level: np.ndarray
 
     def __len__(self) -> int:
         """Return the number of values."""
@@ -198,7 +201,7 @@ def read_observations(
 
 def _empty() -> Table:
     none, zero, text = np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=object)
-    return Table(zero, zero, None, none, none, zero, none, none, np.zeros(0, dtype=np.uint8), text, text, none)
+    return Table(zero, zero, None, none, none, zero, none, none, np.zeros(0, dtype=np.uint8), text, text, none, none)
 
 
 def _as_xarray(item: Any, argument: str) -> xr.Dataset:
@@ -284,7 +287,8 @@ def _read_one(item: Any, wanted: list[Wanted], error: Any, source: int, argument
     station, platform = (_text(ds, usual, template, dims) for usual in (STATION_NAMES, PLATFORM_NAMES))
     height = _heights(ds, template, dims, argument)
     columns: dict[str, list[np.ndarray]] = {
-        k: [] for k in ("row", "latitude", "longitude", "variable", "value", "error", "code", "station", "platform", "height")
+        k: []
+        for k in ("row", "latitude", "longitude", "variable", "value", "error", "code", "station", "platform", "height", "level")
     }
     times = []
     for code, value, sigma, bounds, refused in parts:
@@ -300,7 +304,7 @@ def _read_one(item: Any, wanted: list[Wanted], error: Any, source: int, argument
         for key, array in (
             ("row", row), ("latitude", flat["latitude"]), ("longitude", flat["longitude"]), ("value", value),
             ("error", sigma), ("code", quality), ("variable", np.full(len(value), code)),
-            ("station", station), ("platform", platform), ("height", height),
+            ("station", station), ("platform", platform), ("height", height), ("level", np.full(len(value), np.nan)),
         ):  # fmt: skip
             columns[key].append(array[keep])
         times.append(None if stamps is None else stamps[keep])

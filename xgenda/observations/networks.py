@@ -166,7 +166,7 @@ def sample(truth: xr.Dataset, places: xr.Dataset, error: dict[str, float], rng: 
     out = places.copy()
     for name, sigma in error.items():
         field = truth[match_variable(truth, name, None, "truth")]
-        rows = field.transpose(*([times] if times else []), layout.latitude, layout.longitude).values
+        rows = field.transpose(*([times] if times else []), *layout.dims).values
         flat = orientation.to_model(rows).reshape(-1, grid.size).astype(float)
         value = np.full(len(latitude), np.nan)
         for t in np.unique(which):

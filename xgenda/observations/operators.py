@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,18 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from xgenda import states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import ObservationError, OptionError
 from xgenda.maps import LinearMap, concatenate
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, read_observations
 from xgenda.observations.quality import Quality, QualityControl, boxes, first_of_each, superob
 from xgenda.weights import interpolation
+
+#: Part of an observation's weight that must lie on valid cells.
+HALF = 0.5
+#: Part of the spacing of levels by which an observation may lie beyond the last: rounding of single precision.
+SLACK = 1e-3
 
 #: Not the spacing of the times: then a subset of the times would be given other observations.
 DEFAULT_WINDOW = np.timedelta64(1, "h")
@@ -65,6 +72,82 @@ class Located:
         return dataclasses.replace(self, table=self.table.with_code(code))
 
 
+def columned(channels: list[Wanted]) -> list[Wanted]:
+    """Return variables on all their levels, of what observations must know of each channel."""
+    return [
+        dataclasses.replace(channels[at[0]], name=name, levels=levels, vertical=kind)
+        for name, at, levels, kind in states.columns([w.name for w in channels])
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Where the state is: its grid, the levels of its variables, and its mask.
+
+    Attributes
+    ----------
+    grid, wanted
+        Horizontal grid; variables with their levels.
+    valid
+        Which cells of which channels hold a state, shape (channels, ...), or None for all. Further channels, which operators make,
+        are where all others are.
+    """
+
+    grid: AnyGrid
+    wanted: list[Wanted]
+    valid: np.ndarray | None = None
+
+    @functools.cached_property
+    def channel(self) -> np.ndarray:
+        """First channel of each variable, and the number of all."""
+        return first_channels(self.wanted)
+
+    def interpolate(self, table: Table) -> tuple[LinearMap, np.ndarray]:
+        """Return the interpolation from one field to each observation, and which of them lie inside of the grid and its levels."""
+        lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
+        points, inside = interpolation(self.grid, np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude))
+        return points, inside & self._between(table)[2]
+
+    def observe(self, table: Table, points: LinearMap) -> tuple[LinearMap, np.ndarray]:
+        """Return the map from the whole state to each observation, and which of them see it: at least half of their weight is valid."""
+        lower, part, _ = self._between(table)
+        first, size = self.channel[table.variable] + lower, self.grid.size * self.channel[-1]
+        operator = points.scaled(1.0 - part).shifted(first * self.grid.size, size)
+        above = np.flatnonzero(part > 0)
+        if len(above):
+            upper = points.select(above).scaled(part[above]).shifted((first[above] + 1) * self.grid.size, size)
+            operator = operator.plus(upper.spread(above, len(table)))
+        if self.valid is None:
+            return operator, np.ones(len(table), dtype=bool)
+        valid = self.valid.reshape(len(self.valid), -1)
+        extra = np.repeat(valid.min(0, keepdims=True), self.channel[-1] - len(valid), 0)
+        return operator.restricted(np.concatenate([valid, extra]).ravel(), HALF)
+
+    def _between(self, table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the level below each observation, counted from the first, the part of the next one, and which are between levels.
+
+        Interpolation is linear in the logarithm of pressure, and in depth or height.
+        """
+        lower, part, inside = np.zeros(len(table), dtype=np.int64), np.zeros(len(table)), np.ones(len(table), dtype=bool)
+        for v, w in enumerate(self.wanted):
+            rows = np.flatnonzero(table.variable == v)
+            if not w.levels or not len(rows):
+                continue
+            axis, place = np.array(w.levels), table.level[rows]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                if w.vertical == "pressure":
+                    axis, place = np.log(axis), np.log(place)
+            slack = SLACK * (np.diff(axis).min() if len(axis) > 1 else 1.0)
+            inside[rows] = (place >= axis[0] - slack) & (place <= axis[-1] + slack)
+            if len(axis) == 1:
+                continue
+            safe = np.clip(np.where(inside[rows], place, axis[0]), axis[0], axis[-1])
+            lower[rows] = np.clip(np.searchsorted(axis, safe, side="right") - 1, 0, len(axis) - 2)
+            below, above = axis[lower[rows]], axis[lower[rows] + 1]
+            part[rows] = (safe - below) / (above - below)
+        return lower, part, inside
+
+
 def locate_observations(
     obs: Observations,
     wanted: list[Wanted],
@@ -78,6 +161,7 @@ def locate_observations(
     representativeness: float | Mapping[str, float] | None = None,
     ground: np.ndarray | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
+    valid: np.ndarray | None = None,
 ) -> Located:
     """Read observations, assign each to an analysis time, and build the interpolation from the state.
 
@@ -99,16 +183,20 @@ def locate_observations(
     lapse_rate
         Decrease per metre of height, a number or a mapping per variable: observations are taken from the height of their station to that
         of the ground, where both are known.
+    valid
+        Which cells hold a state, see `Space`.
     """
     control = quality or QualityControl()
     table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
     index = _assign_times(table, times, window, argument)
-    lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
-    points, inside = interpolation(grid, np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude))
+    space = Space(grid, wanted, valid)
+    points, inside = space.interpolate(table)
+    operator, seen = space.observe(table, points)
     code = table.code.copy()
     fine = code <= Quality.PASSIVE
     code[fine & ~inside] = Quality.DOMAIN
     code[fine & inside & (index < 0)] = Quality.WINDOW
+    code[(code <= Quality.PASSIVE) & ~seen] = Quality.LAND
     _complain_if_all_outside(table, grid, fine, inside, index, argument)
     above = np.full(len(table), np.nan) if ground is None else table.height - points(ground)
     if control.height_difference is not None:
@@ -116,13 +204,11 @@ def locate_observations(
     table = table.with_code(code)
     if lapse_rate is not None:
         table = _at_the_ground(table, wanted, above, lapse_rate, argument)
-    channel = first_channels(wanted)
-    operator = points.shifted(channel[table.variable] * grid.size, grid.size * channel[-1])
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
     keys = (index, table.variable, table.latitude, table.longitude, table.value, table.error, table.source, table.row)
     order = canonical_order(keys)
     table, index, operator = table.take(order), index[order], operator.select(order)
-    return _reduced(table, index, operator, grid, channel, control)
+    return _reduced(table, index, operator, space, control)
 
 
 def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -159,9 +245,7 @@ def _at_the_ground(
     return dataclasses.replace(table, value=table.value + np.where(known, above, 0.0) * rates[table.variable])
 
 
-def _reduced(
-    table: Table, index: np.ndarray, operator: LinearMap, grid: AnyGrid, channel: np.ndarray, control: QualityControl
-) -> Located:
+def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space, control: QualityControl) -> Located:
     """Give codes to duplicates, and thin or merge what lies in one box; rows keep their order."""
     code = table.code.copy()
     if control.duplicates:
@@ -205,13 +289,15 @@ def _reduced(
         replaced[name] = getattr(table, name).copy()
         replaced[name][kept] = new
     table = dataclasses.replace(table, **replaced)
-    points, inside = interpolation(grid, table.latitude[kept], table.longitude[kept])
-    moved = points.shifted(channel[table.variable[kept]] * grid.size, grid.size * channel[-1])
+    merged_rows = table.take(kept)
+    points, inside = space.interpolate(merged_rows)
+    moved, seen = space.observe(merged_rows, points)
     place = np.arange(len(table))
     place[kept] = len(table) + np.arange(len(kept))
     operator = concatenate([operator, moved]).select(place)
     code = table.code.copy()
     code[kept[~inside]] = Quality.DOMAIN
+    code[kept[inside & ~seen]] = Quality.LAND
     return Located(table.with_code(code), index, operator)
 
 

@@ -37,6 +37,9 @@ class Quality(enum.IntEnum):
     MERGED = 11
     BUDDY = 12
     HEIGHT = 13
+    OPERATOR = 14
+    LAND = 15
+    CONSISTENCY = 16
 
 
 MEANINGS: Mapping[Quality, str] = {
@@ -54,6 +57,9 @@ MEANINGS: Mapping[Quality, str] = {
     Quality.MERGED: "merged into the superob of its box",
     Quality.BUDDY: "contradicted by its neighbours",
     Quality.HEIGHT: "station too far above or below the ground of the state",
+    Quality.OPERATOR: "the observation operator failed: what it would see of the background is not finite",
+    Quality.LAND: "no sea (or no valid cell) of the state around it",
+    Quality.CONSISTENCY: "contradicts another value of the same report",
 }
 
 #: The nearest codes of JEDI/UFO (QCflags) and of DART (quality control of the data, input and outlier).
@@ -72,6 +78,9 @@ EQUIVALENTS: Mapping[Quality, tuple[int, int]] = {
     Quality.MERGED: (16, 5),
     Quality.BUDDY: (22, 6),
     Quality.HEIGHT: (13, 5),
+    Quality.OPERATOR: (15, 4),
+    Quality.LAND: (13, 5),
+    Quality.CONSISTENCY: (12, 6),
 }
 
 #: Values of a provider's flag that are good, by convention.

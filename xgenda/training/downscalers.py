@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from xgenda.diffusion.denoisers import EDMDenoiser
+from xgenda.errors import StateError
+from xgenda.grids import rectilinear
 from xgenda.models.corrective import CorrectiveModel, conditional_map, project_block_means
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
 from xgenda.models.fitting import standardise
@@ -31,13 +33,18 @@ def train_downscaler(
 ) -> CorrectiveModel:
     """Train the fine fields behind their own block means."""
     names = [v.name for v in samples.variables]
-    samples.grid.coarsened(factor)  # refuses a shape that is not a multiple
+    if samples.valid is not None:
+        raise StateError(
+            "ds holds cells that are NaN at all times, and task='downscale' has no mask. Fill them or crop: ds.fillna(...), ds.isel(...)"
+        )
+    grid = rectilinear(samples.grid, "task='downscale'")
+    grid.coarsened(factor)  # refuses a shape that is not a multiple
     scaling = fit_scaling(samples.values, samples.time, names, cycle=climatology)
     z = standardise(scaling, samples.values, samples.time)
     n, channels = len(z), len(names)
     fold = blocks(samples.time, n, FOLDS)
-    final_map, crossed_maps, radius = conditional_map(z, samples.grid, channels, factor, fold)
-    shape = (n, channels, *samples.grid.shape)
+    final_map, crossed_maps, radius = conditional_map(z, grid, channels, factor, fold)
+    shape = (n, channels, *grid.shape)
     coarse = project_block_means(torch.as_tensor(z).reshape(shape), factor)  # each block mean, spread over its block
     rows = torch.as_tensor(z)
     linear = torch.stack([crossed_maps[f].apply(rows[i : i + 1])[0] for i, f in enumerate(fold)]).reshape(shape)

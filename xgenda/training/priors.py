@@ -47,7 +47,14 @@ def train_prior(
     """Train an unconditional prior of one state, or of a window of states."""
     names = [v.name for v in samples.variables]
     scaling = fit_scaling(
-        samples.values, samples.time, names, cycle=climatology, transform=transform, offset=offset, homogeneous=periodic == "both"
+        samples.values,
+        samples.time,
+        names,
+        cycle=climatology,
+        transform=transform,
+        offset=offset,
+        homogeneous=periodic == "both",
+        valid=samples.valid,
     )
     z = standardise(scaling, samples.values, samples.time)
     fold = blocks(samples.time, len(z), FOLDS)
@@ -65,7 +72,7 @@ def train_prior(
     feeds_state = anchor is not None
     network_options = network_arguments(channels, channels if feeds_state else 0, width, samples, periodic)
     network = build_network(network_options)
-    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), channels, *samples.grid.shape)
+    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), channels, *samples.grid.plane)
     sigma_max = highest_sigma(final)
     objective = Denoising(
         states, torch.as_tensor(fold), None if anchor is None else crossed, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
@@ -81,7 +88,7 @@ def train_prior(
         description="Unconditional diffusion prior" + ("" if anchor is None else " with a Gaussian anchor"),
     )  # fmt: skip
     denoiser = EDMDenoiser(network, final if anchor is not None else None, feeds_state)
-    return DiffusionModel(spec, denoiser, final)
+    return DiffusionModel(spec, denoiser, final, samples.valid)
 
 
 def _windows(samples: Samples, z: np.ndarray, fold: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -145,6 +152,8 @@ def continue_prior(
         raise OptionError(
             f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed."
         )
+    if not np.array_equal(np.asarray(before.valid), np.asarray(samples.valid)):
+        raise OptionError(f"start={before.spec.name!r} has another mask than ds; leave out start to train from scratch.")
     expected = [v.name for v in before.spec.variables]
     found = [v.name for v in samples.variables]
     if found != expected or before.spec.grid is None or not before.spec.grid.same_as(samples.grid):
@@ -168,7 +177,7 @@ def continue_prior(
     anchor = before.denoiser.anchor
     network = build_network(before.spec.options["network"])
     network.load_state_dict(before.denoiser.network.state_dict())
-    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), -1, *samples.grid.shape)
+    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), -1, *samples.grid.plane)
     feeds_state = before.denoiser.feeds_state
     objective = Denoising(
         states, torch.as_tensor(fold), None if anchor is None else [anchor] * FOLDS, SIGMA_MIN, before.sigma_max,
@@ -180,7 +189,7 @@ def continue_prior(
         name or f"{before.spec.name}-tuned", "prior", "diffusion", before.spec.variables, before.spec.grid, before.scaling,
         options=before.spec.options, training=training, licence=licence, description=before.spec.description,
     )  # fmt: skip
-    return DiffusionModel(spec, EDMDenoiser(network, anchor, feeds_state), before.covariance)
+    return DiffusionModel(spec, EDMDenoiser(network, anchor, feeds_state), before.covariance, before.valid)
 
 
 def fit_anchors(
@@ -191,13 +200,15 @@ def fit_anchors(
     parts = [z[fold != k] - z[fold != k].mean(0) for k in range(FOLDS)] if crossed else []
     everything = z - z.mean(0)
     if kind == "spectral":
-        shape = (-1, z.shape[1] // cells, *samples.grid.shape)
+        shape = (-1, z.shape[1] // cells, *samples.grid.plane)
         fit = [Spectral.fit(torch.as_tensor(p).reshape(shape)) for p in [everything, *parts]]
         return fit[0], list(fit[1:]), "spectral"
     kinds: tuple[str, ...] = (kind,)
     if kind == "auto":
         kinds = ("localized", "eof") if z.shape[1] <= LOCALIZED_LIMIT else ("eof",)
-    scores = cross_validate(z, samples.grid, list(candidates(kinds, samples.grid, z.shape, None, None, None)), fold)
+    scores = cross_validate(
+        z, samples.grid, list(candidates(kinds, samples.grid, z.shape, None, None, None)), fold, samples.valid
+    )
     choice: Choice = max(scores, key=lambda c: scores[c])
     built = [_anchor_of(p, samples, choice) for p in [everything, *parts]]
     size = f"rank {int(choice[1])}" if choice[0] == "eof" else f"radius {choice[1] / 1e3:.0f} km"
@@ -221,13 +232,13 @@ def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def network_arguments(channels: int, condition: int, width: int, samples: Samples, periodic: Any = None) -> dict[str, Any]:
     """Return the arguments of the U-Net; on a doubly periodic grid no place differs from another."""
     periodic = samples.grid.periodic if periodic is None else periodic
-    ny, nx = samples.grid.shape
+    ny, nx = samples.grid.plane
     wrapped = (ny, nx) if periodic == "both" else (nx,) if periodic else ()
     # a periodic axis cannot be padded, so it decides how often the grid is halved
     halvings = next(h for h in (2, 1, 0) if all(n % 2**h == 0 for n in wrapped))
     return {
         "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2][: halvings + 1],
-        "position": 0 if periodic == "both" else 2, "shape": list(samples.grid.shape), "periodic": periodic,
+        "position": 0 if periodic == "both" else 2, "shape": list(samples.grid.plane), "periodic": periodic,
     }  # fmt: skip
 
 

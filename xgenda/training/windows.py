@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from xgenda import metadata
-from xgenda.errors import OptionError, StateError
-from xgenda.grids import Grid, grid_of
+from xgenda import metadata, states
+from xgenda.curvilinear import AnyGrid, PointSet
+from xgenda.errors import GridError, OptionError, StateError
 from xgenda.models.fitting import read_sample
 from xgenda.models.spec import VariableSpec
 
@@ -19,13 +19,14 @@ FEWEST = 20
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Fields (n, channels, ny, nx) in physical units with what describes them."""
+    """Fields (n, channels, ny, nx) in physical units with what describes them; `valid` (channels, ny, nx) where some cells are masked."""
 
     values: np.ndarray
     time: xr.DataArray | None
-    grid: Grid
+    grid: AnyGrid
     variables: tuple[VariableSpec, ...]
     dimension: str
+    valid: np.ndarray | None = None
 
     @property
     def period(self) -> str:
@@ -48,25 +49,26 @@ def read_samples(ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None 
         If the fields hold NaN or fill values, or are too few.
     """
     ds = metadata.as_dataset(ds)
-    layout = metadata.find_layout(ds)
-    names = metadata.data_variables(ds, layout) if variables is None else list(variables)
-    for name in names:
+    for name in variables or ():
         metadata.match_variable(ds, name, None)
+    state = states.enter(ds if variables is None else ds[list(variables)])
+    names = metadata.data_variables(state.ds, state.layout)
     if not names:
-        raise OptionError(f"ds has no variable on the dimensions {layout.latitude!r} and {layout.longitude!r}.")
-    metadata.check_dims(ds, names, layout)
-    grid, orientation = grid_of(ds, layout)
-    dimension, values, time = read_sample(ds, layout, names, orientation)
+        raise OptionError(f"ds has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
+    if isinstance(state.grid, PointSet):
+        raise GridError(
+            f"ds holds {state.grid.describe()}; the network needs rows and columns. Put them on a grid first: ds.genda.regrid(target), or "
+            f"use xgenda.gaussian_prior(ds)"
+        )
+    metadata.check_dims(state.ds, names, state.layout)
+    dimension, values, time, valid = read_sample(state, names)
     if len(values) < FEWEST:
         raise StateError(
             f"ds has {len(values)} fields along {dimension!r}; training needs at least {FEWEST}. With so few, a Gaussian prior is the "
             f"better model: xgenda.gaussian_prior(ds)"
         )
-    specs = tuple(
-        VariableSpec(n, *(None if (v := ds[n].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name")))
-        for n in names
-    )
-    return Samples(values, time, grid, specs, dimension)
+    specs = tuple(VariableSpec(n, **states.described(state.ds, n)) for n in names)
+    return Samples(values, time, state.grid, specs, dimension, valid)
 
 
 def time_order(time: xr.DataArray | None, size: int) -> np.ndarray:

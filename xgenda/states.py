@@ -1,0 +1,273 @@
+"""What a Dataset holds, as the engine wants it: fields on two horizontal dimensions, one per variable and level.
+
+Verbs take their input through `enter` and give their result back through `State.leave`. A variable on levels becomes one channel per level,
+named after variable and level: ``t@85000Pa``, ``thetao@-10m`` for ten metres of depth, ``u@100m`` for a height. So models know levels as
+they know variables, and only observations have to know that some channels lie above each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xgenda import metadata
+from xgenda.curvilinear import AnyGrid, grid_in, with_positions
+from xgenda.errors import CoordinateError, UnitsError
+from xgenda.grids import Orientation
+from xgenda.metadata import Layout
+
+SINGLE = "_single"  # second horizontal dimension of a set of points
+CHANNEL = re.compile(r"(?P<variable>.+)@(?P<level>-?[0-9.e+-]+)(?P<unit>Pa|m)")
+#: CF standard names of vertical coordinates.
+STANDARD = {
+    "air_pressure": "pressure",
+    "depth": "depth",
+    "height": "height",
+    "altitude": "height",
+    "geopotential_height": "height",
+}
+#: Names that promise a vertical coordinate and do not say its units.
+USUAL = ("level", "lev", "plev", "pressure", "pressure_level", "isobaricInhPa", "depth", "deptht", "height", "altitude", "z")
+
+
+@dataclass(frozen=True)
+class Vertical:
+    """The vertical coordinate along one dimension.
+
+    Attributes
+    ----------
+    dim
+        Name of the dimension.
+    kind
+        'pressure' (Pa), 'depth' (m, positive downward) or 'height' (m).
+    values
+        In these units, in the order of the Dataset.
+    """
+
+    dim: str
+    kind: str
+    values: tuple[float, ...]
+
+    def channels(self, variable: str) -> list[str]:
+        """Return the names of the channels of a variable, in the order of the Dataset."""
+        return [channel_name(variable, self.kind, v) for v in self.values]
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Fields on two horizontal dimensions, and the way back.
+
+    Attributes
+    ----------
+    ds
+        One variable per channel.
+    layout, grid, orientation
+        Of its fields.
+    origin
+        As the user gave it.
+    verticals
+        Of the variables that have levels.
+    """
+
+    ds: xr.Dataset
+    layout: Layout
+    grid: AnyGrid
+    orientation: Orientation
+    origin: xr.Dataset
+    verticals: dict[str, Vertical]
+
+    def variables(self, channels: Iterable[str]) -> list[str]:
+        """Return the user's variables that these channels belong to."""
+        of = {c: v for v, vertical in self.verticals.items() for c in vertical.channels(v)}
+        return list(dict.fromkeys(of.get(c, c) for c in channels))
+
+    def leave(self, result: xr.Dataset) -> xr.Dataset:
+        """Return a Dataset of channels as the user's variables: levels joined, in the order of the input; sets of points as they were."""
+        out = result
+        for variable, vertical in self.verticals.items():
+            names = vertical.channels(variable)
+            there = [i for i, n in enumerate(names) if n in result.data_vars]
+            if not there:
+                continue
+            coordinate = self.origin[vertical.dim].isel({vertical.dim: there})
+            joined = xr.concat([result[names[i]] for i in there], vertical.dim, coords="minimal", compat="override")
+            lead = [d for d in joined.dims if d not in self.origin[variable].dims]
+            order = [*lead, *(d for d in self.origin[variable].dims if d in joined.dims)]
+            out = out.drop_vars([names[i] for i in there]).assign_coords({vertical.dim: coordinate})
+            out[variable] = joined.drop_vars(vertical.dim, errors="ignore").transpose(*order)
+        out = out.drop_vars([n for n in out.coords if n not in self.origin.coords and n not in result.dims and n != "member"])
+        if SINGLE in out.dims:
+            out = out.squeeze(SINGLE, drop=True)
+        first = [v for v in self.origin.data_vars if v in out.data_vars]
+        order = [*first, *(v for v in out.data_vars if v not in first)]
+        return xr.Dataset({v: out[v] for v in order}, coords=out.coords, attrs=out.attrs)
+
+
+def enter(ds: xr.Dataset, argument: str = "ds") -> State:
+    """Return what a Dataset holds as fields of channels.
+
+    Raises
+    ------
+    CoordinateError, GridError
+        If there are no positions, or a vertical coordinate does not say what it is.
+    """
+    origin = ds
+    has_positions = all(
+        metadata.find_coordinate(ds, key, usual) is not None
+        for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES))
+    )
+    if not has_positions and any("grid_mapping_name" in v.attrs for v in ds.variables.values()):
+        ds = with_positions(ds, argument)
+    ds = _in_two_dimensions(ds)
+    layout = metadata.find_layout(ds, argument, rectilinear=False)
+    verticals: dict[str, Vertical] = {}
+    found: dict[str, Vertical | None] = {}
+    known = {*layout.dims, layout.time, layout.member}
+    for name in metadata.data_variables(ds, layout):
+        for dim in (str(d) for d in ds[name].dims if d not in known):
+            if dim not in found:
+                found[dim] = find_vertical(ds, dim, argument)
+            vertical = found[dim]
+            if vertical is not None and name not in verticals:
+                verticals[name] = vertical
+    for name, vertical in verticals.items():
+        order = np.argsort(vertical.values)
+        parts = {vertical.channels(name)[i]: ds[name].isel({vertical.dim: int(i)}, drop=True) for i in order}
+        ds = ds.drop_vars(name).assign(parts)
+    if verticals:
+        ds = ds.drop_vars([v.dim for v in verticals.values() if v.dim in ds.coords and v.dim not in _dims_used(ds)])
+    grid, orientation = grid_in(ds, layout, argument)
+    return State(ds, layout, grid, orientation, origin, verticals)
+
+
+def _dims_used(ds: xr.Dataset) -> set[str]:
+    return {str(d) for v in ds.data_vars.values() for d in v.dims}
+
+
+def _in_two_dimensions(ds: xr.Dataset) -> xr.Dataset:
+    """Give a set of points a second dimension of size one."""
+    names = [
+        metadata.find_coordinate(ds, key, usual)
+        for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES))
+    ]
+    if None in names:
+        return ds
+    across, along = ds[names[0]].dims, ds[names[1]].dims
+    if len(across) != 1 or across != along:
+        return ds
+    (dim,) = across
+    wide = [str(n) for n, v in ds.data_vars.items() if dim in v.dims]
+    coords = {str(n): ds[n].expand_dims({SINGLE: 1}, -1).variable for n in names}
+    return ds.assign({n: ds[n].expand_dims({SINGLE: 1}, -1) for n in wide}).assign_coords(coords)
+
+
+def find_vertical(ds: xr.Dataset, dim: str, argument: str = "ds") -> Vertical | None:
+    """Return the vertical coordinate along a dimension, or None where it has none.
+
+    Raises
+    ------
+    CoordinateError
+        If it does not say its units or its direction, or repeats a level.
+    """
+    if dim not in ds.coords or ds[dim].ndim != 1 or ds[dim].dtype.kind not in "fiu":
+        return None
+    coordinate = ds[dim]
+    units, standard = coordinate.attrs.get("units"), str(coordinate.attrs.get("standard_name", ""))
+    if units is None and dim == "isobaricInhPa":
+        units = "hPa"
+    kind = STANDARD.get(standard)
+    if units is None:
+        if kind is None and dim not in USUAL:
+            return None
+        raise CoordinateError(
+            f"{argument}: the vertical coordinate {dim!r} has no units; set them: {argument}[{dim!r}].attrs['units'] = 'hPa'"
+        )
+    if kind is None:
+        kind = _kind_of(str(units), str(coordinate.attrs.get("positive", "")), dim, argument)
+    if kind is None:
+        return None
+    scale, offset = metadata.unit_factors(str(units), "Pa" if kind == "pressure" else "m")
+    values = coordinate.values.astype(float) * scale + offset
+    if kind == "depth" and (values < 0).any():  # heights below the surface under the name of depths
+        values = -values
+    rounded = [float(f"{v:.7g}") for v in values]
+    if not np.isfinite(values).all() or len(set(rounded)) < len(rounded):
+        raise CoordinateError(
+            f"{argument}: the levels {dim!r} repeat a value or hold NaN; keep the first of each: {argument}.drop_duplicates({dim!r})"
+        )
+    return Vertical(dim, kind, tuple(rounded))
+
+
+def _kind_of(units: str, positive: str, dim: str, argument: str) -> str | None:
+    """Return what a vertical coordinate without a standard name is, by its units."""
+    for wanted, kind in (("Pa", "pressure"), ("m", "height")):
+        try:
+            metadata.unit_factors(units, wanted)
+        except UnitsError:
+            continue
+        if kind == "pressure":
+            return kind
+        if positive == "down" or "depth" in dim.lower():
+            return "depth"
+        if positive == "up" or dim.lower() in ("height", "altitude"):
+            return "height"
+        raise CoordinateError(
+            f"{argument}: the vertical coordinate {dim!r} in {units} does not say whether it counts up or down; set it: "
+            f"{argument}[{dim!r}].attrs['positive'] = 'down'"
+        )
+    return None
+
+
+def channel_name(variable: str, kind: str, level: float) -> str:
+    """Return the name of the channel of a variable on one level."""
+    return f"{variable}@{'-' if kind == 'depth' else ''}{level:.7g}{'Pa' if kind == 'pressure' else 'm'}"
+
+
+def parse_channel(name: str) -> tuple[str, float | None, str | None]:
+    """Return variable, level and kind of level of a channel; None for a variable without levels."""
+    match = CHANNEL.fullmatch(name)
+    if match is None:
+        return name, None, None
+    level = float(match["level"])
+    kind = "pressure" if match["unit"] == "Pa" else "depth" if match["level"].startswith("-") else "height"
+    return match["variable"], abs(level) if kind == "depth" else level, kind
+
+
+def match_channel(ds: xr.Dataset, name: str, standard_name: str | None, argument: str = "ds") -> str:
+    """Return the channel of `ds` called `name`, else the only one with that `standard_name` on the same level."""
+    _, level, _ = parse_channel(name)
+    if level is None:
+        plain = [n for n in ds.data_vars if parse_channel(str(n))[1] is None]
+        return metadata.match_variable(ds[plain], name, standard_name, argument)
+    suffix = name[name.rindex("@") :]
+    same = [n for n in ds.data_vars if str(n).endswith(suffix)]
+    return metadata.match_variable(ds[same] if same else ds, name, standard_name, argument)
+
+
+def columns(names: Sequence[str]) -> list[tuple[str, list[int], tuple[float, ...], str | None]]:
+    """Group channels that follow each other and are one variable on several levels.
+
+    Returns
+    -------
+    list
+        Variable, indices of its channels, their levels (empty without) and the kind of level.
+    """
+    out: list[tuple[str, list[int], tuple[float, ...], str | None]] = []
+    for i, name in enumerate(names):
+        variable, level, kind = parse_channel(name)
+        if level is not None and out and out[-1][0] == variable and out[-1][3] == kind:
+            before = out.pop()
+            out.append((variable, [*before[1], i], (*before[2], level), kind))
+        else:
+            out.append((variable, [i], () if level is None else (level,), kind))
+    return out
+
+
+def described(ds: xr.Dataset, name: str) -> dict[str, Any]:
+    """Return the CF attributes of a channel that a model keeps."""
+    return {k: None if (v := ds[name].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name")}
