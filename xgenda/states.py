@@ -246,7 +246,7 @@ def match_channel(ds: xr.Dataset, name: str, standard_name: str | None, argument
         return metadata.match_variable(ds[plain], name, standard_name, argument)
     suffix = name[name.rindex("@") :]
     same = [n for n in ds.data_vars if str(n).endswith(suffix)]
-    return metadata.match_variable(ds[same] if same else ds, name, standard_name, argument)
+    return metadata.match_variable(ds[same], name, standard_name, argument) if same else metadata.match_variable(ds, name, None, argument)
 
 
 def columns(names: Sequence[str]) -> list[tuple[str, list[int], tuple[float, ...], str | None]]:
