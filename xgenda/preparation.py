@@ -24,7 +24,7 @@ from xgenda.models.loading import choose_model
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
-from xgenda.operators import Operator
+from xgenda.operators import AnyOperator, LinearOperator, Operator
 from xgenda.scaling import cycle_basis
 
 #: Threshold of the background check where the prior is centred on a background, and where it is a climatology.
@@ -58,7 +58,7 @@ class Prepared:
     threshold, quality
         Of the background check, and all others.
     operators, observable
-        Operators with the channels that they take; what may be observed: `wanted` and what the operators make.
+        Operators that are not linear with the channels that they take; what may be observed: `wanted` and what all operators make.
     """
 
     ds: xr.Dataset
@@ -80,8 +80,9 @@ class Prepared:
 
     @property
     def linear(self) -> bool:
-        """Whether nothing is observed through an operator."""
-        return self.located is None or not bool((self.located.table.variable >= len(self.wanted)).any())
+        """Whether nothing is observed through an operator that is not linear."""
+        derived = np.array([i >= len(self.wanted) and w.of is None for i, w in enumerate(self.observable)])
+        return self.located is None or not bool(derived[self.located.table.variable].any())
 
     def job(self, members: tuple[int, ...], seed: int, options: Any, device: str, progress: bool | None) -> engine.Job:
         """Return what the engine needs for these members and options."""
@@ -112,7 +113,7 @@ def prepare(
     quality: QualityControl | None,
     representativeness: float | Mapping[str, float] | None,
     lapse_rate: float | Mapping[str, float] | None = None,
-    operators: Mapping[str, Operator] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
     *,
     any_model: bool = True,
 ) -> Prepared:
@@ -158,8 +159,8 @@ def prepare(
     # the result, and so the message, speak of the user's variable; the table of the model's
     renamed = _rename_back(obs, variables)
     control = check_quality(quality)
-    made = _operators(operators, wanted, variables, grid)
-    observable = [*wanted, *(Wanted(n, o.standard_name, o.units) for n, o in (operators or {}).items())]
+    made, derived = _operators(operators, wanted, variables, grid)
+    observable = [*wanted, *derived]
     located = locate_observations(
         renamed, observable, grid, times, error=_rename_error(error, variables), window=window, quality=control,
         representativeness=_renamed(representativeness, variables), ground=ground_of(ds, layout, orientation),
@@ -224,20 +225,24 @@ def _renamed(given: Any, variables: dict[str, str]) -> Any:
 
 
 def _operators(
-    operators: Mapping[str, Operator] | None, wanted: list[Wanted], variables: dict[str, str], grid: Grid
-) -> tuple[tuple[Operator, tuple[int, ...]], ...]:
-    """Return the operators with the indices of the channels that they take; the user's names and the model's both count."""
+    operators: Mapping[str, AnyOperator] | None, wanted: list[Wanted], variables: dict[str, str], grid: Grid
+) -> tuple[tuple[tuple[Operator, tuple[int, ...]], ...], list[Wanted]]:
+    """Return the operators that are not linear with the indices of the channels that they take, and what all of them observe.
+
+    The user's names and the model's both count.
+    """
     if operators is None:
-        return ()
+        return (), []
     if not isinstance(operators, Mapping):
         raise OptionError(
             f"operators={operators!r} is not accepted; give a mapping: operators={{'wind_speed': xgenda.operators.wind_speed('u', 'v')}}"
         )
     names = {w.name: i for i, w in enumerate(wanted)}
     places = names | {variables[w.name]: i for i, w in enumerate(wanted)}
-    out = []
+    out: list[tuple[Operator, tuple[int, ...]]] = []
+    derived: list[Wanted] = []
     for name, operator in operators.items():
-        if not isinstance(operator, Operator):
+        if not isinstance(operator, AnyOperator):
             raise OptionError(
                 f"operators[{name!r}] is a {type(operator).__name__}; make it with xgenda.operators, for example "
                 f"xgenda.operators.function({name}, variables=({next(iter(places))!r},), units='K')"
@@ -246,9 +251,21 @@ def _operators(
             raise OptionError(
                 f"operators[{name!r}] has the name of a variable of the state; give it another, and rename the observations."
             )
+        if isinstance(operator, LinearOperator):
+            operator.check(name, grid, list(places))
+            of = wanted[places[operator.variable]]
+            if len(of.levels) > 1:
+                raise OptionError(
+                    f"operators[{name!r}] observes {operator.variable!r}, which has {len(of.levels)} levels; linear operators take variables "
+                    f"of one level."
+                )
+            units = (of.units, of.given_units) if operator.units is None else (operator.units, None)
+            derived.append(Wanted(name, operator.standard_name, *units, of=of.name, rows=operator.rows))
+            continue
         operator.check(name, grid.shape, list(places))
         out.append((operator, tuple(places[v] for v in operator.variables)))
-    return tuple(out)
+        derived.append(Wanted(name, operator.standard_name, operator.units))
+    return tuple(out), derived
 
 
 def check_quality(quality: QualityControl | None) -> QualityControl:

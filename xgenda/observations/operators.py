@@ -16,7 +16,7 @@ import xarray as xr
 
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import ObservationError, OptionError
-from xgenda.maps import LinearMap, concatenate
+from xgenda.maps import LinearMap
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, read_observations
 from xgenda.observations.quality import Quality, QualityControl, boxes, first_of_each, superob
 from xgenda.weights import interpolation
@@ -104,13 +104,15 @@ def locate_observations(
     table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
     index = _assign_times(table, times, window, argument)
     lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
-    points, inside = interpolation(grid, np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude))
+    latitude, longitude = np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude)
+    points, inside = _observed(grid, wanted, table.variable, latitude, longitude)
     code = table.code.copy()
     fine = code <= Quality.PASSIVE
     code[fine & ~inside] = Quality.DOMAIN
     code[fine & inside & (index < 0)] = Quality.WINDOW
     _complain_if_all_outside(table, grid, fine, inside, index, argument)
     above = np.full(len(table), np.nan) if ground is None else table.height - points(ground)
+    above[np.array([w.of is not None for w in wanted])[table.variable]] = np.nan  # what sees an area has no height of its own
     if control.height_difference is not None:
         code[(code <= Quality.PASSIVE) & (np.abs(above) > control.height_difference)] = Quality.HEIGHT
     table = table.with_code(code)
@@ -122,7 +124,20 @@ def locate_observations(
     keys = (index, table.variable, table.latitude, table.longitude, table.value, table.error, table.source, table.row)
     order = canonical_order(keys)
     table, index, operator = table.take(order), index[order], operator.select(order)
-    return _reduced(table, index, operator, grid, channel, control)
+    return _reduced(table, index, operator, grid, wanted, control)
+
+
+def _observed(
+    grid: AnyGrid, wanted: Sequence[Wanted], variable: np.ndarray, latitude: np.ndarray, longitude: np.ndarray
+) -> tuple[LinearMap, np.ndarray]:
+    """Return from one field to each observation what its linear operator says, or interpolation; and whether it is inside."""
+    points, inside = interpolation(grid, latitude, longitude)
+    for i, w in enumerate(wanted):
+        at = np.flatnonzero((variable == i) & np.isfinite(latitude))
+        if w.rows is not None and len(at):
+            found, inside[at] = w.rows(grid, latitude[at], longitude[at])
+            points = points.replaced(at, found)
+    return points, inside
 
 
 def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -160,7 +175,7 @@ def _at_the_ground(
 
 
 def _reduced(
-    table: Table, index: np.ndarray, operator: LinearMap, grid: AnyGrid, channel: np.ndarray, control: QualityControl
+    table: Table, index: np.ndarray, operator: LinearMap, grid: AnyGrid, wanted: Sequence[Wanted], control: QualityControl
 ) -> Located:
     """Give codes to duplicates, and thin or merge what lies in one box; rows keep their order."""
     code = table.code.copy()
@@ -205,11 +220,9 @@ def _reduced(
         replaced[name] = getattr(table, name).copy()
         replaced[name][kept] = new
     table = dataclasses.replace(table, **replaced)
-    points, inside = interpolation(grid, table.latitude[kept], table.longitude[kept])
-    moved = points.shifted(channel[table.variable[kept]] * grid.size, grid.size * channel[-1])
-    place = np.arange(len(table))
-    place[kept] = len(table) + np.arange(len(kept))
-    operator = concatenate([operator, moved]).select(place)
+    channel = first_channels(wanted)
+    points, inside = _observed(grid, wanted, table.variable[kept], table.latitude[kept], table.longitude[kept])
+    operator = operator.replaced(kept, points.shifted(channel[table.variable[kept]] * grid.size, operator.size))
     code = table.code.copy()
     code[kept[~inside]] = Quality.DOMAIN
     return Located(table.with_code(code), index, operator)
