@@ -76,6 +76,25 @@ def linear_case(operator: LinearMap) -> Case:
     return Case(operator, lambda x, dx: operator(dx), lambda x, w: operator.adjoint(w), operator.matrix.toarray(), 1)
 
 
+def tensor_case(make: Callable[[], LinearMap]) -> Case:
+    made = make()
+    wanted = linear_case(made)
+    apply = operators.as_torch(made)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        return apply(torch.as_tensor(x)).numpy()
+
+    def tangent(x: np.ndarray, dx: np.ndarray) -> np.ndarray:
+        return np.asarray(torch.autograd.functional.jvp(apply, torch.as_tensor(x), torch.as_tensor(dx))[1])
+
+    def adjoint(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        pulled = torch.func.vjp(apply, torch.as_tensor(x))[1](torch.as_tensor(w))[0].numpy()
+        np.testing.assert_allclose(pulled, made.adjoint(w), rtol=1e-12, atol=1e-12)
+        return pulled
+
+    return Case(forward, tangent, adjoint, wanted.jacobian, 1)
+
+
 def observed(operator: LinearOperator, grid: Grid, count: int = 25) -> LinearMap:
     """The map to some places, a few of them outside."""
     rng = np.random.default_rng(1)
@@ -118,6 +137,7 @@ def cases() -> dict[str, Callable[[], Case]]:
         )[0].after(m)
         maps["stacked"] = lambda d=disc, m=means: concatenate([d(), m])
         maps["replaced"] = lambda d=disc, m=means: m.replaced(np.array([3, 0]), d().select(np.array([1, 4])))
+        out |= {f"{n} in torch, {place}": functools.partial(tensor_case, maps[n]) for n in ("disc", "coarsened")}
         maps["kept"] = lambda m=means: m.kept(np.arange(m.shape[0]) % 3 == 0)
         out |= {f"{n}, {place}": (lambda made=made: linear_case(made())) for n, made in maps.items()}
     return out
@@ -286,6 +306,49 @@ def test_coarse_and_regridded_fields() -> None:
     found, inside = operators.regridded("t", made).rows(copy, np.array([43.0]), np.array([1.0]))
     assert inside.all()
     assert found(copy.latitude.ravel()) == pytest.approx(43.0, abs=1e-6)
+
+
+# -- on tensors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bilinear", "conservative", "nearest"])
+def test_regridders_on_tensors(method: str) -> None:
+    """The same numbers as on a Dataset, whatever the order of its dimensions; NaN where nothing maps."""
+    target = dataset(Grid(np.arange(39.0, 46.0, 1.1), np.arange(-6.0, 5.0, 1.3)))
+    values = np.random.default_rng(0).normal(size=(2, 5, *REGION.shape))
+    ds = dataset(REGION).assign(t=(("time", "level", "latitude", "longitude"), values))
+    for source, to in ((ds, target), (ds.isel(latitude=slice(None, None, -1)), target.isel(longitude=slice(None, None, -1)))):
+        made = xgenda.Regridder(source, to, method=method, regridder="builtin")
+        fields = torch.as_tensor(source.t.transpose("time", "level", *made.source.dims).values.copy())
+        found = operators.as_torch(made)(fields.requires_grad_(True))
+        expected = made(source).t.transpose("time", "level", *made.target.dims).values
+        np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
+        assert np.isnan(expected).any() == (method != "nearest")
+        (slope,) = torch.autograd.grad(found.nansum(), fields)
+        np.testing.assert_allclose(slope[0, 0].flatten(), made.map.adjoint(np.ones(made.map.shape[0])), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"fields have shape \(8, 6\); \(..., 6, 8\) is needed"):
+        operators.as_torch(made)(torch.ones(8, 6))
+    with pytest.raises(OptionError, match="linear=3 is not accepted; give a LinearMap or a xgenda.Regridder"):
+        operators.as_torch(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch itself, in forward mode
+def test_derivatives_on_tensors() -> None:
+    """Both modes, twice, and batched: against those of the dense matrix."""
+    made = block_mean(Grid(np.arange(4.0), np.arange(6.0)), 2)
+    apply, dense = operators.as_torch(made), torch.as_tensor(made.matrix.toarray())
+    x = torch.as_tensor(states(24, 2)).requires_grad_(True)
+    assert torch.autograd.gradcheck(apply, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda z: apply(z.square()), x)
+    torch.testing.assert_close(torch.func.vmap(apply)(x[:, None])[:, 0], x @ dense.T)
+    hessian = torch.func.hessian(lambda z: apply(z).pow(3).sum())(x[0].detach())
+    torch.testing.assert_close(hessian, dense.T @ torch.diag(6 * dense @ x[0].detach()) @ dense)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        found = apply(x.detach().to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), (x @ dense.T).detach(), rtol=tolerance, atol=tolerance)
+    assert apply(torch.ones(24, dtype=torch.int64)).tolist() == [1.0] * 6
+    assert apply(x[:0]).shape == (0, 6)
 
 
 # -- in an analysis ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from xgenda.weights import FOOTPRINTS, footprint_means, interpolation
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from xgenda.tensors import TensorMap
+
 WIDEST = 5e6  # m: a footprint is local
 PARTIAL = 1e-6  # a cell whose weights miss 1 by more is not wholly covered
 CALM = 1e-3  # m s-1: below it speed and direction are smoothed, so that their gradients stay finite
@@ -273,6 +275,40 @@ class _Regridded:
         points, inside = interpolation(target.grid, latitude, longitude)
         inside = inside & (points(partial.astype(float)) == 0)
         return points.after(fields).kept(inside), inside
+
+
+def as_torch(linear: LinearMap | Regridder) -> TensorMap:
+    """Return a linear map, or a regridder, as a differentiable function of torch tensors.
+
+    Parameters
+    ----------
+    linear
+        A `LinearMap`: the function takes tensors (..., size) and returns (..., rows). A `xgenda.Regridder`: it takes fields
+        (..., *source shape) and returns (..., *target shape), each in the order of the Datasets that the regridder was made of; target
+        cells that nothing maps to are NaN.
+
+    Returns
+    -------
+    TensorMap
+        Reverse and forward mode, higher derivatives and ``torch.func`` work; the gradient is the adjoint of the map. Leading dimensions are
+        independent, and a NaN goes where, and only where, its weight is not zero.
+
+    Examples
+    --------
+    >>> import numpy as np, torch, xarray as xr, xgenda
+    >>> fine = xr.Dataset(coords={"latitude": np.arange(40.0, 50.0), "longitude": np.arange(10.0)})
+    >>> coarse = xr.Dataset(coords={"latitude": np.arange(40.5, 50.0, 2.0), "longitude": np.arange(0.5, 10.0, 2.0)})
+    >>> to_coarse = xgenda.operators.as_torch(xgenda.Regridder(fine, coarse, method="conservative", regridder="builtin"))
+    >>> to_coarse(torch.ones(2, 10, 10)).shape
+    torch.Size([2, 5, 5])
+    """
+    from xgenda.tensors import TensorMap
+
+    if isinstance(linear, Regridder):
+        return TensorMap(linear.map, linear.source.shape, linear.target.shape, linear.weights.mapped)
+    if not isinstance(linear, LinearMap):
+        raise OptionError(f"linear={linear!r} is not accepted; give a LinearMap or a xgenda.Regridder.")
+    return TensorMap(linear, (linear.size,), linear.shape[:1])
 
 
 def function(
