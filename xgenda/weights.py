@@ -18,6 +18,7 @@ POLAR = 80.0
 NEIGHBOURS = 12  # quadrilaterals that are tried for a point, nearest first
 SNAP = 1e-6  # of a cell: so close to a node, a point is the node
 PAIRS_AT_ONCE = 200_000
+POINTS_AT_ONCE = 20_000
 FOOTPRINTS = ("disc", "gaussian")
 CUT = 3.0  # standard deviations at which a Gaussian footprint ends
 HALF = 0.5  # of a footprint must lie on the grid
@@ -26,12 +27,12 @@ NEGLIGIBLE = 1e-13  # overlaps of less than this part of a cell are rounding
 
 
 def interpolation(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
-    """Build bilinear interpolation from the cell centres of a grid to points.
+    """Build bilinear interpolation from the cell centres of a grid to points, or linear interpolation between points.
 
     Parameters
     ----------
     grid
-        Source, rectilinear or curvilinear.
+        Source. Between the points of a `PointSet` interpolation is linear on its Delaunay triangles, see `PointSet.triangles`.
     latitude, longitude
         Points in degrees, shape (m,); longitudes in any convention. NaN is outside.
 
@@ -42,18 +43,16 @@ def interpolation(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) ->
     numpy.ndarray
         Shape (m,), True where the point lies within the hull of the cell centres, never snapped to the edge. A rectilinear grid
         around the globe reaches over the poles: beyond its last row the value there is interpolated to that of the opposite meridian.
+        A triangle between points with an edge longer than 5 median ones is a gap, and outside.
 
     Raises
     ------
     GridError
-        For a set of points, between which nothing is known.
+        For a curvilinear grid of one row, or points on one line.
     """
     latitude, longitude = np.asarray(latitude, dtype=float), np.asarray(longitude, dtype=float)
     if isinstance(grid, PointSet):
-        raise GridError(
-            f"Bilinear interpolation needs a grid, and the source is {grid.describe()}; use method='nearest', or put the points on a "
-            f"grid first."
-        )
+        return _in_triangles(grid, latitude, longitude)
     if isinstance(grid, CurvilinearGrid):
         return _in_quads(grid, latitude, longitude)
     return _over_the_poles(grid, latitude, longitude)
@@ -141,6 +140,50 @@ def _in_quads(grid: CurvilinearGrid, latitude: np.ndarray, longitude: np.ndarray
     all_weights, all_indices = np.zeros((len(latitude), 4)), np.zeros((len(latitude), 4), dtype=np.int64)
     all_weights[at], all_indices[at] = weights, quads[found_quad]
     return LinearMap.from_rows(all_indices, all_weights, grid.size), inside
+
+
+def _in_triangles(points: PointSet, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """Interpolate on triangles: barycentric coordinates where the ray from the centre of the Earth crosses their plane."""
+    nodes, triangles = unit_vectors(*points.points()), points.triangles
+    corners = nodes[triangles]
+    middle = normalised(corners.sum(1))
+    reach = np.linalg.norm(corners - middle[:, None], axis=-1).max(1) * (1 + 1e-6)
+    inward = np.linalg.inv(np.swapaxes(corners, 1, 2))  # from a position to multiples of the corners
+    at = np.flatnonzero((np.abs(latitude) <= 90.0) & np.isfinite(longitude))
+    wanted = unit_vectors(latitude[at], longitude[at])
+    tree = cKDTree(middle)
+    best, chosen, shares = np.full(len(at), -np.inf), np.zeros(len(at), dtype=np.int64), np.zeros((len(at), 3))
+
+    def attempt(point: np.ndarray, triangle: np.ndarray) -> None:
+        """Keep the better triangle of each point; in one call a point may come several times."""
+        share = np.einsum("nij,nj->ni", inward[triangle], wanted[point])
+        share /= share.sum(1, keepdims=True)
+        least = share.min(1)
+        order = np.argsort(least, kind="stable")  # of several, the best is written last
+        point, triangle, share, least = point[order], triangle[order], share[order], least[order]
+        better = least > best[point]
+        best[point[better]], chosen[point[better]], shares[point[better]] = least[better], triangle[better], share[better]
+
+    k = min(NEIGHBOURS, len(triangles))
+    distance, candidates = (a.reshape(len(at), k) for a in tree.query(wanted, k=k))
+    for c in range(k):
+        todo = np.flatnonzero((best < 0) & (distance[:, c] <= reach[candidates[:, c]]))
+        attempt(todo, candidates[todo, c])
+    # a large triangle among small ones is not among the nearest centres
+    lost = np.flatnonzero((best < 0) & (distance[:, -1] <= reach.max()))
+    for first in range(0, len(lost), POINTS_AT_ONCE):
+        some = lost[first : first + POINTS_AT_ONCE]
+        pairs = cKDTree(wanted[some]).sparse_distance_matrix(tree, float(reach.max()), output_type="ndarray")
+        pairs = pairs[pairs["v"] <= reach[pairs["j"]]]
+        attempt(some[pairs["i"]], pairs["j"])
+    hit = best >= -TOLERANCE
+    shares = np.where(shares < SNAP, 0.0, shares)
+    total = shares.sum(1, keepdims=True)
+    inside = np.zeros(len(latitude), dtype=bool)
+    inside[at] = hit
+    weights, indices = np.zeros((len(latitude), 3)), np.zeros((len(latitude), 3), dtype=np.int64)
+    weights[at], indices[at] = shares / np.where(total > 0, total, 1.0) * hit[:, None], triangles[chosen]
+    return LinearMap.from_rows(indices, weights, points.size), inside
 
 
 def _flattened(
