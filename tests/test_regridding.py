@@ -397,8 +397,16 @@ def test_points_are_targets_and_nearest_sources() -> None:
     ).sst
     assert set(np.unique(back.isel(time=0).values.round(6))) == {30.0, 13.6}
     assert isinstance(read_grid(stations).grid, PointSet)
-    with pytest.raises(GridError, match="Bilinear interpolation needs a grid, and the source is 3 points"):
-        xgenda.Regridder(stations, ocean(), regridder="builtin")
+    circle = positions(unit_vectors(0.0, np.arange(10.0)) @ np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0])
+    tilted = xr.Dataset(coords={"lat": ("station", circle[0]), "lon": ("station", circle[1])})
+    for few in (
+        tilted,
+        stations.isel(station=[0, 1]),
+        stations.assign_coords(lat=("station", [0.0, 0, 0])),
+        stations.isel(station=[]),
+    ):
+        with pytest.raises(GridError, match="needs at least three that do not lie on one great circle, and the source is"):
+            xgenda.Regridder(few, ocean(), regridder="builtin")
     with pytest.raises(GridError, match="Conservative regridding needs cells, and the target is 3 points"):
         xgenda.Regridder(ocean(), stations, method="conservative", regridder="builtin")
 
@@ -447,6 +455,106 @@ def test_poles() -> None:
     )
     poles = xr.Dataset(coords={"lat": ("p", [90.0, 90.0, 87.5, -90.0]), "lon": ("p", [0.0, 77.0, 0.0, 5.0])})
     assert xgenda.regrid(ds, poles, regridder="builtin").t.values == pytest.approx([2.0, 2.0, 2.5, 2.0])
+
+
+# -- between points ----------------------------------------------------------------------------------------------------
+
+
+def scattered(kind: str, seed: int, count: int = 400) -> PointSet:
+    rng = np.random.default_rng(seed)
+    if kind == "globe":
+        lat, lon = positions(rng.normal(size=(count, 3)))
+    elif kind == "reduced grid":  # rings with fewer points near the poles, each in one plane
+        rings = [
+            np.stack(np.broadcast_arrays(y, np.arange(n) * 360 / n), -1)
+            for y, n in zip(np.linspace(-85, 85, 18), 20 + 4 * np.arange(9).repeat(2), strict=True)
+        ]
+        lat, lon = np.concatenate(rings).T
+    else:
+        lat, lon = rng.uniform(50, 70, count), rng.uniform(165, 195, count)
+    return PointSet(lat, lon)
+
+
+@QUICK
+@given(st.sampled_from(["globe", "reduced grid", "region"]), st.integers(0, 10**6))
+def test_interpolation_between_points(kind: str, seed: int) -> None:
+    """Partition of unity, non-negative, exact at nodes, exact for linear functions in the plane of each triangle."""
+    source, rng = scattered(kind, seed), np.random.default_rng(seed)
+    nodes, triangles = unit_vectors(*source.points()), source.triangles
+    share = rng.dirichlet(np.ones(3), 300)
+    picked = triangles[rng.integers(0, len(triangles), 300)]
+    within = np.einsum("mk,mkc->mc", share, nodes[picked])
+    found, inside = interpolation(source, *positions(within))
+    assert inside.all()
+    assert found.matrix.data.min() > 0
+    np.testing.assert_allclose(found(np.ones(source.size)), 1.0, atol=1e-12)
+    np.testing.assert_allclose(found(nodes.T).T, within, atol=1e-5)
+    at_nodes, inside = interpolation(source, *source.points())
+    known = np.isin(np.arange(source.size), triangles)
+    assert known.mean() > (0.98 if kind == "region" else 0.999)
+    np.testing.assert_allclose(at_nodes.matrix.toarray()[known], np.eye(source.size)[known], atol=1e-9)
+    if kind != "region":
+        lat, lon = positions(rng.normal(size=(300, 3)))
+        _, inside = interpolation(source, lat, lon)
+        assert inside.all() or len(triangles) < 2 * (source.size - 2)  # Euler: fewer where some were left out
+        assert inside.mean() > 0.99
+
+
+def test_points_converge_to_second_order() -> None:
+    """A smooth function of position, on points four times as many: a quarter of the error."""
+    errors = []
+    for count in (500, 2000, 8000):
+        k = np.arange(count) + 0.5
+        lat, lon = np.degrees(np.arcsin(1 - 2 * k / count)), np.degrees(k * np.pi * (3 - np.sqrt(5)))
+        to = scattered("globe", 1, 3000)
+        found, inside = interpolation(PointSet(lat, lon), *to.points())
+        assert inside.all()
+        x, y, z = unit_vectors(lat, lon).T
+        a, b, c = unit_vectors(*to.points()).T
+        errors.append(np.sqrt(np.mean((found(x + 2 * y * z) - (a + 2 * b * c)) ** 2)))
+    assert np.polyfit(np.log([500, 2000, 8000]), np.log(errors), 1)[0] == pytest.approx(-1.0, abs=0.1)
+
+
+def test_gaps_between_points_are_outside() -> None:
+    """A hole, the far side of the Earth, and a bay: outside. A large triangle beside small ones is found."""
+    lat, lon = (a.ravel() for a in np.meshgrid(np.arange(-20.0, 21), np.arange(0.0, 41), indexing="ij"))
+    hole = np.hypot(lat, lon - 20) > 8
+    source = PointSet(lat[hole], lon[hole] % 360)
+    _, inside = interpolation(source, np.array([0.0, 3, 15, 0, 0, 89, -0.5, 30]), np.array([20.0, 21, 20, 200, 100, 0, 2.3, 20]))
+    assert inside.tolist() == [False, False, True, False, False, False, True, False]
+    rng = np.random.default_rng(0)
+    dense = PointSet(
+        np.concatenate([rng.uniform(0, 1, 2000), [0.5, 3.0, 1.5]]), np.concatenate([rng.uniform(0, 1, 2000), [1.1, 1.2, 1.15]])
+    )
+    triangles = dense.triangles
+    assert 2001 not in triangles  # 2 degrees from all others, which are hundredths apart
+    wide = PointSet(np.array([0.0, 0, 4, 4, 0.1, 0.1, 0.2]), np.array([0.0, 4, 0, 4, 0.1, 0.2, 0.1]))
+    _, inside = interpolation(wide, np.array([3.5, 2.0, 4.2]), np.array([3.5, 2.1, 2.0]))
+    assert inside.tolist() == [True, True, False]
+
+
+def test_half_of_the_earth_as_points() -> None:
+    """The equator closes nothing: beyond it is outside."""
+    lat, lon = (a.ravel() for a in np.meshgrid(np.arange(0.0, 90, 5), np.arange(0.0, 360, 5), indexing="ij"))
+    to = np.array([2.0, 88.0, -2.0, -90.0, -40.0]), np.array([33.0, 3.0, 33.0, 0.0, 10.0])
+    for case in (slice(None), lat >= 5):
+        _, inside = interpolation(PointSet(lat[case], lon[case]), *to)
+        assert inside.tolist() == [case == slice(None) if isinstance(case, slice) else False, True, False, False, False]
+
+
+def test_points_are_sources_of_regridding() -> None:
+    """A rotated grid as points: the same field, to the accuracy of linear interpolation."""
+    grid = rotated(spacing=0.3)
+    field = np.cos(np.radians(4 * grid.lat)) + np.sin(np.radians(3 * grid.lon))
+    flat = grid.assign(t=field).stack(cell=("y", "x")).reset_index("cell").drop_vars(["x", "y"])
+    target = plain(47, 53, 13, 23, 0.37)
+    points = xgenda.regrid(flat, target, regridder="builtin").t
+    cells = xgenda.regrid(grid.assign(t=field), target, regridder="builtin").t
+    assert points.notnull().all()
+    np.testing.assert_allclose(points, cells, atol=2e-4)
+    np.testing.assert_allclose(
+        points, np.cos(np.radians(4 * target.latitude)) + np.sin(np.radians(3 * target.longitude)), atol=2e-4
+    )
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,10 @@ def test_a_rotated_pole_needs_no_two_dimensional_coordinates() -> None:
     y, x = np.linspace(-4, 4, 6), np.linspace(-5, 5, 8)
     ds = xr.Dataset(
         {"t2m": (("rlat", "rlon"), np.full((6, 8), 280.0), {"units": "K", "grid_mapping": "pole"}), "pole": ((), 0)},
-        coords={"rlat": ("rlat", y, {"standard_name": "grid_latitude"}), "rlon": ("rlon", x, {"standard_name": "grid_longitude"})},
+        coords={
+            "rlat": ("rlat", y, {"standard_name": "grid_latitude"}),
+            "rlon": ("rlon", x, {"standard_name": "grid_longitude"}),
+        },
     )
     ds.pole.attrs = {
         "grid_mapping_name": "rotated_latitude_longitude", "grid_north_pole_latitude": 39.25, "grid_north_pole_longitude": -162.0,
@@ -141,7 +144,8 @@ def test_observations_at_the_coast() -> None:
     values = np.full((2, 4), 280.0)
     values[:, 2:] = np.nan
     ds = xr.Dataset(
-        {"t2m": (("latitude", "longitude"), values, {"units": "K"})}, coords={"latitude": [0.0, 1.0], "longitude": [0.0, 1.0, 2.0, 3.0]}
+        {"t2m": (("latitude", "longitude"), values, {"units": "K"})},
+        coords={"latitude": [0.0, 1.0], "longitude": [0.0, 1.0, 2.0, 3.0]},
     )
     obs = table(np.full(4, 0.5), np.array([0.5, 1.3, 1.7, 2.5]), np.full(4, 281.0))
     prior = xgenda.gaussian_prior(ds, length_scale=LENGTH, std=STD)
@@ -160,7 +164,11 @@ def columns_of(levels: list[float], units: str = "hPa") -> xr.Dataset:
             "t": (("level", "latitude", "longitude"), values, {"units": "K", "standard_name": "air_temperature"}),
             "mslp": (("latitude", "longitude"), np.full(shape[1:], 1e5), {"units": "Pa"}),
         },
-        coords={"level": ("level", levels, {"units": units, "positive": "down"}), "latitude": [0.0, 2, 4], "longitude": [0.0, 2, 4, 6]},
+        coords={
+            "level": ("level", levels, {"units": units, "positive": "down"}),
+            "latitude": [0.0, 2, 4],
+            "longitude": [0.0, 2, 4, 6],
+        },
     )
     return ds
 
@@ -211,12 +219,18 @@ def test_depth_counts_downward() -> None:
     ("change", "message"),
     [
         (lambda ds: ds.assign_coords(level=("level", [1000.0, 500, 850])), r"'level' has no units.*attrs\['units'\] = 'hPa'"),
-        (lambda ds: ds.assign_coords(level=("level", [1000.0, 500, 500], {"units": "hPa"})), r"repeat a value.*drop_duplicates\('level'\)"),
+        (
+            lambda ds: ds.assign_coords(level=("level", [1000.0, 500, 500], {"units": "hPa"})),
+            r"repeat a value.*drop_duplicates\('level'\)",
+        ),
         (
             lambda ds: ds.rename(level="lev").assign_coords(lev=("lev", [1.0, 2, 3], {"units": "m"})),
             r"whether it counts up or down.*attrs\['positive'\] = 'down'",
         ),
-        (lambda ds: ds.rename(level="band").drop_vars("band"), r"extra dimension 'band' of size 3; select one entry: ds.isel\(band=0\)"),
+        (
+            lambda ds: ds.rename(level="band").drop_vars("band"),
+            r"extra dimension 'band' of size 3; select one entry: ds.isel\(band=0\)",
+        ),
     ],
 )
 def test_levels_that_cannot_be_read(change, message: str) -> None:
@@ -229,9 +243,11 @@ def test_a_model_of_levels_takes_what_it_needs() -> None:
     few = columns_of([1000.0, 500.0])
     prior = xgenda.gaussian_prior(few, length_scale=LENGTH, std={"t": STD, "mslp": 100.0})
     more = columns_of([30000.0, 50000.0, 85000.0, 100000.0], "Pa")
-    analysis = xgenda.assimilate(more, few.isel(latitude=[1], longitude=[1]).drop_vars("t"), model=prior, error=50.0, members=2, seed=0)
+    analysis = xgenda.assimilate(
+        more, few.isel(latitude=[1], longitude=[1]).drop_vars("t"), model=prior, error=50.0, members=2, seed=0
+    )
     assert analysis.level.values.tolist() == [50000.0, 100000.0]
-    with pytest.raises(OptionError, match=r"ds lacks the variable 't@85000Pa'"):
+    with pytest.raises(OptionError, match=r"ds lacks 't' at a pressure of 30000 Pa, which the model needs; it has 50000, 100000"):
         xgenda.assimilate(few, None, model=xgenda.gaussian_prior(more, length_scale=LENGTH, std=STD), members=2)
 
 
@@ -323,14 +339,18 @@ def test_draws_on_many_scattered_cells_have_the_covariance(kind: str, length: fl
     places = torch.as_tensor(unit_vectors(*(np.ravel(a) for a in np.meshgrid(*nodes._axes, indexing="ij"))))
     flat = places[index[some]].reshape(-1, 3)
     between = nodes._of_chord(torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist"))
-    implied = torch.einsum("ia,iajb,jb->ij", weight[some], between.reshape(150, 16, 150, 16), weight[some]) + torch.diag(left[some] ** 2)
+    implied = torch.einsum("ia,iajb,jb->ij", weight[some], between.reshape(150, 16, 150, 16), weight[some]) + torch.diag(
+        left[some] ** 2
+    )
     assert float((implied - kernel.correlation(some, some)).abs().max()) < error
     assert implied.diagonal() == pytest.approx(np.ones(150), abs=1e-6)
 
 
 def test_a_length_scale_too_short_to_draw() -> None:
     rng = np.random.default_rng(0)
-    kernel = SphereKernel.at(torch.as_tensor(rng.uniform(-90, 90, 6001)), torch.as_tensor(rng.uniform(0, 360, 6001)), "exponential", 20e3)
+    kernel = SphereKernel.at(
+        torch.as_tensor(rng.uniform(-90, 90, 6001)), torch.as_tensor(rng.uniform(0, 360, 6001)), "exponential", 20e3
+    )
     with pytest.raises(OptionError, match=r"A length scale of 20 km cannot be drawn on 6001 cells"):
         kernel.draw(NoiseStream([(0, "a", 0)]))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
     from xgenda.observations.quality import QualityControl
-    from xgenda.operators import Operator
+    from xgenda.operators import AnyOperator
 
     ModelLike: TypeAlias = GenerativeModel | str | os.PathLike[str] | None
 
@@ -49,7 +49,7 @@ class GendaAccessor:
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
-        operators: Mapping[str, Operator] | None = None,
+        operators: Mapping[str, AnyOperator] | None = None,
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -76,7 +76,7 @@ class GendaAccessor:
         quality: QualityControl | None = None,
         representativeness: float | Mapping[str, float] | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
-        operators: Mapping[str, Operator] | None = None,
+        operators: Mapping[str, AnyOperator] | None = None,
         analysis: xr.Dataset | None = None,
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""

@@ -15,7 +15,7 @@ from xgenda.devices import resolve_device
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
-from xgenda.operators import Operator
+from xgenda.operators import AnyOperator
 from xgenda.preparation import ModelLike, Prepared, check_trajectory, departure_chi2, prepare, warn_of_departures
 
 
@@ -39,7 +39,7 @@ def assimilate(
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
-    operators: Mapping[str, Operator] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -100,7 +100,7 @@ def assimilate(
         from the height of their station to that of the ground (``surface_altitude`` of `ds`), where both are known.
     operators
         Observed quantities that are functions of the state, by their name in `obs`: see `xgenda.operators`, for example
-        ``{"wind_speed": xgenda.operators.wind_speed("u", "v")}``. For diffusion models.
+        ``{"wind_speed": xgenda.operators.wind_speed("u", "v")}``. Those that are not linear need a diffusion model.
     batch_size
         Samples computed at once; changes time and memory only.
     device

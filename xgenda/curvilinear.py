@@ -15,11 +15,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import xarray as xr
+from scipy.spatial import ConvexHull, QhullError
 
 from xgenda import metadata
 from xgenda.errors import CoordinateError, GridError, MissingDependencyError
 from xgenda.grids import EARTH_RADIUS, Grid, Orientation, grid_of
 from xgenda.spherical import counterclockwise, normalised, polygon_areas, positions, unit_vectors
+
+LONGEST_EDGE = 5.0  # median edges, of a triangle between points
 
 #: Corners of a cell from its lower left one, counterclockwise where rows go north and columns east.
 CORNERS = ((0, 0), (0, 1), (1, 1), (1, 0))
@@ -178,6 +181,38 @@ class PointSet:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable form."""
         return {"kind": "points", "latitude": _packed(self.latitude), "longitude": _packed(self.longitude)}
+
+    @functools.cached_property
+    def triangles(self) -> np.ndarray:
+        """Delaunay triangles on the sphere as flat indices, shape (n, 3).
+
+        They are the faces of the convex hull of the unit vectors (Renka 1997, ACM Trans. Math. Softw. 23, 416-434). Those with an edge
+        longer than `LONGEST_EDGE` times the median edge are left out: they span a gap, or close a region around the back of the Earth.
+        Points that coincide with another are in none.
+
+        Raises
+        ------
+        GridError
+            For fewer than three points, or points on one great circle.
+        """
+        nodes = unit_vectors(self.latitude, self.longitude)
+        middle = normalised(nodes.sum(0)) if self.size else np.zeros(3)
+        # the back of a region is closed over the antipode, whose faces are no part of it
+        regional = bool((nodes @ middle > -0.1).all())
+        try:
+            found = ConvexHull(np.concatenate([nodes, -middle[None]]) if regional else nodes).simplices
+        except (QhullError, ValueError):
+            found = np.zeros((0, 3), dtype=np.int64)
+        found = found[(found < self.size).all(1)]
+        edges = np.linalg.norm(nodes[found] - nodes[np.roll(found, 1, axis=1)], axis=-1)
+        thick = np.abs(np.linalg.det(nodes[found])) > 1e-9 * edges.max(1, initial=0.0) ** 2
+        if not thick.any():
+            raise GridError(
+                f"Interpolation between points needs at least three that do not lie on one great circle, and the source is "
+                f"{self.describe()}; use method='nearest'."
+            )
+        found, edges = found[thick], edges[thick]
+        return np.asarray(found[edges.max(1) <= LONGEST_EDGE * np.median(edges)])
 
     def describe(self) -> str:
         """Return one line: number and ranges."""

@@ -15,7 +15,7 @@ from xgenda.errors import OptionError
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
-from xgenda.operators import Operator, extended
+from xgenda.operators import AnyOperator, extended
 from xgenda.preparation import ModelLike, Prepared, at_time, departure_chi2, prepare
 
 
@@ -30,7 +30,7 @@ def innovations(
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
-    operators: Mapping[str, Operator] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
     analysis: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """Return observation minus background (O-B) at every observation, with its quality code.

@@ -113,6 +113,18 @@ class LinearMap:
         """Keep some rows (index or boolean array)."""
         return LinearMap(self.matrix[rows])
 
+    def replaced(self, rows: np.ndarray, by: LinearMap) -> LinearMap:
+        """Return the map with the rows of `by` in the place of some of its own (index array, shape (by.rows,))."""
+        place = np.arange(self.shape[0])
+        place[rows] = len(place) + np.arange(len(rows))
+        return concatenate([self, by]).select(place)
+
+    def kept(self, rows: np.ndarray) -> LinearMap:
+        """Return the map with all rows empty but some (boolean array, shape (rows,))."""
+        entries = self.matrix.tocoo()
+        fine = np.asarray(rows)[entries.row]
+        return LinearMap.from_entries(entries.row[fine], entries.col[fine], entries.data[fine], self.shape)
+
     def shifted(self, offset: np.ndarray | int, size: int) -> LinearMap:
         """Return the same map on a longer source in which this one starts at `offset` (a number, or one per row)."""
         start = np.repeat(np.broadcast_to(offset, self.shape[0]), self.lengths)

@@ -1,21 +1,34 @@
-"""Observed quantities that are functions of the state: wind speed and direction, logarithms, anything in torch.
+"""Observed quantities that are functions of the state: means over a footprint, wind speed and direction, anything in torch.
 
-An operator turns fields of the state into a field of what is observed; `assimilate(..., operators={"wind_speed": ...})` then interpolates it
-to the places of the observations called ``wind_speed``.
+An `Operator` turns fields of the state into a field of what is observed; `assimilate(..., operators={"wind_speed": ...})` then interpolates it
+to the places of the observations called ``wind_speed``. A `LinearOperator` gives the weights of each observation instead, so that all
+that supposes linear observations works with it.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from xgenda.errors import OptionError
+import numpy as np
+
+from xgenda.curvilinear import AnyGrid, CurvilinearGrid
+from xgenda.errors import GendaError, GridError, OptionError, check_choice, check_count
+from xgenda.grids import Grid
+from xgenda.maps import LinearMap, block_mean
+from xgenda.regridding import Regridder
+from xgenda.weights import FOOTPRINTS, footprint_means, interpolation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from xgenda.tensors import TensorMap
+
+WIDEST = 5e6  # m: a footprint is local
+PARTIAL = 1e-6  # a cell whose weights miss 1 by more is not wholly covered
 CALM = 1e-3  # m s-1: below it speed and direction are smoothed, so that their gradients stay finite
 
 
@@ -55,11 +68,7 @@ class Operator:
         """
         import torch
 
-        lacking = [v for v in self.variables if v not in known]
-        if lacking:
-            raise OptionError(
-                f"operators[{name!r}] needs {lacking[0]!r}, which is no variable of the state; it has {', '.join(map(repr, known))}."
-            )
+        _check_variables(name, self.variables, known)
         generator = torch.Generator().manual_seed(0)
         fields = [
             (1.0 + 0.1 * torch.rand(2, *shape, generator=generator, dtype=torch.float64)).requires_grad_(True)
@@ -88,6 +97,218 @@ class Operator:
             raise OptionError(
                 f"operators[{name!r}] has a gradient that is not finite; add a small number under roots and logarithms."
             )
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """A weighted sum over one variable of the state, with its own weights for each observation.
+
+    Parameters
+    ----------
+    variable
+        Name of the variable that it takes.
+    rows
+        From the grid of the state and latitude and longitude of m observations in degrees, shape (m,), to a `LinearMap` of
+        shape (m, grid.size) and a bool array of shape (m,), False where an observation cannot be computed. Weights apply to the variable in
+        the units of the state.
+    units
+        Of what is observed; None: those of the variable.
+    standard_name
+        CF name by which observations may be found and bounds are known.
+    """
+
+    variable: str
+    rows: Callable[[AnyGrid, np.ndarray, np.ndarray], tuple[LinearMap, np.ndarray]]
+    units: str | None = None
+    standard_name: str | None = None
+
+    def check(self, name: str, grid: AnyGrid, known: Sequence[str]) -> None:
+        """Try the rows at two cells of the grid.
+
+        Raises
+        ------
+        OptionError
+            If the state lacks the variable, or the rows fail on this grid, have another shape, or weights that are not finite.
+        """
+        _check_variables(name, (self.variable,), known)
+        latitude, longitude = (a[[0, grid.size // 2]] for a in grid.points())
+        try:
+            found: Any = self.rows(grid, latitude, longitude)
+        except GendaError as problem:
+            raise OptionError(f"operators[{name!r}] does not work on the grid of the state: {problem}") from problem
+        except Exception as problem:
+            raise OptionError(f"operators[{name!r}] failed for two observations: {problem}") from problem
+        fits = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], LinearMap)
+        if not fits or found[0].shape != (2, grid.size) or np.shape(found[1]) != (2,) or np.asarray(found[1]).dtype != bool:
+            kinds = ", ".join(
+                f"{type(f).__name__} of shape {getattr(f, 'shape', None)}"
+                for f in (found if isinstance(found, tuple) else (found,))
+            )
+            raise OptionError(
+                f"operators[{name!r}] returned {kinds} for two observations; a LinearMap of shape {(2, grid.size)} and a bool array of shape "
+                f"(2,) are needed."
+            )
+        if not np.isfinite(found[0].matrix.data).all():
+            raise OptionError(f"operators[{name!r}] has weights that are not finite.")
+
+
+AnyOperator: TypeAlias = Operator | LinearOperator
+
+
+def _check_variables(name: str, needed: Sequence[str], known: Sequence[str]) -> None:
+    lacking = [v for v in needed if v not in known]
+    if lacking:
+        raise OptionError(
+            f"operators[{name!r}] needs {lacking[0]!r}, which is no variable of the state; it has {', '.join(map(repr, known))}."
+        )
+
+
+def footprint(variable: str, *, radius: float, shape: str = "disc") -> LinearOperator:
+    """Return the mean over an area around each observation, as radiometers, altimeters and radars see.
+
+    Parameters
+    ----------
+    variable
+        Name of the variable.
+    radius
+        In metres: of the disc, or the standard deviation of the Gaussian.
+    shape
+        'disc': the mean over the cells whose centres lie within `radius`, weighted by their areas; 'gaussian': also weighted by a Gaussian
+        of the great-circle distance, cut off at three standard deviations.
+
+    Notes
+    -----
+    A footprint that holds no cell centre, smaller than the grid resolves, is bilinear interpolation. Observations whose footprint
+    lies by less than half on the grid are outside (code DOMAIN); of the others the part on the grid stands for the whole.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> xgenda.operators.footprint("sst", radius=25e3).variable
+    'sst'
+    """
+    check_choice("shape", shape, FOOTPRINTS)
+    if isinstance(radius, bool) or not isinstance(radius, numbers.Real) or not 0 < float(radius) <= WIDEST:
+        raise OptionError(
+            f"radius={radius!r} is not accepted; give metres, up to {WIDEST:g}: footprint({variable!r}, radius=25e3)."
+        )
+    return LinearOperator(variable, _Footprint(float(radius), shape))
+
+
+@dataclass(frozen=True)
+class _Footprint:
+    radius: float
+    shape: str
+
+    def __call__(self, grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+        return footprint_means(grid, latitude, longitude, self.radius, self.shape)
+
+
+def coarsened(variable: str, *, factor: int) -> LinearOperator:
+    """Return plain means over blocks of `factor` x `factor` cells, interpolated between their centres: what a coarse product gives.
+
+    Parameters
+    ----------
+    variable
+        Name of the variable, on a rectilinear grid whose shape is a multiple of `factor`.
+    factor
+        Cells along each side of a block.
+
+    Notes
+    -----
+    Observations beyond the outermost centres of the blocks are outside, except over the poles and across the seam of a globe.
+    """
+    return LinearOperator(variable, _Coarsened(check_count("factor", factor, 2)))
+
+
+@dataclass(frozen=True)
+class _Coarsened:
+    factor: int
+
+    def __call__(self, grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+        if not isinstance(grid, Grid):
+            raise GridError(f"Block means need a rectilinear grid, and this is {grid.describe()}; use operators.regridded.")
+        points, inside = interpolation(grid.coarsened(self.factor), latitude, longitude)
+        return points.after(block_mean(grid, self.factor)), inside
+
+
+def regridded(variable: str, regridder: Regridder) -> LinearOperator:
+    """Return the variable on the target grid of a `xgenda.Regridder`, interpolated between its cell centres.
+
+    Parameters
+    ----------
+    variable
+        Name of the variable.
+    regridder
+        From the grid of the state to that on which the observed product was made, for example ``method='conservative'``.
+
+    Notes
+    -----
+    Observations that would need a target cell of which a part lies outside the source, or is masked, are outside.
+    """
+    if not isinstance(regridder, Regridder):
+        raise OptionError(
+            f"regridder={regridder!r} is not accepted; make one: xgenda.Regridder(ds, target, method='conservative')"
+        )
+    return LinearOperator(variable, _Regridded(regridder))
+
+
+@dataclass(frozen=True)
+class _Regridded:
+    regridder: Regridder
+
+    def __call__(self, grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+        source, target = self.regridder.source, self.regridder.target
+        same = (
+            isinstance(grid, Grid) and source.grid.same_as(grid)
+            if isinstance(source.grid, Grid)
+            else isinstance(source.grid, CurvilinearGrid) and source.grid.same_as(grid)
+        )
+        if not same:
+            raise GridError(f"The regridder starts from {source.grid.describe()}, and the state is on {grid.describe()}.")
+        # from the order of the user's arrays to model order
+        entries = self.regridder.map.matrix.tocoo()
+        fields = LinearMap.from_entries(
+            target.places[entries.row], source.places[entries.col], entries.data, self.regridder.map.shape
+        )
+        partial = np.abs(fields(np.ones(grid.size)) - 1.0) > PARTIAL
+        points, inside = interpolation(target.grid, latitude, longitude)
+        inside = inside & (points(partial.astype(float)) == 0)
+        return points.after(fields).kept(inside), inside
+
+
+def as_torch(linear: LinearMap | Regridder) -> TensorMap:
+    """Return a linear map, or a regridder, as a differentiable function of torch tensors.
+
+    Parameters
+    ----------
+    linear
+        A `LinearMap`: the function takes tensors (..., size) and returns (..., rows). A `xgenda.Regridder`: it takes fields
+        (..., *source shape) and returns (..., *target shape), each in the order of the Datasets that the regridder was made of; target
+        cells that nothing maps to are NaN.
+
+    Returns
+    -------
+    TensorMap
+        Reverse and forward mode, higher derivatives and ``torch.func`` work; the gradient is the adjoint of the map. Leading dimensions are
+        independent, and a NaN goes where, and only where, its weight is not zero.
+
+    Examples
+    --------
+    >>> import numpy as np, torch, xarray as xr, xgenda
+    >>> fine = xr.Dataset(coords={"latitude": np.arange(40.0, 50.0), "longitude": np.arange(10.0)})
+    >>> coarse = xr.Dataset(coords={"latitude": np.arange(40.5, 50.0, 2.0), "longitude": np.arange(0.5, 10.0, 2.0)})
+    >>> to_coarse = xgenda.operators.as_torch(xgenda.Regridder(fine, coarse, method="conservative", regridder="builtin"))
+    >>> to_coarse(torch.ones(2, 10, 10)).shape
+    torch.Size([2, 5, 5])
+    """
+    from xgenda.tensors import TensorMap
+
+    if isinstance(linear, Regridder):
+        return TensorMap(linear.map, linear.source.shape, linear.target.shape, linear.weights.mapped)
+    if not isinstance(linear, LinearMap):
+        raise OptionError(f"linear={linear!r} is not accepted; give a LinearMap or a xgenda.Regridder.")
+    return TensorMap(linear, (linear.size,), linear.shape[:1])
 
 
 def function(

@@ -24,7 +24,7 @@ from xgenda.models.loading import choose_model
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, columned, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
-from xgenda.operators import Operator
+from xgenda.operators import AnyOperator, LinearOperator, Operator
 from xgenda.scaling import cycle_basis
 from xgenda.states import State
 
@@ -61,7 +61,8 @@ class Prepared:
     threshold, quality
         Of the background check, and all others.
     operators, observable
-        Operators with the channels that they take; what may be observed: variables, on all their levels, and what the operators make.
+        Operators that are not linear with the channels that they take; what may be observed: variables, on all their levels, and what all
+        operators make.
     """
 
     state: State
@@ -79,8 +80,9 @@ class Prepared:
 
     @property
     def linear(self) -> bool:
-        """Whether nothing is observed through an operator."""
-        return self.located is None or not bool((self.located.table.variable >= len(self.observable) - len(self.operators)).any())
+        """Whether nothing is observed through an operator that is not linear."""
+        first = len(self.observable) - len(self.operators)
+        return self.located is None or not bool((self.located.table.variable >= first).any())
 
     def job(self, members: tuple[int, ...], seed: int, options: Any, device: str, progress: bool | None) -> engine.Job:
         """Return what the engine needs for these members and options."""
@@ -112,7 +114,7 @@ def prepare(
     quality: QualityControl | None,
     representativeness: float | Mapping[str, float] | None,
     lapse_rate: float | Mapping[str, float] | None = None,
-    operators: Mapping[str, Operator] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
     *,
     any_model: bool = True,
 ) -> Prepared:
@@ -159,8 +161,8 @@ def prepare(
     names = {states.parse_channel(ours)[0]: states.parse_channel(theirs)[0] for ours, theirs in variables.items()}
     renamed = _rename_back(obs, names)
     control = check_quality(quality)
-    made = _operators(operators, wanted, variables, grid)
-    observable = [*columned(wanted), *(Wanted(n, o.standard_name, o.units) for n, o in (operators or {}).items())]
+    made, derived = _operators(operators, wanted, variables, grid)
+    observable = [*columned(wanted), *derived]
     located = locate_observations(
         renamed, observable, grid, times, error=_rename_error(error, names), window=window, quality=control,
         representativeness=_renamed(representativeness, names), ground=ground_of(ds, layout, orientation),
@@ -225,31 +227,45 @@ def _renamed(given: Any, variables: dict[str, str]) -> Any:
 
 
 def _operators(
-    operators: Mapping[str, Operator] | None, wanted: list[Wanted], variables: dict[str, str], grid: AnyGrid
-) -> tuple[tuple[Operator, tuple[int, ...]], ...]:
-    """Return the operators with the indices of the channels that they take; the user's names and the model's both count."""
+    operators: Mapping[str, AnyOperator] | None, wanted: list[Wanted], variables: dict[str, str], grid: AnyGrid
+) -> tuple[tuple[tuple[Operator, tuple[int, ...]], ...], list[Wanted]]:
+    """Return the operators that are not linear with the indices of their channels, and what all observe, linear ones first.
+
+    The user's names and the model's both count.
+    """
     if operators is None:
-        return ()
+        return (), []
     if not isinstance(operators, Mapping):
         raise OptionError(
             f"operators={operators!r} is not accepted; give a mapping: operators={{'wind_speed': xgenda.operators.wind_speed('u', 'v')}}"
         )
     names = {w.name: i for i, w in enumerate(wanted)}
     places = names | {variables[w.name]: i for i, w in enumerate(wanted)}
-    out = []
+    whole = {w.name: w for w in columned(wanted)}
+    whole |= {states.parse_channel(variables[c.name])[0]: whole[states.parse_channel(c.name)[0]] for c in wanted}
+    out: list[tuple[Operator, tuple[int, ...]]] = []
+    linear: list[Wanted] = []
+    derived: list[Wanted] = []
     for name, operator in operators.items():
-        if not isinstance(operator, Operator):
+        if not isinstance(operator, AnyOperator):
             raise OptionError(
                 f"operators[{name!r}] is a {type(operator).__name__}; make it with xgenda.operators, for example "
                 f"xgenda.operators.function({name}, variables=({next(iter(places))!r},), units='K')"
             )
-        if name in places:
+        if name in places or name in whole:
             raise OptionError(
                 f"operators[{name!r}] has the name of a variable of the state; give it another, and rename the observations."
             )
+        if isinstance(operator, LinearOperator):
+            operator.check(name, grid, list(whole))
+            of = whole[operator.variable]
+            units = (of.units, of.given_units) if operator.units is None else (operator.units, None)
+            linear.append(Wanted(name, operator.standard_name, *units, of.levels, of.vertical, of=of.name, rows=operator.rows))
+            continue
         operator.check(name, grid.plane, list(places))
         out.append((operator, tuple(places[v] for v in operator.variables)))
-    return tuple(out)
+        derived.append(Wanted(name, operator.standard_name, operator.units))
+    return tuple(out), [*linear, *derived]
 
 
 def check_quality(quality: QualityControl | None) -> QualityControl:

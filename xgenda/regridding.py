@@ -79,8 +79,9 @@ def regrid(
     target
         Anything with a horizontal grid of these kinds; only its coordinates are read.
     method
-        'bilinear'; 'conservative', which keeps the integral (a target cell that is partly covered counts what is not as zero);
-        'conservative_normed', the mean over the covered part; 'nearest'; 'patch' (xESMF only).
+        'bilinear', between points linear on their Delaunay triangles, of which those over a gap are left out; 'conservative', which keeps
+        the integral (a target cell that is partly covered counts what is not as zero); 'conservative_normed', the mean over the covered
+        part; 'nearest'; 'patch' (xESMF only).
     regridder
         'auto': xESMF where it is installed, else built in; 'xesmf'; 'builtin'. The result records which.
     skipna

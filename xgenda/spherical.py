@@ -30,6 +30,16 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.where(length > 0, length, 1.0))
 
 
+def tangents(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two unit vectors, shape (n, 3), that span the plane that touches the sphere at each point (n, 3).
+
+    Away from the poles they point east and north.
+    """
+    axis = np.where(np.abs(points[:, 2:]) < 0.9, [[0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0]])
+    one = normalised(np.cross(axis, points))
+    return one, np.cross(points, one)
+
+
 def great_circle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the angle in radians between unit vectors, accurate for small and large ones."""
     return np.asarray(2 * np.arcsin(np.minimum(np.linalg.norm(a - b, axis=-1) / 2, 1.0)))

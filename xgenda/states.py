@@ -17,7 +17,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.curvilinear import AnyGrid, grid_in, with_positions
-from xgenda.errors import CoordinateError, UnitsError
+from xgenda.errors import CoordinateError, OptionError, UnitsError
 from xgenda.grids import Orientation
 from xgenda.metadata import Layout
 
@@ -240,13 +240,20 @@ def parse_channel(name: str) -> tuple[str, float | None, str | None]:
 
 def match_channel(ds: xr.Dataset, name: str, standard_name: str | None, argument: str = "ds") -> str:
     """Return the channel of `ds` called `name`, else the only one with that `standard_name` on the same level."""
-    _, level, _ = parse_channel(name)
+    variable, level, kind = parse_channel(name)
     if level is None:
         plain = [n for n in ds.data_vars if parse_channel(str(n))[1] is None]
         return metadata.match_variable(ds[plain], name, standard_name, argument)
     suffix = name[name.rindex("@") :]
     same = [n for n in ds.data_vars if str(n).endswith(suffix)]
-    return metadata.match_variable(ds[same], name, standard_name, argument) if same else metadata.match_variable(ds, name, None, argument)
+    if not same:
+        found = [v for n in ds.data_vars for _, v, k in [parse_channel(str(n))] if k == kind and v is not None]
+        unit = "Pa" if kind == "pressure" else "m"
+        raise OptionError(
+            f"{argument} lacks {variable!r} at a {kind} of {level:g} {unit}, which the model needs; it has "
+            f"{', '.join(f'{v:g}' for v in sorted(set(found))) or 'no levels'}. Interpolate to the levels of the model, or use another one."
+        )
+    return metadata.match_variable(ds[same], name, standard_name, argument)
 
 
 def columns(names: Sequence[str]) -> list[tuple[str, list[int], tuple[float, ...], str | None]]:

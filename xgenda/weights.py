@@ -8,26 +8,31 @@ from scipy.spatial import cKDTree
 
 from xgenda.curvilinear import AnyGrid, CurvilinearGrid, PointSet
 from xgenda.errors import GridError
-from xgenda.grids import TOLERANCE, Grid
+from xgenda.grids import EARTH_RADIUS, TOLERANCE, Grid
 from xgenda.maps import LinearMap
 from xgenda.maps import bilinear as rectilinear_bilinear
-from xgenda.spherical import clip, normalised, polygon_areas, unit_vectors
+from xgenda.spherical import clip, normalised, polygon_areas, positions, tangents, unit_vectors
 
 #: Poleward of this latitude a cell is flattened by a gnomonic projection, elsewhere by taking latitude and longitude as plane.
 POLAR = 80.0
 NEIGHBOURS = 12  # quadrilaterals that are tried for a point, nearest first
 SNAP = 1e-6  # of a cell: so close to a node, a point is the node
 PAIRS_AT_ONCE = 200_000
+POINTS_AT_ONCE = 20_000
+FOOTPRINTS = ("disc", "gaussian")
+CUT = 3.0  # standard deviations at which a Gaussian footprint ends
+HALF = 0.5  # of a footprint must lie on the grid
+SAMPLES = 64  # points that stand for a footprint near the edge of a grid
 NEGLIGIBLE = 1e-13  # overlaps of less than this part of a cell are rounding
 
 
 def interpolation(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
-    """Build bilinear interpolation from the cell centres of a grid to points.
+    """Build bilinear interpolation from the cell centres of a grid to points, or linear interpolation between points.
 
     Parameters
     ----------
     grid
-        Source, rectilinear or curvilinear.
+        Source. Between the points of a `PointSet` interpolation is linear on its Delaunay triangles, see `PointSet.triangles`.
     latitude, longitude
         Points in degrees, shape (m,); longitudes in any convention. NaN is outside.
 
@@ -38,18 +43,16 @@ def interpolation(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) ->
     numpy.ndarray
         Shape (m,), True where the point lies within the hull of the cell centres, never snapped to the edge. A rectilinear grid
         around the globe reaches over the poles: beyond its last row the value there is interpolated to that of the opposite meridian.
+        A triangle between points with an edge longer than 5 median ones is a gap, and outside.
 
     Raises
     ------
     GridError
-        For a set of points, between which nothing is known.
+        For a curvilinear grid of one row, or points on one line.
     """
     latitude, longitude = np.asarray(latitude, dtype=float), np.asarray(longitude, dtype=float)
     if isinstance(grid, PointSet):
-        raise GridError(
-            f"Bilinear interpolation needs a grid, and the source is {grid.describe()}; use method='nearest', or put the points on a "
-            f"grid first."
-        )
+        return _in_triangles(grid, latitude, longitude)
     if isinstance(grid, CurvilinearGrid):
         return _in_quads(grid, latitude, longitude)
     return _over_the_poles(grid, latitude, longitude)
@@ -139,6 +142,50 @@ def _in_quads(grid: CurvilinearGrid, latitude: np.ndarray, longitude: np.ndarray
     return LinearMap.from_rows(all_indices, all_weights, grid.size), inside
 
 
+def _in_triangles(points: PointSet, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """Interpolate on triangles: barycentric coordinates where the ray from the centre of the Earth crosses their plane."""
+    nodes, triangles = unit_vectors(*points.points()), points.triangles
+    corners = nodes[triangles]
+    middle = normalised(corners.sum(1))
+    reach = np.linalg.norm(corners - middle[:, None], axis=-1).max(1) * (1 + 1e-6)
+    inward = np.linalg.inv(np.swapaxes(corners, 1, 2))  # from a position to multiples of the corners
+    at = np.flatnonzero((np.abs(latitude) <= 90.0) & np.isfinite(longitude))
+    wanted = unit_vectors(latitude[at], longitude[at])
+    tree = cKDTree(middle)
+    best, chosen, shares = np.full(len(at), -np.inf), np.zeros(len(at), dtype=np.int64), np.zeros((len(at), 3))
+
+    def attempt(point: np.ndarray, triangle: np.ndarray) -> None:
+        """Keep the better triangle of each point; in one call a point may come several times."""
+        share = np.einsum("nij,nj->ni", inward[triangle], wanted[point])
+        share /= share.sum(1, keepdims=True)
+        least = share.min(1)
+        order = np.argsort(least, kind="stable")  # of several, the best is written last
+        point, triangle, share, least = point[order], triangle[order], share[order], least[order]
+        better = least > best[point]
+        best[point[better]], chosen[point[better]], shares[point[better]] = least[better], triangle[better], share[better]
+
+    k = min(NEIGHBOURS, len(triangles))
+    distance, candidates = (a.reshape(len(at), k) for a in tree.query(wanted, k=k))
+    for c in range(k):
+        todo = np.flatnonzero((best < 0) & (distance[:, c] <= reach[candidates[:, c]]))
+        attempt(todo, candidates[todo, c])
+    # a large triangle among small ones is not among the nearest centres
+    lost = np.flatnonzero((best < 0) & (distance[:, -1] <= reach.max()))
+    for first in range(0, len(lost), POINTS_AT_ONCE):
+        some = lost[first : first + POINTS_AT_ONCE]
+        pairs = cKDTree(wanted[some]).sparse_distance_matrix(tree, float(reach.max()), output_type="ndarray")
+        pairs = pairs[pairs["v"] <= reach[pairs["j"]]]
+        attempt(some[pairs["i"]], pairs["j"])
+    hit = best >= -TOLERANCE
+    shares = np.where(shares < SNAP, 0.0, shares)
+    total = shares.sum(1, keepdims=True)
+    inside = np.zeros(len(latitude), dtype=bool)
+    inside[at] = hit
+    weights, indices = np.zeros((len(latitude), 3)), np.zeros((len(latitude), 3), dtype=np.int64)
+    weights[at], indices[at] = shares / np.where(total > 0, total, 1.0) * hit[:, None], triangles[chosen]
+    return LinearMap.from_rows(indices, weights, points.size), inside
+
+
 def _flattened(
     grid: CurvilinearGrid, quads: np.ndarray, latitude: np.ndarray, longitude: np.ndarray, points: np.ndarray
 ) -> np.ndarray:
@@ -148,8 +195,7 @@ def _flattened(
     polar = np.flatnonzero(np.abs(latitude) > POLAR)
     if len(polar):
         corners, p = grid.centres.reshape(-1, 3)[quads[polar]], points[polar]
-        east = normalised(np.cross(np.where(np.abs(p[:, 2:]) < 0.9, [[0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0]]), p))
-        north = np.cross(p, east)
+        east, north = tangents(p)
         height = (corners * p[:, None]).sum(-1)
         flat[polar] = np.degrees(
             np.stack([(corners * east[:, None]).sum(-1), (corners * north[:, None]).sum(-1)], -1)
@@ -199,6 +245,82 @@ def nearest(grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray, usable: 
         raise GridError("Every cell of the source is masked; there is no nearest one.")
     _, index = cKDTree(centres[chosen]).query(unit_vectors(latitude, longitude))
     return LinearMap.from_rows(chosen[index][:, None], np.ones((len(index), 1)), grid.size)
+
+
+def footprint_means(
+    grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray, radius: float, shape: str = "disc"
+) -> tuple[LinearMap, np.ndarray]:
+    """Build means over the cells around points, weighted by their areas.
+
+    Parameters
+    ----------
+    grid
+        Source, rectilinear or curvilinear.
+    latitude, longitude
+        Points in degrees, shape (m,). NaN is outside.
+    radius
+        In metres: of a disc, or the standard deviation of a Gaussian that is cut off at three of them; along great circles.
+    shape
+        'disc' or 'gaussian'.
+
+    Returns
+    -------
+    LinearMap
+        Shape (m, grid.size); rows add up to 1, or are empty where a point is outside. Where the footprint holds no cell centre the row is
+        that of bilinear interpolation.
+    numpy.ndarray
+        Shape (m,), True where at least half of the footprint (half of its weight) lies in cells of the grid, or where `interpolation`
+        says so.
+    """
+    if isinstance(grid, PointSet):
+        raise GridError(f"A footprint needs cells with areas, and the source is {grid.describe()}.")
+    latitude, longitude = np.asarray(latitude, dtype=float), np.asarray(longitude, dtype=float)
+    angle = radius / EARTH_RADIUS
+    reach = 2 * np.sin(min(angle * (CUT if shape == "gaussian" else 1.0), np.pi) / 2)
+    at = np.flatnonzero((np.abs(latitude) <= 90.0) & np.isfinite(longitude))
+    points, centres = unit_vectors(latitude[at], longitude[at]), unit_vectors(*grid.points())
+    pairs = cKDTree(points).sparse_distance_matrix(cKDTree(centres), reach, output_type="ndarray")
+    point, cell = pairs["i"], pairs["j"]
+    weight = grid.areas().ravel()[cell]
+    if shape == "gaussian":
+        weight = weight * np.exp(-0.5 * (2 * np.arcsin(pairs["v"] / 2) / angle) ** 2)
+    total = np.bincount(point, weight, len(at))
+    means = LinearMap.from_entries(point, cell, weight / total[point], (len(at), grid.size))
+    held = np.flatnonzero(total > 0)
+    found, inside = interpolation(grid, latitude, longitude)
+    inside[at[held]] = _share_on(grid, points[held], angle, reach, shape) >= HALF
+    return found.replaced(at[held], means.select(held)).kept(inside), inside
+
+
+def _share_on(grid: Grid | CurvilinearGrid, points: np.ndarray, angle: float, reach: float, shape: str) -> np.ndarray:
+    """Return the part of the weight of footprints around points (m, 3) that lies in cells of a grid, from samples near its edge."""
+    edge = np.ones(grid.shape, dtype=bool)
+    edge[1:-1, slice(None) if grid.periodic else slice(1, -1)] = False
+    centres = unit_vectors(*grid.points())
+    radii = np.zeros(1)
+    if isinstance(grid, CurvilinearGrid):
+        radii = np.linalg.norm(grid.vertices - centres[:, None], axis=-1).max(1)
+        widest = float(radii.max())
+    else:
+        rows, columns = grid.edges()
+        widest = float(np.radians(np.hypot(np.diff(rows).max(), np.diff(columns).max())))
+    share = np.ones(len(points))
+    near = np.flatnonzero(np.isfinite(cKDTree(centres[edge.ravel()]).query(points, distance_upper_bound=reach + widest)[0]))
+    # equal shares of the weight, on a spiral that turns by the golden angle (Vogel 1979, Math. Biosci. 44, 179-189)
+    part = (np.arange(SAMPLES) + 0.5) / SAMPLES
+    distance = angle * (np.sqrt(-2 * np.log1p(-part * -np.expm1(-0.5 * CUT**2))) if shape == "gaussian" else np.sqrt(part))
+    turn = np.pi * (3 - np.sqrt(5)) * np.arange(SAMPLES)
+    east, north = tangents(points[near])
+    aside = np.cos(turn)[:, None] * east[:, None] + np.sin(turn)[:, None] * north[:, None]
+    sampled = np.cos(distance)[:, None] * points[near, None] + np.sin(distance)[:, None] * aside
+    if isinstance(grid, CurvilinearGrid):
+        apart, cell = cKDTree(centres).query(sampled)
+        held = apart <= radii[cell]
+    else:
+        phi, lam = positions(sampled)
+        held = (phi >= rows[0]) & (phi <= rows[-1]) & ((lam - columns[0]) % 360.0 <= columns[-1] - columns[0])
+    share[near] = held.mean(1)
+    return share
 
 
 def conservative(source: AnyGrid, target: AnyGrid) -> tuple[LinearMap, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ Dataset with NaN where nothing was observed, or a list of these. All become one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import ObservationError, UnitsError, did_you_mean
+from xgenda.maps import LinearMap
 from xgenda.observations.quality import Quality, QualityControl, flagged, gross_bounds, is_missing
 
 Observations = xr.Dataset | xr.DataArray | pd.DataFrame | list[Any] | None
@@ -70,11 +71,21 @@ class Wanted:
     given_units: str | None = None  #: of the user's Dataset: what observations without units are in
     levels: tuple[float, ...] = ()  #: of its channels, in Pa or m; empty for one channel without a level
     vertical: str | None = None  #: what `levels` are: 'pressure', 'depth' (positive downward) or 'height' (above the sea)
+    of: str | None = None  #: name of the variable that a linear operator observes; None for a variable itself
+    rows: Callable[..., tuple[LinearMap, np.ndarray]] | None = None  #: of that operator, see `xgenda.operators.LinearOperator`
 
 
 def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:
-    """Return the first channel of each variable, and after them the number of all channels, shape (n + 1,)."""
-    return np.cumsum([0, *(max(1, len(w.levels)) for w in wanted)])
+    """Return the first channel of each variable, and after them the number of all channels, shape (n + 1,).
+
+    What a linear operator observes has the channel of its variable and none of its own.
+    """
+    first = np.cumsum([0, *(0 if w.of is not None else max(1, len(w.levels)) for w in wanted)])
+    names = [w.name for w in wanted]
+    for i, w in enumerate(wanted):
+        if w.of is not None:
+            first[i] = first[names.index(w.of)]
+    return first
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import xarray as xr
 from xgenda import states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import ObservationError, OptionError
-from xgenda.maps import LinearMap, concatenate
+from xgenda.maps import LinearMap
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, read_observations
 from xgenda.observations.quality import Quality, QualityControl, boxes, first_of_each, superob
 from xgenda.weights import interpolation
@@ -105,7 +105,13 @@ class Space:
     def interpolate(self, table: Table) -> tuple[LinearMap, np.ndarray]:
         """Return the interpolation from one field to each observation, and which of them lie inside of the grid and its levels."""
         lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
-        points, inside = interpolation(self.grid, np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude))
+        latitude, longitude = np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude)
+        points, inside = interpolation(self.grid, latitude, longitude)
+        for i, w in enumerate(self.wanted):
+            at = np.flatnonzero((table.variable == i) & ~lost)
+            if w.rows is not None and len(at):
+                found, inside[at] = w.rows(self.grid, latitude[at], longitude[at])
+                points = points.replaced(at, found)
         return points, inside & self._between(table)[2]
 
     def observe(self, table: Table, points: LinearMap) -> tuple[LinearMap, np.ndarray]:
@@ -199,6 +205,7 @@ def locate_observations(
     code[(code <= Quality.PASSIVE) & ~seen] = Quality.LAND
     _complain_if_all_outside(table, grid, fine, inside, index, argument)
     above = np.full(len(table), np.nan) if ground is None else table.height - points(ground)
+    above[np.array([w.of is not None for w in wanted])[table.variable]] = np.nan  # what sees an area has no height of its own
     if control.height_difference is not None:
         code[(code <= Quality.PASSIVE) & (np.abs(above) > control.height_difference)] = Quality.HEIGHT
     table = table.with_code(code)
@@ -292,9 +299,7 @@ def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space,
     merged_rows = table.take(kept)
     points, inside = space.interpolate(merged_rows)
     moved, seen = space.observe(merged_rows, points)
-    place = np.arange(len(table))
-    place[kept] = len(table) + np.arange(len(kept))
-    operator = concatenate([operator, moved]).select(place)
+    operator = operator.replaced(kept, moved)
     code = table.code.copy()
     code[kept[~inside]] = Quality.DOMAIN
     code[kept[inside & ~seen]] = Quality.LAND
