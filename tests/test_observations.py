@@ -48,7 +48,11 @@ def same(one: Table, other: Table, *, but: tuple[str, ...] = ("row", "source", "
 
     def ordered(table: Table) -> dict[str, np.ndarray | None]:
         order = np.lexsort((table.error, table.value, table.longitude, table.latitude, table.variable))
-        return {f.name: None if (v := getattr(table, f.name)) is None else v[order] for f in dataclasses.fields(table)}
+        return {
+            f.name: None if (v := getattr(table, f.name)) is None else v[order]
+            for f in dataclasses.fields(table)
+            if f.name != "correlated"
+        }
 
     a, b = ordered(one), ordered(other)
     for name in a:

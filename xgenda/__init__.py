@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.loading import load_model
     from xgenda.models.store import list_models
+    from xgenda.observations.correlations import ErrorCovariance
     from xgenda.observations.quality import QualityControl, quality_report
     from xgenda.regridding import Regridder, regrid
     from xgenda.training.loop import train
@@ -41,6 +42,7 @@ _WHERE = {
     "GenerativeModel": "xgenda.models.generative",
     "load_model": "xgenda.models.loading",
     "list_models": "xgenda.models.store",
+    "ErrorCovariance": "xgenda.observations.correlations",
     "QualityControl": "xgenda.observations.quality",
     "quality_report": "xgenda.observations.quality",
     "regrid": "xgenda.regridding",
@@ -49,6 +51,7 @@ _WHERE = {
 _MODULES = ("errors", "operators", "plotting", "tutorial")
 
 __all__ = [
+    "ErrorCovariance",
     "GenerativeModel",
     "QualityControl",
     "Regridder",

@@ -121,6 +121,8 @@ def innovations(
             coords[name] = ("obs", getattr(table, name)[order].astype(str))
     if np.isfinite(table.height).any():
         coords["height"] = ("obs", table.height[order], {"standard_name": "surface_altitude", "units": "m"})
+    if np.isfinite(table.level).any():
+        coords["level"] = ("obs", table.level[order])
     if table.time is not None:
         coords["time"] = ("obs", table.time[order], {"standard_name": "time"})
     out = out.assign_coords(coords)

@@ -22,6 +22,7 @@ from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
 from xgenda.grids import Orientation
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
+from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
 from xgenda.operators import Operator, extended, extended_deviation
@@ -210,25 +211,13 @@ def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
     out = []
     for t in range(times):
         if located is None:
-            operator, value, error = np.zeros((0, 1), dtype=np.int64), np.zeros(0), np.zeros(0)
             out.append(
-                PointEvidence(
-                    torch.as_tensor(operator),
-                    torch.as_tensor(operator).double(),
-                    torch.as_tensor(value),
-                    torch.as_tensor(error),
-                )
+                PointEvidence(*map(torch.as_tensor, (np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), *np.zeros((2, 0)))))
             )
             continue
         now = located.at(t).used()
-        out.append(
-            PointEvidence(
-                torch.as_tensor(now.operator.indices),
-                torch.as_tensor(now.operator.weights),
-                torch.as_tensor(now.table.value),
-                torch.as_tensor(now.table.error**2),
-            )
-        )
+        operator, value, variance = whitened(now.table, now.operator)
+        out.append(PointEvidence(*map(torch.as_tensor, (operator.indices, operator.weights, value, variance))))
     return out
 
 

@@ -19,8 +19,10 @@ from xgenda import states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import ObservationError, OptionError
 from xgenda.maps import LinearMap
-from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, read_observations
-from xgenda.observations.quality import Quality, QualityControl, boxes, first_of_each, superob
+from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, per_variable, read_observations
+from xgenda.observations.correlations import check_blocks
+from xgenda.observations.grouping import first_of_each
+from xgenda.observations.quality import Quality, QualityControl, boxes, superob
 from xgenda.weights import interpolation
 
 #: Part of an observation's weight that must lie on valid cells.
@@ -212,10 +214,13 @@ def locate_observations(
     if lapse_rate is not None:
         table = _at_the_ground(table, wanted, above, lapse_rate, argument)
     # a canonical order, so that permuted rows give the same bits; nothing else may tell two rows apart
-    keys = (index, table.variable, table.latitude, table.longitude, table.value, table.error, table.source, table.row)
+    level = np.nan_to_num(table.level)
+    keys = (index, table.variable, table.latitude, table.longitude, level, table.value, table.error, table.source, table.row)
     order = canonical_order(keys)
     table, index, operator = table.take(order), index[order], operator.select(order)
-    return _reduced(table, index, operator, space, control)
+    located = _reduced(table, index, operator, space, control)
+    check_blocks(located.table, index, located.table.code == Quality.USED, argument)
+    return located
 
 
 def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -236,9 +241,7 @@ def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
 def _at_the_ground(
     table: Table, wanted: list[Wanted], above: np.ndarray, lapse_rate: float | Mapping[str, float], argument: str
 ) -> Table:
-    rates = np.array(
-        [float(lapse_rate.get(w.name, 0.0)) if isinstance(lapse_rate, Mapping) else float(lapse_rate) for w in wanted]
-    )
+    rates = per_variable(lapse_rate, wanted)
     known = np.isfinite(above)
     if len(table) and not known.any():
         raise ObservationError(
@@ -255,34 +258,37 @@ def _at_the_ground(
 def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space, control: QualityControl) -> Located:
     """Give codes to duplicates, and thin or merge what lies in one box; rows keep their order."""
     code = table.code.copy()
+    level = np.nan_to_num(table.level)
     if control.duplicates:
         rows = np.flatnonzero(code <= Quality.PASSIVE)
         corner = [np.round(table.latitude, 4), np.round(table.longitude, 4)]
         # rows that share a hash may be duplicates; all others are not
         mixed = np.zeros(len(rows), dtype=np.uint64)
-        for key in (table.variable[rows], index[rows], *((p[rows] * 1e4).astype(np.int64) for p in corner)):
+        for key in (table.variable[rows], index[rows], *((p[rows] * 1e4).astype(np.int64) for p in (*corner, level))):
             mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + key.astype(np.int64).view(np.uint64)
         ordered = np.sort(mixed)
         rows = rows[np.isin(mixed, ordered[1:][ordered[1:] == ordered[:-1]])]
-        same = (table.variable[rows], index[rows], _numbers(table.time, rows), *(p[rows] for p in corner))
-        named = table.station[rows] != ""
-        value = np.where(
-            named, 0.0, table.value[rows]
-        )  # one station says one thing at a time; without names only equal reports are one
-        keys = (*same, _labels(table.station[rows]), value, _labels(table.platform[rows]))
-        first, _ = first_of_each(keys, (table.error[rows], rows))
-        repeated = np.ones(len(rows), dtype=bool)
-        repeated[first] = False
-        code[rows[repeated]] = Quality.DUPLICATE
+        if len(rows):
+            same = [table.variable[rows], index[rows], *(p[rows] for p in (*corner, level))]
+            if table.time is not None:
+                same.append(_ticks(table.time[rows], table.time[rows]))
+            # one station says one thing at a time; without names only equal reports are one
+            value = np.where(table.station[rows] != "", 0.0, table.value[rows])
+            labels = (pd.factorize(text[rows])[0] for text in (table.station, table.platform))
+            first, _ = first_of_each([*same, *labels, value], (table.error[rows], rows))
+            code[np.delete(rows, first)] = Quality.DUPLICATE
     side = control.thin or control.superob
     if side is None:
         return Located(table.with_code(code), index, operator)
     rows = np.flatnonzero(code == Quality.USED)
-    box = (table.variable[rows], index[rows], *boxes(table.latitude[rows], table.longitude[rows], float(side)))
+    if control.superob is not None and (table.correlation[rows] >= 0).any():
+        raise ObservationError(
+            "superob merges observations with independent errors, and an ErrorCovariance says that they depend on each other. Thin instead: "
+            "quality=xgenda.QualityControl(thin=50e3)"
+        )
+    box = (table.variable[rows], index[rows], level[rows], *boxes(table.latitude[rows], table.longitude[rows], float(side)))
     first, group = first_of_each(box, (table.error[rows], rows))
-    others = np.ones(len(rows), dtype=bool)
-    others[first] = False
-    code[rows[others]] = Quality.THINNED if control.superob is None else Quality.MERGED
+    code[np.delete(rows, first)] = Quality.THINNED if control.superob is None else Quality.MERGED
     table = table.with_code(code)
     if control.superob is None:
         return Located(table, index, operator)
@@ -304,19 +310,6 @@ def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space,
     code[kept[~inside]] = Quality.DOMAIN
     code[kept[inside & ~seen]] = Quality.LAND
     return Located(table.with_code(code), index, operator)
-
-
-def _numbers(time: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
-    """Return times as numbers, equal for equal times."""
-    if time is None:
-        return np.zeros(len(rows))
-    return (
-        time[rows].astype("M8[ns]").astype(np.int64) if time.dtype.kind == "M" else np.unique(time[rows], return_inverse=True)[1]
-    )
-
-
-def _labels(text: np.ndarray) -> np.ndarray:
-    return np.zeros(0, dtype=np.int64) if not len(text) else np.asarray(pd.factorize(text)[0])
 
 
 def _complain_if_all_outside(

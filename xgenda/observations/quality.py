@@ -59,7 +59,7 @@ MEANINGS: Mapping[Quality, str] = {
     Quality.HEIGHT: "station too far above or below the ground of the state",
     Quality.OPERATOR: "the observation operator failed: what it would see of the background is not finite",
     Quality.LAND: "no sea (or no valid cell) of the state around it",
-    Quality.CONSISTENCY: "contradicts another value of the same report",
+    Quality.CONSISTENCY: "contradicts another value of the same report, or what its name allows",
 }
 
 #: The nearest codes of JEDI/UFO (QCflags) and of DART (quality control of the data, input and outlier).
@@ -92,6 +92,8 @@ GOOD_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 FEWEST_BUDDIES, MOST_BUDDIES = 2, 15
 SUSPECTS_AT_ONCE = 4096
+#: Of 32-bit integers in IODA: five above the lowest; that of its floats is beyond all that is plausible.
+INTEGER_SENTINEL = -2147483643.0
 SUSPECT = 2.0  # standard deviations from the background beyond which neighbours are asked
 
 
@@ -102,16 +104,17 @@ class QualityControl:
     Parameters
     ----------
     flags
-        How to read a provider's flags, the column ``flag`` (or ``<name>_flag``, ``<name>_qc``): 'argo', 'ncep', 'madis', or the values that
-        are good. None ignores such columns; without one it means nothing.
+        How to read a provider's flags, the column ``flag`` or ``quality`` (or ``<name>_flag``, ``<name>_qc``, ``<name>_QC``; for levels those
+        of the level's column, too; for Argo also ``POSITION_QC`` and ``JULD_QC``): 'argo', 'ncep', 'madis', or the values that are good. None
+        ignores such columns; without one it means nothing.
     bounds
         Lowest and highest value by variable, in the units of the state; beyond those known for its CF standard name.
     blacklist
         Stations or platforms that are not used.
     duplicates
-        Whether of equal reports (one variable, place and time, and one station or value) only one is used.
+        Whether of equal reports (one variable, place, level and time, and one station or value) only one is used.
     thin
-        Side of a box in metres in which only the observation with the smallest error is used, by variable and time.
+        Side of a box in metres in which only the observation with the smallest error is used, by variable, level and time.
     superob
         Side of a box in metres whose observations are merged into their weighted mean, with the error of a mean but not below
         `floor` times the smallest of theirs.
@@ -199,7 +202,7 @@ def gross_bounds(standard_name: str | None, units: str | None) -> tuple[float, f
 def is_missing(values: np.ndarray) -> np.ndarray:
     """Return True where a value is NaN, infinite, or a finite fill value."""
     out = ~np.isfinite(values) | (np.abs(values) > 1e15)
-    for sentinel in SENTINELS:
+    for sentinel in (*SENTINELS, INTEGER_SENTINEL):
         out |= values == sentinel
     return np.asarray(out)
 
@@ -225,27 +228,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, (int, float, np.integer, np.floating)) and np.isfinite(value) and float(value).is_integer():
         return str(int(value))
     return str(value).strip()
-
-
-def first_of_each(keys: Sequence[np.ndarray], rank: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Group rows with equal `keys`; return the row of each group that is first by `rank`, and the group of each row.
-
-    Parameters
-    ----------
-    keys
-        Columns that are equal within a group, shape (n,) each.
-    rank
-        Columns that decide, the most important first.
-    """
-    order = np.lexsort((*reversed(rank), *reversed(keys)))
-    starts = np.zeros(len(order), dtype=bool)
-    starts[:1] = True
-    for key in keys:
-        ordered = key[order]
-        starts[1:] |= ordered[1:] != ordered[:-1]
-    group = np.empty(len(order), dtype=np.int64)
-    group[order] = np.cumsum(starts) - 1
-    return order[starts], group
 
 
 def boxes(latitude: np.ndarray, longitude: np.ndarray, side: float) -> tuple[np.ndarray, np.ndarray]:
