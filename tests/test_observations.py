@@ -19,7 +19,7 @@ import xgenda
 from xgenda.errors import ObservationError, OptionError, UnitsError
 from xgenda.grids import Grid
 from xgenda.observations.containers import Table, Wanted, read_observations
-from xgenda.observations.operators import DEFAULT_WINDOW, Located, locate_observations, parse_window
+from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import (
     EQUIVALENTS,
     MEANINGS,
@@ -32,6 +32,7 @@ from xgenda.observations.quality import (
     gross_bounds,
     is_missing,
 )
+from xgenda.observations.times import DEFAULT_WINDOW, parse_window
 
 T2M = Wanted("t2m", "air_temperature", "K")
 MSLP = Wanted("mslp", "air_pressure_at_mean_sea_level", "Pa")

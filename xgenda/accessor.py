@@ -50,6 +50,7 @@ class GendaAccessor:
         representativeness: float | Mapping[str, float] | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
         operators: Mapping[str, AnyOperator] | None = None,
+        first_guess: xr.Dataset | xr.DataArray | None = None,
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -62,7 +63,7 @@ class GendaAccessor:
             guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
             steps=steps, window=window, background_check=background_check, quality=quality,
             representativeness=representativeness, lapse_rate=lapse_rate,
-            operators=operators, batch_size=batch_size, device=device, progress=progress,
+            operators=operators, first_guess=first_guess, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def innovations(
@@ -77,6 +78,7 @@ class GendaAccessor:
         representativeness: float | Mapping[str, float] | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
         operators: Mapping[str, AnyOperator] | None = None,
+        first_guess: xr.Dataset | xr.DataArray | None = None,
         analysis: xr.Dataset | None = None,
     ) -> xr.Dataset:
         """Return observation minus background with quality codes; see `xgenda.innovations`."""
@@ -84,7 +86,7 @@ class GendaAccessor:
 
         return innovations(
             self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
-            representativeness=representativeness, lapse_rate=lapse_rate, operators=operators, analysis=analysis,
+            representativeness=representativeness, lapse_rate=lapse_rate, operators=operators, first_guess=first_guess, analysis=analysis,
         )  # fmt: skip
 
     def downscale(

@@ -40,6 +40,7 @@ def assimilate(
     representativeness: float | Mapping[str, float] | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
     operators: Mapping[str, AnyOperator] | None = None,
+    first_guess: xr.Dataset | xr.DataArray | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -101,6 +102,9 @@ def assimilate(
     operators
         Observed quantities that are functions of the state, by their name in `obs`: see `xgenda.operators`, for example
         ``{"wind_speed": xgenda.operators.wind_speed("u", "v")}``. Those that are not linear need a diffusion model.
+    first_guess
+        The background at more times than those of `ds`, on its grid: each observation is compared with it at its own time (first guess at
+        appropriate time), linearly between its times, which are read when called. None: all observations of a window count as of its centre.
     batch_size
         Samples computed at once; changes time and memory only.
     device
@@ -143,7 +147,9 @@ def assimilate(
     ds = metadata.as_dataset(ds)
     member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
-    setup = prepare(ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators)
+    setup = prepare(
+        ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess
+    )
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +14,10 @@ import xarray as xr
 from xgenda import engine, metadata, states
 from xgenda.errors import OptionError
 from xgenda.observations.containers import ErrorLike, Observations
-from xgenda.observations.operators import Located, locate_observations
+from xgenda.observations.operators import locate_observations
 from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
 from xgenda.operators import AnyOperator, extended
-from xgenda.preparation import ModelLike, Prepared, at_time, departure_chi2, prepare
+from xgenda.preparation import ModelLike, Prepared, at_times, departure_chi2, prepare
 
 
 def innovations(
@@ -31,6 +32,7 @@ def innovations(
     representativeness: float | Mapping[str, float] | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
     operators: Mapping[str, AnyOperator] | None = None,
+    first_guess: xr.Dataset | xr.DataArray | None = None,
     analysis: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """Return observation minus background (O-B) at every observation, with its quality code.
@@ -41,7 +43,7 @@ def innovations(
     ----------
     ds
         The background; read at the observed times when called.
-    obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators
+    obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess
         As in `assimilate`. Without a `model` there is no background error, so the background and buddy checks are left out.
     analysis
         What `assimilate` returned for `ds`; its ensemble mean is compared with the observations as well.
@@ -65,7 +67,18 @@ def innovations(
     """
     ds = metadata.as_dataset(ds)
     setup = prepare(
-        ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, any_model=False
+        ds,
+        obs,
+        model,
+        error,
+        window,
+        background_check,
+        quality,
+        representativeness,
+        lapse_rate,
+        operators,
+        first_guess,
+        any_model=False,
     )
     analysed = None if analysis is None else _analysed(analysis, setup)
     located = setup.located
@@ -74,32 +87,35 @@ def innovations(
     size = len(located.table)
     background, spread, seen = (np.full(size, np.nan) for _ in range(3))
     code = located.table.code.copy()
-    for t in np.unique(located.time_index[located.time_index >= 0]):
-        rows = np.flatnonzero(located.time_index == t)
-        fields = [_field(a, setup, int(t)) for a in setup.arrays]
+    whole = None if setup.model is None else setup.job((0,), 0, None, "cpu", False)
+    seen_times = np.unique(located.time_index[located.time_index >= 0])
+    for times in [np.arange(len(setup.labels))] if located.trajectory else seen_times[:, None]:
+        rows = np.flatnonzero(np.isin(located.time_index, times))
+        fields = [np.stack([_field(a, setup, int(t)) for t in times]) for a in setup.arrays]
         inside = rows[located.operator.lengths[rows] > 0]
         operator = located.operator.select(inside)
         background[inside] = operator(_state(fields, setup))
         if analysed is not None:
-            seen[inside] = operator(_state([_field(a, setup, int(t)) for a in analysed], setup))
-        if setup.model is not None:
-            job = at_time(setup.job((0,), 0, None, "cpu", False), int(t))
-            mean, deviation, _ = engine.moments(job, *(f[None] for f in fields))
-            now = located.at(int(t))
+            seen[inside] = operator(_state([np.stack([_field(a, setup, int(t)) for t in times]) for a in analysed], setup))
+        if whole is not None:
+            job = at_times(whole, times)
+            mean, deviation, _ = engine.moments(job, *fields)
+            now = located.take(rows)
+            now = dataclasses.replace(now, time_index=np.searchsorted(times, now.time_index))
             code[rows], _, spread[rows] = engine.background_codes(
-                Located(now.table, np.zeros(len(rows), dtype=np.int64), now.operator),
-                *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality,
-            )  # fmt: skip
+                now, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
+            )
     order = np.lexsort((located.table.row, located.table.variable, located.table.source))
     table = located.table
     names = np.array([w.name for w in setup.observable])
+    shift = setup.shift if len(setup.shift) == size else np.zeros(size)
     data = {
-        "value": table.value, "error": table.error, "background": background, "innovation": table.value - background,
+        "value": table.value + shift, "error": table.error, "background": background + shift, "innovation": table.value - background,
     }  # fmt: skip
     if setup.model is not None:
         data["background_error"] = spread
     if analysed is not None:
-        data["analysis"], data["residual"] = seen, table.value - seen
+        data["analysis"], data["residual"] = seen + shift, table.value - seen
     units = {setup.observable[v].units for v in np.unique(table.variable)}
     attrs = {"units": units.pop()} if len(units) == 1 and None not in units else {}
     out = xr.Dataset({k: ("obs", v[order], attrs) for k, v in data.items()})
@@ -139,9 +155,9 @@ def _field(array: xr.DataArray, setup: Prepared, t: int) -> np.ndarray:
 
 
 def _state(fields: list[np.ndarray], setup: Prepared) -> np.ndarray:
-    """Return the flat state in model order and units."""
+    """Return the flat states of some times in model order and units; `fields` are (times, rows, columns)."""
     scaled = [setup.state.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
-    wide: np.ndarray = extended(torch.as_tensor(np.stack(scaled)), setup.operators).numpy().ravel()
+    wide: np.ndarray = extended(torch.as_tensor(np.stack(scaled, 1)), setup.operators).numpy().ravel()
     return wide
 
 

@@ -21,6 +21,7 @@ from xgenda.curvilinear import AnyGrid
 from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
 from xgenda.grids import Orientation
+from xgenda.maps import concatenate
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
@@ -147,9 +148,9 @@ def background_codes(
     fine = code <= Quality.PASSIVE
     for t in np.unique(located.time_index[fine]):
         rows = np.flatnonzero(fine & (located.time_index == t))
-        operator = located.operator.select(rows)
+        operator, at = located.operator.select(rows), slice(None) if located.trajectory else t
         sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
-        value, expected, spread = located.table.value[rows], operator(mean[t]), operator(deviation[t])
+        value, expected, spread = located.table.value[rows], operator(mean[at].ravel()), operator(deviation[at].ravel())
         prior[rows], deviations[rows] = expected, spread
         if threshold is not None:
             code[rows[background_check(value, sigma, expected, spread, threshold)]] = Quality.BACKGROUND
@@ -208,17 +209,18 @@ def _check_plausible(job: Job, values: np.ndarray, spec: Any) -> None:
 
 
 def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
-    out = []
+    """Return the observations of each time as tensors; those of a trajectory as one."""
+    nothing = PointEvidence(*map(torch.as_tensor, (np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), *np.zeros((2, 0)))))
+    if located is None:
+        return [nothing] * times
+    found = []
     for t in range(times):
-        if located is None:
-            out.append(
-                PointEvidence(*map(torch.as_tensor, (np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), *np.zeros((2, 0)))))
-            )
-            continue
         now = located.at(t).used()
-        operator, value, variance = whitened(now.table, now.operator)
-        out.append(PointEvidence(*map(torch.as_tensor, (operator.indices, operator.weights, value, variance))))
-    return out
+        found.append(whitened(now.table, now.operator))
+    if located.trajectory:
+        operators, values, variances = zip(*found, strict=True)
+        found = [(concatenate(operators), np.concatenate(values), np.concatenate(variances))]
+    return [PointEvidence(*map(torch.as_tensor, (o.indices, o.weights, value, variance))) for o, value, variance in found]
 
 
 def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int]) -> Any:

@@ -19,6 +19,7 @@ from xgenda.curvilinear import AnyGrid, CurvilinearGrid
 from xgenda.errors import GendaError, GridError, OptionError, check_choice, check_count
 from xgenda.grids import Grid
 from xgenda.maps import LinearMap, block_mean
+from xgenda.observations.times import parse_window
 from xgenda.regridding import Regridder
 from xgenda.weights import FOOTPRINTS, footprint_means, interpolation
 
@@ -115,12 +116,15 @@ class LinearOperator:
         Of what is observed; None: those of the variable.
     standard_name
         CF name by which observations may be found and bounds are known.
+    period
+        Time over which an observation is a mean, up to its own time; None: at that time.
     """
 
     variable: str
     rows: Callable[[AnyGrid, np.ndarray, np.ndarray], tuple[LinearMap, np.ndarray]]
     units: str | None = None
     standard_name: str | None = None
+    period: np.timedelta64 | None = None
 
     def check(self, name: str, grid: AnyGrid, known: Sequence[str]) -> None:
         """Try the rows at two cells of the grid.
@@ -202,6 +206,43 @@ class _Footprint:
 
     def __call__(self, grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
         return footprint_means(grid, latitude, longitude, self.radius, self.shape)
+
+
+def time_mean(observed: str | LinearOperator, *, period: Any) -> LinearOperator:
+    """Return the mean over the time before each observation, such as of daily means, for models of windows of states.
+
+    Parameters
+    ----------
+    observed
+        Name of a variable, or what another linear operator makes of it.
+    period
+        Time span that ends with the time of the observation, such as '24h'.
+
+    Notes
+    -----
+    The trajectory is taken to be linear between its times, and the mean is exact for that. A period that begins before the first state is
+    outside of the window.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> str(xgenda.operators.time_mean("t2m", period="24h").period.astype("timedelta64[h]"))
+    '24 hours'
+    """
+    operator = LinearOperator(observed, _Interpolation()) if isinstance(observed, str) else observed
+    if not isinstance(operator, LinearOperator):
+        raise OptionError(
+            f"observed={observed!r} is not accepted; give the name of a variable or a linear operator: time_mean('t2m', period='24h')"
+        )
+    return LinearOperator(
+        operator.variable, operator.rows, operator.units, operator.standard_name, parse_window(period, "period")
+    )
+
+
+@dataclass(frozen=True)
+class _Interpolation:
+    def __call__(self, grid: AnyGrid, latitude: np.ndarray, longitude: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+        return interpolation(grid, latitude, longitude)
 
 
 def coarsened(variable: str, *, factor: int) -> LinearOperator:

@@ -15,6 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from xgenda import chunking, engine, metadata, states
+from xgenda.appropriate import move_to_analysis_times
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of
 from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choice
@@ -63,6 +64,8 @@ class Prepared:
     operators, observable
         Operators that are not linear with the channels that they take; what may be observed: variables, on all their levels, and what all
         operators make.
+    shift
+        What was taken from the values of `located` to move them to the analysis time.
     """
 
     state: State
@@ -77,6 +80,7 @@ class Prepared:
     quality: QualityControl
     operators: tuple[tuple[Operator, tuple[int, ...]], ...]
     observable: list[Wanted]
+    shift: np.ndarray
 
     @property
     def linear(self) -> bool:
@@ -99,9 +103,9 @@ class Prepared:
         )  # fmt: skip
 
 
-def at_time(job: engine.Job, t: int) -> engine.Job:
-    """Return the job of one of its times, without observations."""
-    return dataclasses.replace(job, labels=job.labels[t : t + 1], basis=job.basis[t : t + 1], located=None)
+def at_times(job: engine.Job, times: np.ndarray) -> engine.Job:
+    """Return the job of some of its times, without observations."""
+    return dataclasses.replace(job, labels=job.labels[times], basis=job.basis[times], located=None)
 
 
 def prepare(
@@ -115,6 +119,7 @@ def prepare(
     representativeness: float | Mapping[str, float] | None,
     lapse_rate: float | Mapping[str, float] | None = None,
     operators: Mapping[str, AnyOperator] | None = None,
+    first_guess: xr.Dataset | xr.DataArray | None = None,
     *,
     any_model: bool = True,
 ) -> Prepared:
@@ -161,16 +166,28 @@ def prepare(
     names = {states.parse_channel(ours)[0]: states.parse_channel(theirs)[0] for ours, theirs in variables.items()}
     renamed = _rename_back(obs, names)
     control = check_quality(quality)
-    made, derived = _operators(operators, wanted, variables, grid)
+    trajectory = chosen is not None and int(chosen.spec.options.get("window", 1)) > 1
+    made, derived = _operators(operators, wanted, variables, grid, trajectory)
     observable = [*columned(wanted), *derived]
     located = locate_observations(
         renamed, observable, grid, times, error=_rename_error(error, names), window=window, quality=control,
         representativeness=_renamed(representativeness, names), ground=ground_of(ds, layout, orientation),
-        lapse_rate=_renamed(lapse_rate, names), valid=None if chosen is None else chosen.valid,
+        lapse_rate=_renamed(lapse_rate, names), valid=None if chosen is None else chosen.valid, trajectory=trajectory,
     )  # fmt: skip
+    shift = np.zeros(len(located.table))
+    if first_guess is not None:
+        if trajectory:
+            raise OptionError("first_guess has no effect on a model of windows, whose states have their own times. Leave it out.")
+        if times is None or (len(located.table) and located.table.time is None):
+            raise OptionError("first_guess needs times in ds and in obs; without them leave it out.")
+        if len(located.table):
+            located, shift = move_to_analysis_times(
+                located, metadata.as_dataset(first_guess, "first_guess"), state, times, list(variables.values()),
+                [w.units for w in wanted], made,
+            )  # fmt: skip
     threshold = _threshold(check, chosen)
     return Prepared(state, time, chosen, variables, arrays, factors, labels, located if len(located.table) else None,
-                  threshold, control, made, observable)  # fmt: skip
+                  threshold, control, made, observable, shift)  # fmt: skip
 
 
 def check_trajectory(setup: Prepared) -> None:
@@ -227,7 +244,7 @@ def _renamed(given: Any, variables: dict[str, str]) -> Any:
 
 
 def _operators(
-    operators: Mapping[str, AnyOperator] | None, wanted: list[Wanted], variables: dict[str, str], grid: AnyGrid
+    operators: Mapping[str, AnyOperator] | None, wanted: list[Wanted], variables: dict[str, str], grid: AnyGrid, trajectory: bool
 ) -> tuple[tuple[tuple[Operator, tuple[int, ...]], ...], list[Wanted]]:
     """Return the operators that are not linear with the indices of their channels, and what all observe, linear ones first.
 
@@ -260,7 +277,13 @@ def _operators(
             operator.check(name, grid, list(whole))
             of = whole[operator.variable]
             units = (of.units, of.given_units) if operator.units is None else (operator.units, None)
-            linear.append(Wanted(name, operator.standard_name, *units, of.levels, of.vertical, of=of.name, rows=operator.rows))
+            if operator.period is not None and not trajectory:
+                raise OptionError(
+                    f"operators[{name!r}] is a mean in time, and the model knows single states. Use a model of windows: xgenda.train(ds, window=3)"
+                )
+            linear.append(
+                Wanted(name, operator.standard_name, *units, of.levels, of.vertical, of.name, operator.rows, operator.period)
+            )
             continue
         operator.check(name, grid.plane, list(places))
         out.append((operator, tuple(places[v] for v in operator.variables)))

@@ -138,15 +138,17 @@ class DiffusionModel(GenerativeModel):
         # an item is what is solved together: one time of one member, or all times of one member
         if k == 0:
             spans: list[tuple[int, ...]] = [(t,) for t in range(times)]
+            observed = list(request.evidence)
         else:
             spans, shape = [tuple(range(times))], (times, *shape)
+            observed = list(request.evidence[:1])
             denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size)
         covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
         wraps = self.spec.options["network"]["periodic"]
 
         def evidence_of(which: list[int], group: Tensor) -> LinearEvidence:
             return stack_evidence(
-                [join_times([request.evidence[t] for t in spans[s]], len(std)) for s in which],
+                [observed[s] for s in which],
                 [(climatology[list(spans[s])].reshape(-1), std.repeat(len(spans[s]))) for s in which],
                 self.scaling,
                 group,
@@ -154,11 +156,11 @@ class DiffusionModel(GenerativeModel):
             )
 
         limit = direct_limit(covariance)
-        cells, channels = len(std) // self.spec.channels, self.spec.channels
+        channels = self.spec.channels
 
         def derives(span: int) -> bool:
-            """Tell whether something beside the channels is observed."""
-            return any(bool((request.evidence[t].indices >= len(std)).any()) for t in spans[span])
+            """Tell whether something beside the channels may be observed."""
+            return bool(request.operators) and (k > 0 or bool((observed[span].indices >= len(std)).any()))
 
         def kind(span: int) -> tuple[int, bool, int]:
             """Return what samples of one batch must share: levels below the lowest, how the anchor is solved, their operators."""
@@ -169,8 +171,7 @@ class DiffusionModel(GenerativeModel):
 
         def derived(span: int) -> FunctionEvidence:
             """Return observations of a span through the operators."""
-            width = cells * (channels + len(request.operators))
-            joined = join_times([request.evidence[t] for t in spans[span]], width)
+            joined = observed[span]
             mean = climatology[list(spans[span])].reshape(-1, channels, *_grid(self.spec).plane)
 
             def observe(z: Tensor) -> Tensor:
@@ -271,20 +272,6 @@ def finer_levels(sharpness: Tensor) -> int:
         return 0
     wanted = SHARE_OF_ERROR / math.sqrt(sharpest)
     return max(0, math.ceil(math.log(SIGMA_MIN / wanted, FINER) - 1e-9))
-
-
-def join_times(items: list[PointEvidence], size: int) -> PointEvidence:
-    """Return the observations of several times as those of one trajectory, whose states of `size` follow each other."""
-    if len(items) == 1:
-        return items[0]
-    widest = max(e.indices.shape[1] for e in items)
-    pad = [(0, widest - e.indices.shape[1]) for e in items]
-    return PointEvidence(
-        torch.cat([torch.nn.functional.pad(e.indices, p) + t * size for t, (e, p) in enumerate(zip(items, pad, strict=True))]),
-        torch.cat([torch.nn.functional.pad(e.weights, p) for e, p in zip(items, pad, strict=True)]),
-        torch.cat([e.value for e in items]),
-        torch.cat([e.variance for e in items]),
-    )
 
 
 def stack_evidence(

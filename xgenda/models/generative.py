@@ -45,7 +45,7 @@ class Request:
     climatology
         Scaling mean of each time on the state grid, shape (t, channels, cells); None where the model has no scaling.
     evidence
-        One per time.
+        One per time; of a trajectory one in all, whose indices count through the states of all times, or without observations one per time.
     labels
         One time label per time.
     members

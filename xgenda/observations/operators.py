@@ -6,32 +6,30 @@ The state vector of one time is its channels one after the other, each flattened
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 import xarray as xr
 
 from xgenda import states
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import ObservationError, OptionError
+from xgenda.errors import ObservationError
 from xgenda.maps import LinearMap
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, per_variable, read_observations
 from xgenda.observations.correlations import check_blocks
 from xgenda.observations.grouping import first_of_each
 from xgenda.observations.quality import Quality, QualityControl, boxes, superob
+from xgenda.observations.times import assign_times, ticks, trajectory_weights
 from xgenda.weights import interpolation
 
 #: Part of an observation's weight that must lie on valid cells.
 HALF = 0.5
 #: Part of the spacing of levels by which an observation may lie beyond the last: rounding of single precision.
 SLACK = 1e-3
-
-#: Not the spacing of the times: then a subset of the times would be given other observations.
-DEFAULT_WINDOW = np.timedelta64(1, "h")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,28 +44,33 @@ class Located:
         Analysis time of each, -1 where it falls in no window; shape (m,).
     operator
         `LinearMap` from the state of that time (channels x cells) to each; zero rows where it cannot be computed.
+    trajectory
+        Whether `operator` is from the states of all times instead, one after the other.
     """
 
     table: Table
     time_index: np.ndarray
     operator: LinearMap
+    trajectory: bool = False
+
+    def take(self, rows: np.ndarray) -> Located:
+        """Return some rows."""
+        return dataclasses.replace(
+            self, table=self.table.take(rows), time_index=self.time_index[rows], operator=self.operator.select(rows)
+        )
 
     def at(self, time: int) -> Located:
         """Return the observations of one analysis time, whatever their code."""
-        start, stop = np.searchsorted(self.time_index, [time, time + 1])
-        rows = np.arange(start, stop)
-        return Located(self.table.take(rows), self.time_index[rows], self.operator.select(rows))
+        return self.take(np.arange(*np.searchsorted(self.time_index, [time, time + 1])))
 
     def between(self, start: int, stop: int) -> Located:
         """Return the observations of the analysis times start to stop - 1, numbered from 0."""
-        first, last = np.searchsorted(self.time_index, [start, stop])
-        rows = np.arange(first, last)
-        return Located(self.table.take(rows), self.time_index[rows] - start, self.operator.select(rows))
+        part = self.take(np.arange(*np.searchsorted(self.time_index, [start, stop])))
+        return dataclasses.replace(part, time_index=part.time_index - start)
 
     def used(self) -> Located:
         """Return the observations that passed all checks so far."""
-        rows = np.flatnonzero(self.table.code == Quality.USED)
-        return Located(self.table.take(rows), self.time_index[rows], self.operator.select(rows))
+        return self.take(np.flatnonzero(self.table.code == Quality.USED))
 
     def with_code(self, code: np.ndarray) -> Located:
         """Return the same with other quality codes."""
@@ -170,6 +173,7 @@ def locate_observations(
     ground: np.ndarray | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
     valid: np.ndarray | None = None,
+    trajectory: bool = False,
 ) -> Located:
     """Read observations, assign each to an analysis time, and build the interpolation from the state.
 
@@ -183,7 +187,8 @@ def locate_observations(
         Times of the state, or None.
     window
         Width of the time window around each analysis time, half-open: [t - w/2, t + w/2). A timedelta, a numpy
-        timedelta64 or a string such as '6h'. By default 1 h. An observation in several windows goes to the nearest time.
+        timedelta64 or a string such as '6h'. By default 1 h, for a trajectory its spacing. An observation in several windows goes to the
+        nearest time.
     quality
         Checks that need no background; None: the defaults.
     ground
@@ -193,10 +198,12 @@ def locate_observations(
         of the ground, where both are known.
     valid
         Which cells hold a state, see `Space`.
+    trajectory
+        Whether the states are one trajectory, which is linear between its times: the operator then maps all of them, one after the other.
     """
     control = quality or QualityControl()
     table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
-    index = _assign_times(table, times, window, argument)
+    index = assign_times(table.time, len(table), times, window, argument, trajectory=trajectory)
     space = Space(grid, wanted, valid)
     points, inside = space.interpolate(table)
     operator, seen = space.observe(table, points)
@@ -219,8 +226,27 @@ def locate_observations(
     order = canonical_order(keys)
     table, index, operator = table.take(order), index[order], operator.select(order)
     located = _reduced(table, index, operator, space, control)
+    if trajectory and times is not None and located.table.time is not None:
+        located = _along_trajectory(located, wanted, times, argument)
     check_blocks(located.table, index, located.table.code == Quality.USED, argument)
     return located
+
+
+def _along_trajectory(located: Located, wanted: list[Wanted], times: xr.DataArray, argument: str) -> Located:
+    """Return the same observations as seen by a trajectory; means over a period that begins before it are outside of the window."""
+    table = located.table
+    assert table.time is not None
+    periods = np.array([0 if w.period is None else w.period.astype("timedelta64[ns]").astype(np.int64) for w in wanted])
+    weights, before = trajectory_weights(table.time, times, argument, periods[table.variable])
+    code = table.code.copy()
+    code[(code <= Quality.PASSIVE) & (before > 0) & (periods[table.variable] > 0)] = Quality.WINDOW
+    each = weights.tocoo()
+    size = located.operator.size
+    parts = located.operator.select(each.row).scaled(each.data).shifted(each.col.astype(np.int64) * size, size * weights.shape[1])
+    total = scipy.sparse.csr_array(
+        (np.ones(len(each.row)), (each.row, np.arange(len(each.row)))), shape=(len(table), len(each.row))
+    )
+    return Located(table.with_code(code), located.time_index, LinearMap(total @ parts.matrix), trajectory=True)
 
 
 def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -271,7 +297,7 @@ def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space,
         if len(rows):
             same = [table.variable[rows], index[rows], *(p[rows] for p in (*corner, level))]
             if table.time is not None:
-                same.append(_ticks(table.time[rows], table.time[rows]))
+                same.append(ticks(table.time[rows], table.time[rows]))
             # one station says one thing at a time; without names only equal reports are one
             value = np.where(table.station[rows] != "", 0.0, table.value[rows])
             labels = (pd.factorize(text[rows])[0] for text in (table.station, table.platform))
@@ -332,71 +358,3 @@ def _complain_if_all_outside(
             f"{int((index[fine] < 0).sum())} of {n} {argument} fall in no time window of the state (the first is at {first}). "
             f"Is their time UTC? Select the right ones, or widen the window: window='12h'"
         )
-
-
-def parse_window(window: object) -> np.timedelta64:
-    """Return a window width as a positive numpy timedelta64 in nanoseconds."""
-    try:
-        if not isinstance(window, (str, datetime.timedelta, np.timedelta64)):
-            raise TypeError
-        width = np.timedelta64(pd.Timedelta(window).value, "ns")
-    except (ValueError, TypeError):
-        raise OptionError(f"window={window!r} is no time span; give for example window='6h'.") from None
-    if not width > np.timedelta64(0, "ns"):
-        raise OptionError(f"window={window!r} must be positive; give for example window='6h'.")
-    return width
-
-
-def _assign_times(table: Table, times: xr.DataArray | None, window: object, argument: str) -> np.ndarray:
-    width = parse_window(window) if window is not None else None
-    count = 1 if times is None else times.size
-    if table.time is None or times is None or not len(table):
-        if count > 1 and len(table):
-            raise ObservationError(
-                f"{argument} has no time and the state has {count} times. Give each observation its time, or select one: ds.isel(time=0)"
-            )
-        return np.zeros(len(table), dtype=np.int64)
-    stamps, moments = np.atleast_1d(times.values), table.time
-    if stamps.dtype.kind == moments.dtype.kind == "M" and not (_fits_nanoseconds(stamps) and _fits_nanoseconds(moments)):
-        raise ObservationError(
-            f"The times of {argument} or of the state lie outside the years 1678 to 2262, which numpy counts in nanoseconds; use "
-            f"cftime in both: ds.convert_calendar('proleptic_gregorian', use_cftime=True)"
-        )
-    if stamps.dtype.kind != moments.dtype.kind or (
-        stamps.dtype.kind == "O" and len(moments) and type(stamps.flat[0]) is not type(moments.flat[0])
-    ):
-        raise ObservationError(
-            f"The time of {argument} is {type(moments.flat[0]).__name__} and that of the state is {type(stamps.flat[0]).__name__}; "
-            f"use one calendar: {argument}.convert_calendar({str(times.dt.calendar)!r}, use_cftime={stamps.dtype.kind == 'O'})"
-        )
-    tick = 1 if stamps.dtype.kind == "M" else 1000  # nanoseconds in one count of _ticks
-    state, seen = _ticks(stamps, stamps), _ticks(moments, stamps)
-    order = np.argsort(state)
-    ordered = state[order]
-    half = _half(DEFAULT_WINDOW if width is None else width, tick)
-    right = np.clip(np.searchsorted(ordered, seen), 0, len(ordered) - 1)
-    left = np.clip(right - 1, 0, None)
-    nearest = np.where(np.abs(seen - ordered[left]) < np.abs(ordered[right] - seen), left, right)
-    distance = seen - ordered[nearest]
-    ok = (distance >= -half) & (distance < half) & (seen != np.iinfo(np.int64).min)
-    return np.where(ok, order[nearest], -1)
-
-
-def _half(width: np.timedelta64, tick: int) -> np.int64:
-    return np.int64(width.astype("timedelta64[ns]").astype(np.int64) // (2 * tick))
-
-
-def _fits_nanoseconds(stamps: np.ndarray) -> bool:
-    seconds = stamps[~np.isnat(stamps)].astype("datetime64[s]").astype(np.int64)
-    return bool((np.abs(seconds) < np.iinfo(np.int64).max // 10**9).all())
-
-
-def _ticks(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return times as integers: nanoseconds for datetime64, microseconds since the first of `reference` for cftime.
-
-    The years of climate calendars exceed what 64 bits of nanoseconds can count.
-    """
-    if values.dtype.kind == "M":
-        return values.astype("datetime64[ns]").astype(np.int64)
-    origin, step = reference.flat[0], datetime.timedelta(microseconds=1)
-    return np.array([(v - origin) // step for v in values.ravel()], dtype=np.int64)

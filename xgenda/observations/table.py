@@ -25,6 +25,7 @@ class Wanted:
     vertical: str | None = None  #: what `levels` are: 'pressure', 'depth' (positive downward) or 'height' (above the sea)
     of: str | None = None  #: name of the variable that a linear operator observes; None for a variable itself
     rows: Callable[..., tuple[LinearMap, np.ndarray]] | None = None  #: of that operator, see `xgenda.operators.LinearOperator`
+    period: np.timedelta64 | None = None  #: over which an observation is a mean, up to its time
 
 
 def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:
@@ -100,6 +101,10 @@ class Table:
         columns: dict[str, Any] = {name: getattr(self, name) for name in COLUMNS}
         taken: dict[str, Any] = {k: None if v is None else v[rows] for k, v in columns.items()}
         return dataclasses.replace(self, **taken)
+
+    def moved(self, value: np.ndarray) -> Table:
+        """Return the table with other values."""
+        return dataclasses.replace(self, value=value)
 
     def with_code(self, code: np.ndarray) -> Table:
         """Return the table with other quality codes."""

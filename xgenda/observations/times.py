@@ -1,0 +1,178 @@
+"""When observations are: the analysis time whose window they fall in, and their weights in time on the states of a trajectory."""
+
+from __future__ import annotations
+
+import datetime
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import xarray as xr
+
+from xgenda.errors import ObservationError, OptionError
+
+#: Not the spacing of the times: then a subset of the times would be given other observations.
+DEFAULT_WINDOW = np.timedelta64(1, "h")
+NEVER = np.iinfo(np.int64).min  # what NaT is as a number
+
+
+def parse_window(window: object, argument: str = "window") -> np.timedelta64:
+    """Return a time span as a positive numpy timedelta64 in nanoseconds."""
+    try:
+        if not isinstance(window, (str, datetime.timedelta, np.timedelta64)):
+            raise TypeError
+        width = np.timedelta64(pd.Timedelta(window).value, "ns")
+    except (ValueError, TypeError):
+        raise OptionError(f"{argument}={window!r} is no time span; give for example {argument}='6h'.") from None
+    if not width > np.timedelta64(0, "ns"):
+        raise OptionError(f"{argument}={window!r} must be positive; give for example {argument}='6h'.")
+    return width
+
+
+def assign_times(
+    moments: np.ndarray | None, size: int, times: xr.DataArray | None, window: object, argument: str, *, trajectory: bool = False
+) -> np.ndarray:
+    """Return the analysis time of each observation, -1 where it falls in no window.
+
+    Parameters
+    ----------
+    moments, size
+        Times of the observations, or None, and their number.
+    times
+        Of the state.
+    window
+        Width, half-open around each time: [t - w/2, t + w/2). None: 1 h, or for a trajectory its spacing, so that windows tile.
+    trajectory
+        Whether the states are one trajectory.
+    """
+    width = None if window is None else parse_window(window)
+    count = 1 if times is None else times.size
+    if moments is None or times is None or not size:
+        if count > 1 and size:
+            raise ObservationError(
+                f"{argument} has no time and the state has {count} times. Give each observation its time, or select one: ds.isel(time=0)"
+            )
+        return np.zeros(size, dtype=np.int64)
+    state, seen, tick = common_ticks(moments, times, argument)
+    order = np.argsort(state)
+    ordered = state[order]
+    if width is None and trajectory and count > 1:
+        half = np.diff(ordered).max() // 2
+    else:
+        half = np.int64((DEFAULT_WINDOW if width is None else width).astype("timedelta64[ns]").astype(np.int64) // (2 * tick))
+    right = np.clip(np.searchsorted(ordered, seen), 0, len(ordered) - 1)
+    left = np.clip(right - 1, 0, None)
+    nearest = np.where(np.abs(seen - ordered[left]) < np.abs(ordered[right] - seen), left, right)
+    distance = seen - ordered[nearest]
+    ok = (distance >= -half) & (distance < half) & (seen != NEVER)
+    return np.where(ok, order[nearest], -1)
+
+
+def trajectory_weights(
+    moments: np.ndarray, times: xr.DataArray, argument: str, period: np.ndarray | None = None
+) -> tuple[scipy.sparse.csr_array, np.ndarray]:
+    """Return the weights of the states of a trajectory in each observation, which is linear between them.
+
+    Parameters
+    ----------
+    moments
+        Times of the observations, shape (m,).
+    times
+        Of the states, in any order.
+    period
+        Nanoseconds up to `moments` over which an observation is a mean, shape (m,); 0 or None: at one moment.
+
+    Returns
+    -------
+    scipy.sparse.csr_array
+        Shape (m, times). Before the first state and after the last one the trajectory is constant.
+    numpy.ndarray
+        How far before the first state the period begins, in nanoseconds, shape (m,).
+    """
+    state, seen, tick = common_ticks(moments, times, argument)
+    order = np.argsort(state)
+    axis = state[order].astype(float)
+    end = np.where(seen == NEVER, axis[0], seen)
+    start = end - (0 if period is None else period / tick)
+    rows = np.arange(len(end))
+    instant = end == start
+    lower, part = _bracket(axis, end)
+    row, column = [rows[instant], rows[instant]], [lower[instant], np.minimum(lower[instant] + 1, len(axis) - 1)]
+    weight = [1.0 - part[instant], part[instant]]
+    mean = rows[~instant]
+    if len(mean):
+        dense = (_integral(axis, end[mean]) - _integral(axis, start[mean])) / (end - start)[mean, None]
+        at, where = np.nonzero(dense)
+        row, column, weight = [*row, mean[at]], [*column, where], [*weight, dense[at, where]]
+    shape = (len(end), len(axis))
+    entries = (np.concatenate(weight), (np.concatenate(row), order[np.concatenate(column)]))
+    out = scipy.sparse.coo_array(entries, shape=shape).tocsr()
+    out.eliminate_zeros()
+    return out, np.maximum(axis[0] - start, 0.0) * tick
+
+
+def _bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the state before each value, and the part of the way to the next one."""
+    if len(axis) == 1:
+        return np.zeros(len(values), dtype=np.int64), np.zeros(len(values))
+    safe = np.clip(values, axis[0], axis[-1])
+    lower = np.clip(np.searchsorted(axis, safe, side="right") - 1, 0, len(axis) - 2)
+    return lower, (safe - axis[lower]) / (axis[lower + 1] - axis[lower])
+
+
+def _integral(axis: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the weights of the states in the integral of the trajectory from its first state to each value, shape (m, times)."""
+    lower, part = _bracket(axis, values)
+    step = np.diff(axis) if len(axis) > 1 else np.ones(1)
+    whole = np.zeros((len(axis), len(axis)))  # up to each state, by trapezoids
+    for j in range(1, len(axis)):
+        whole[j] = whole[j - 1]
+        whole[j, j - 1 : j + 1] += step[j - 1] / 2
+    out, rows = whole[lower], np.arange(len(values))
+    out[rows, lower] += step[np.minimum(lower, len(step) - 1)] * (part - part**2 / 2)
+    upper = np.minimum(lower + 1, len(axis) - 1)
+    out[rows, upper] += step[np.minimum(lower, len(step) - 1)] * part**2 / 2
+    out[rows, 0] += np.minimum(values - axis[0], 0.0)
+    out[rows, -1] += np.maximum(values - axis[-1], 0.0)
+    return np.asarray(out)
+
+
+def common_ticks(moments: np.ndarray, times: xr.DataArray, argument: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the times of the state and of observations as integers on one axis, and the nanoseconds of one count.
+
+    Raises
+    ------
+    ObservationError
+        If they have different calendars, or years that nanoseconds cannot count.
+    """
+    stamps = np.atleast_1d(times.values)
+    if stamps.dtype.kind == moments.dtype.kind == "M" and not (_fits_nanoseconds(stamps) and _fits_nanoseconds(moments)):
+        raise ObservationError(
+            f"The times of {argument} or of the state lie outside the years 1678 to 2262, which numpy counts in nanoseconds; use "
+            f"cftime in both: ds.convert_calendar('proleptic_gregorian', use_cftime=True)"
+        )
+    if stamps.dtype.kind != moments.dtype.kind or (
+        stamps.dtype.kind == "O" and len(moments) and type(stamps.flat[0]) is not type(moments.flat[0])
+    ):
+        raise ObservationError(
+            f"The time of {argument} is {type(moments.flat[0]).__name__} and that of the state is {type(stamps.flat[0]).__name__}; "
+            f"use one calendar: {argument}.convert_calendar({str(times.dt.calendar)!r}, use_cftime={stamps.dtype.kind == 'O'})"
+        )
+    tick = 1 if stamps.dtype.kind == "M" else 1000
+    return ticks(stamps, stamps), ticks(moments, stamps), tick
+
+
+def _fits_nanoseconds(stamps: np.ndarray) -> bool:
+    seconds = stamps[~np.isnat(stamps)].astype("datetime64[s]").astype(np.int64)
+    return bool((np.abs(seconds) < np.iinfo(np.int64).max // 10**9).all())
+
+
+def ticks(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return times as integers: nanoseconds for datetime64, microseconds since the first of `reference` for cftime.
+
+    The years of climate calendars exceed what 64 bits of nanoseconds can count.
+    """
+    if values.dtype.kind == "M":
+        return values.astype("datetime64[ns]").astype(np.int64)
+    origin, step = reference.flat[0], datetime.timedelta(microseconds=1)
+    return np.array([(v - origin) // step for v in values.ravel()], dtype=np.int64)
