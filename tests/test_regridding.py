@@ -424,6 +424,8 @@ def test_weights_are_saved_and_read(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="overwrite=True"):
         made.save(path)
     made.save(path, overwrite=True)
+    with pytest.raises(OptionError, match="is no folder; make it first: mkdir -p"):
+        made.save(tmp_path / "none" / "w.nc")
     with pytest.raises(GridError, match="is of another source grid than 21 x 21"):
         xgenda.Regridder(ds.assign_coords(longitude=ds.longitude + 1), target, weights=path)
     with pytest.raises(GridError, match="it belongs to others"):

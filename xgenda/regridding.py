@@ -23,6 +23,7 @@ import xarray as xr
 from xgenda import chunking, metadata, weights
 from xgenda.curvilinear import Horizontal, PointSet, read_grid
 from xgenda.errors import GridError, MissingDependencyError, OptionError, check_choice, check_flag
+from xgenda.files import aside, check_output
 from xgenda.grids import Grid
 from xgenda.maps import LinearMap
 
@@ -251,22 +252,10 @@ class Regridder:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the weights as an ESMF weight file (netCDF), whole or not at all."""
-        from xgenda.errors import OutputExistsError
-
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise OutputExistsError(
-                f"{target} exists. Choose another name, or replace it: regridder.save({str(target)!r}, overwrite=True)"
-            )
-        if not target.absolute().parent.is_dir():
-            raise OptionError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            weights_dataset(self.weights, self.source, self.target, self.method).to_netcdf(aside)
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
-        return target
+        file = check_output(path, "regridder.save", overwrite=overwrite)
+        with aside(file) as partial:
+            weights_dataset(self.weights, self.source, self.target, self.method).to_netcdf(partial)
+        return file
 
     def __repr__(self) -> str:
         """Return both grids, the method and who computed the weights."""
