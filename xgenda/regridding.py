@@ -26,6 +26,7 @@ from xgenda.errors import GridError, MissingDependencyError, OptionError, check_
 from xgenda.files import aside, check_output
 from xgenda.grids import Grid
 from xgenda.maps import LinearMap
+from xgenda.spherical import positions
 
 METHODS = ("bilinear", "conservative", "conservative_normed", "nearest", "patch")
 REGRIDDERS = ("auto", "builtin", "xesmf")
@@ -236,8 +237,6 @@ class Regridder:
             raise OptionError(
                 f"ds[{array.name!r}] has dtype {array.dtype}; only numbers can be regridded: ds.drop_vars({array.name!r})"
             )
-        if array.dtype.kind == "c":
-            raise OptionError(f"ds[{array.name!r}] is complex; regrid its parts: ds[{array.name!r}].real")
         chunking.check_core_chunks([array], self.source.dims, "ds", "regridding needs whole fields")
         _warn_of_growth(array, self.map.shape)
         dtype = array.dtype if array.dtype in (np.float32, np.float64) else np.dtype("f8" if array.dtype.itemsize > 4 else "f4")
@@ -391,7 +390,6 @@ def _from_xesmf(
     sides = []
     for side, mask in ((source, source_mask), (target, target_mask)):
         grid = side.grid
-        latitude, longitude = (np.empty(grid.size) for _ in range(2))
         phi, lam = grid.points()
         latitude, longitude = phi[side.places], lam[side.places]
         if isinstance(grid, PointSet):
@@ -400,8 +398,6 @@ def _from_xesmf(
         shaped = {"lat": (("y", "x"), latitude.reshape(side.shape)), "lon": (("y", "x"), longitude.reshape(side.shape))}
         ds = xr.Dataset(coords=shaped)
         if method.startswith("conservative"):
-            from xgenda.spherical import positions
-
             corners = np.stack(positions(grid.vertices[side.places]), -1).reshape(*side.shape, 4, 2)
             for name, k in (("lat_b", 0), ("lon_b", 1)):
                 ds[name] = (("y_b", "x_b"), _nodes(corners[..., k]))
@@ -414,12 +410,7 @@ def _from_xesmf(
         locstream_in=isinstance(source.grid, PointSet), locstream_out=isinstance(target.grid, PointSet),
         extrap_method="nearest_s2d" if extrapolate else None,
     )  # fmt: skip
-    entries = (
-        made.weights.data.tocsr()
-        if hasattr(made.weights.data, "tocsr")
-        else scipy.sparse.csr_array(made.weights.data.to_scipy_sparse())
-    )
-    matrix = scipy.sparse.csr_array(entries)
+    matrix = scipy.sparse.csr_array(made.weights.data.tocsr())
     matrix.eliminate_zeros()
     mapped = np.diff(matrix.indptr) > 0
     if target_mask is not None:
