@@ -217,6 +217,11 @@ class Horizontal:
         """Sizes of `dims`."""
         return tuple(self.coordinates[self.latitude].sizes.get(d) or self.coordinates[self.longitude].sizes[d] for d in self.dims)
 
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return latitude and longitude of all cells as the user counts them, each flat."""
+        latitude, longitude = self.grid.points()
+        return latitude[self.places], longitude[self.places]
+
 
 def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
     """Return the horizontal grid of a Dataset, of whatever kind.

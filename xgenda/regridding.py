@@ -26,7 +26,7 @@ from xgenda.errors import GridError, MissingDependencyError, OptionError, check_
 from xgenda.files import aside, check_output
 from xgenda.grids import Grid
 from xgenda.maps import LinearMap
-from xgenda.spherical import positions
+from xgenda.spherical import great_circle, positions, unit_vectors
 
 METHODS = ("bilinear", "conservative", "conservative_normed", "nearest", "patch")
 REGRIDDERS = ("auto", "builtin", "xesmf")
@@ -205,7 +205,7 @@ class Regridder:
         here = self.source
         if not all(n in ds.coords and ds[n].variable.equals(c.variable) for n, c in here.coordinates.items()):
             found = read_grid(ds, "ds")
-            if found.dims != here.dims or found.shape != here.shape or not _same_places(found, here):
+            if found.dims != here.dims or found.shape != here.shape or not _same_points(found.points(), here.points()):
                 raise GridError(
                     f"ds is on {found.grid.describe()}, dimensions {found.dims}, and this Regridder starts from {here.grid.describe()}, "
                     f"dimensions {here.dims}. Make one for ds: xgenda.Regridder(ds, target)"
@@ -390,8 +390,7 @@ def _from_xesmf(
     sides = []
     for side, mask in ((source, source_mask), (target, target_mask)):
         grid = side.grid
-        phi, lam = grid.points()
-        latitude, longitude = phi[side.places], lam[side.places]
+        latitude, longitude = side.points()
         if isinstance(grid, PointSet):
             sides.append(xr.Dataset(coords={"lat": ("points", latitude), "lon": ("points", longitude)}))
             continue
@@ -441,9 +440,9 @@ def weights_dataset(found: Weights, source: Horizontal, target: Horizontal, meth
         "frac_b": ("n_b", found.mapped.astype(float)),
     })  # fmt: skip
     for letter, side, name in (("a", source, "src"), ("b", target, "dst")):
-        latitude, longitude = side.grid.points()
-        out[f"yc_{letter}"] = (f"n_{letter}", latitude[side.places], {"units": "degrees"})
-        out[f"xc_{letter}"] = (f"n_{letter}", longitude[side.places], {"units": "degrees"})
+        latitude, longitude = side.points()
+        out[f"yc_{letter}"] = (f"n_{letter}", latitude, {"units": "degrees"})
+        out[f"xc_{letter}"] = (f"n_{letter}", longitude, {"units": "degrees"})
         out[f"{name}_grid_dims"] = (f"{name}_grid_rank", np.array(side.shape[::-1], dtype=np.int32))
     out.attrs = {
         "title": "xgenda weights", "map_method": method, "origin": found.origin, "conventions": "NCAR-CSM",
@@ -481,14 +480,8 @@ def read_weights(path: str | os.PathLike[str], source: Horizontal, target: Horiz
     for letter, side, name in (("a", source, "source"), ("b", target, "target")):
         if f"yc_{letter}" not in ds:
             continue
-        phi, lam = side.grid.points()
-        apart = np.abs(ds[f"yc_{letter}"].values - phi[side.places]) if ds[f"yc_{letter}"].size == side.grid.size else np.inf
-        turned = (
-            np.abs((ds[f"xc_{letter}"].values - lam[side.places] + 180) % 360 - 180)
-            if ds[f"xc_{letter}"].size == side.grid.size
-            else np.inf
-        )
-        if np.max(apart) > 1e-3 or np.max(turned * np.cos(np.radians(phi[side.places]))) > 1e-3:
+        latitude, longitude = (ds[f"{n}_{letter}"].values for n in ("yc", "xc"))
+        if not latitude.size == longitude.size == side.grid.size or not _same_points((latitude, longitude), side.points()):
             raise GridError(f"weights={str(path)!r} is of another {name} grid than {side.grid.describe()}.")
     fine = np.isfinite(value)  # xESMF writes one NaN for a cell that is not mapped
     found = LinearMap.from_entries(row[fine] - 1, col[fine] - 1, value[fine], shape)
@@ -517,11 +510,9 @@ def _mask(mask: Any, side: Horizontal, argument: str) -> np.ndarray | None:
     return np.asarray(values != 0).ravel()
 
 
-def _same_places(one: Horizontal, other: Horizontal) -> bool:
-    mine, theirs = (np.stack(h.grid.points())[:, h.places] for h in (one, other))
-    step = np.abs(mine - theirs)
-    step[1] = np.abs((step[1] + 180.0) % 360.0 - 180.0)
-    return bool(step.max(initial=0.0) < 1e-3)
+def _same_points(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Tell whether positions in degrees agree to a thousandth of one."""
+    return bool(np.degrees(great_circle(unit_vectors(*one), unit_vectors(*other)).max(initial=0.0)) < 1e-3)
 
 
 def _key(
