@@ -325,12 +325,7 @@ def _built_in(
     source_mask: np.ndarray | None,
     target_mask: np.ndarray | None,
 ) -> Weights:
-    usable = np.ones(source.grid.size, dtype=bool) if source_mask is None else np.empty(source.grid.size, dtype=bool)
-    wanted = np.ones(target.grid.size, dtype=bool) if target_mask is None else np.empty(target.grid.size, dtype=bool)
-    if source_mask is not None:
-        usable[source.places] = source_mask
-    if target_mask is not None:
-        wanted[target.places] = target_mask
+    usable, wanted = _placed(source_mask, source), _placed(target_mask, target)
     latitude, longitude = target.grid.points()
     if method == "nearest":
         found = weights.nearest(source.grid, latitude, longitude, usable)
@@ -348,24 +343,23 @@ def _built_in(
         covered = np.asarray(matrix.sum(1)).ravel()
         mapped = covered > 1e-9 * areas
         by = areas if method == "conservative" else covered
-        found = LinearMap(
-            scipy.sparse.csr_array(scipy.sparse.diags_array(np.where(mapped, 1 / np.where(by > 0, by, 1.0), 0.0)) @ matrix)
-        )
-        found.matrix.eliminate_zeros()
+        found = LinearMap.from_matrix(scipy.sparse.diags_array(np.where(mapped, 1 / np.where(by > 0, by, 1.0), 0.0)) @ matrix)
     if extrapolate == "nearest" and not mapped.all():
         lost = np.flatnonzero(~mapped)
-        near = weights.nearest(source.grid, latitude[lost], longitude[lost], usable).matrix.tocoo()
-        kept = scipy.sparse.diags_array(mapped.astype(float)) @ found.matrix
-        extra = scipy.sparse.coo_array((near.data, (lost[near.row], near.col)), shape=found.shape)
-        found, mapped = LinearMap(scipy.sparse.csr_array(kept + extra)), np.ones_like(mapped)
-        found.matrix.eliminate_zeros()
+        found = found.replaced(lost, weights.nearest(source.grid, latitude[lost], longitude[lost], usable))
+        mapped = np.ones_like(mapped)
     mapped = mapped & wanted
     # from model order to the order of the user's arrays
-    matrix = scipy.sparse.diags_array(mapped.astype(float)) @ found.matrix
-    matrix = scipy.sparse.csr_array(matrix)[target.places][:, source.places]
-    matrix.eliminate_zeros()
-    matrix.sort_indices()
-    return Weights(LinearMap(scipy.sparse.csr_array(matrix)), mapped[target.places], "builtin")
+    matrix = found.kept(mapped).matrix[target.places][:, source.places]
+    return Weights(LinearMap.from_matrix(matrix), mapped[target.places], "builtin")
+
+
+def _placed(mask: np.ndarray | None, side: Horizontal) -> np.ndarray:
+    """Return a mask, or True everywhere, in model order."""
+    out = np.ones(side.grid.size, dtype=bool)
+    if mask is not None:
+        out[side.places] = mask
+    return out
 
 
 def _has_xesmf() -> bool:
@@ -409,12 +403,11 @@ def _from_xesmf(
         locstream_in=isinstance(source.grid, PointSet), locstream_out=isinstance(target.grid, PointSet),
         extrap_method="nearest_s2d" if extrapolate else None,
     )  # fmt: skip
-    matrix = scipy.sparse.csr_array(made.weights.data.tocsr())
-    matrix.eliminate_zeros()
-    mapped = np.diff(matrix.indptr) > 0
+    found = LinearMap.from_matrix(made.weights.data.tocsr())
+    mapped = found.lengths > 0
     if target_mask is not None:
         mapped &= target_mask
-    return Weights(LinearMap(matrix), mapped, f"xesmf {xesmf.__version__}")
+    return Weights(found, mapped, f"xesmf {xesmf.__version__}")
 
 
 def _nodes(corners: np.ndarray) -> np.ndarray:
