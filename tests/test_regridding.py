@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -669,6 +670,15 @@ def test_grid_mappings_give_positions() -> None:
         hrrr = read_grid(with_mapping(attrs, PROJECTED, (axis, axis), units)).grid
         assert (hrrr.latitude[5, 5], hrrr.longitude[5, 5]) == (pytest.approx(38.5), pytest.approx(-97.5))
         assert np.sqrt(hrrr.areas()[5, 5]) == pytest.approx(3000.0, rel=1e-3)
+
+
+def test_without_pyproj_other_projections_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyproj", None)
+    stereographic = with_mapping({"grid_mapping_name": "polar_stereographic"}, PROJECTED, (np.arange(3.0), np.arange(3.0)), "m")
+    with pytest.raises(
+        MissingDependencyError, match=r"positions of a polar_stereographic grid needs .*pip install 'xgenda\[crs\]'"
+    ):
+        read_grid(stereographic)
 
 
 def test_curvilinear_grids_know_where_they_close() -> None:

@@ -16,7 +16,7 @@ import xarray as xr
 from scipy.spatial import ConvexHull, QhullError
 
 from xgenda import metadata
-from xgenda.errors import CoordinateError, GridError, MissingDependencyError
+from xgenda.errors import CoordinateError, GridError, missing_dependency
 from xgenda.grids import EARTH_RADIUS, Grid, Orientation, grid_of
 from xgenda.spherical import counterclockwise, normalised, polygon_areas, positions, unit_vectors
 
@@ -248,7 +248,6 @@ def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
     latitude, longitude = (str(n) for n in names)
     lat, lon = ds[latitude], ds[longitude]
     if lat.ndim == 0 and lon.ndim == 0:
-        ds = ds.expand_dims("points") if "points" not in ds.dims else ds
         lat, lon = (xr.DataArray(c.values[None], dims="points", attrs=c.attrs, name=c.name) for c in (lat, lon))
     coordinates = {latitude: lat, longitude: lon}
     for name, coordinate in coordinates.items():
@@ -294,15 +293,19 @@ def _rectilinear(ds: xr.Dataset, latitude: str, longitude: str, argument: str) -
 def _edges(ds: xr.Dataset, name: str) -> np.ndarray | None:
     """Return the edges of the cells along an axis as pairs, shape (n, 2), from CF bounds or `<name>_b`."""
     n = ds[name].size
-    for found in (ds[name].attrs.get("bounds"), ds[name].encoding.get("bounds"), f"{name}_b", f"{name}_bnds", f"{name}_bounds"):
-        if found not in ds.variables:
-            continue
+    for found in _bounds_names(ds, name):
         values = np.asarray(ds[found].values, dtype=float)
         if values.shape == (n, 2) and np.isfinite(values).all():
             return values
         if values.shape == (n + 1,) and np.isfinite(values).all():
             return np.stack([values[:-1], values[1:]], -1)
     return None
+
+
+def _bounds_names(ds: xr.Dataset, name: str) -> list[str]:
+    """Return the variables that may hold the bounds of a coordinate, CF's first."""
+    usual = (ds[name].attrs.get("bounds"), ds[name].encoding.get("bounds"), f"{name}_b", f"{name}_bnds", f"{name}_bounds")
+    return [str(n) for n in usual if n in ds.variables]
 
 
 def _with_edges(grid: Grid, orientation: Orientation, latitude: np.ndarray, longitude: np.ndarray) -> Grid:
@@ -329,14 +332,7 @@ def _corners(ds: xr.Dataset, latitude: str, longitude: str, dims: tuple[str, ...
     out = []
     shape = tuple(ds.sizes[d] for d in dims)
     for name in (latitude, longitude):
-        coordinate = ds[name]
-        found = next(
-            (
-                n for n in (coordinate.attrs.get("bounds"), coordinate.encoding.get("bounds"), f"{name}_b", f"{name}_bnds", f"{name}_bounds")
-                if n in ds.variables
-            ),
-            None,
-        )  # fmt: skip
+        found = next(iter(_bounds_names(ds, name)), None)
         if found is None:
             return None
         bounds = ds[found]
@@ -414,10 +410,7 @@ def _unproject(y: np.ndarray, x: np.ndarray, units: str, attrs: Mapping[str, Any
     try:
         import pyproj
     except ImportError as error:
-        raise MissingDependencyError(
-            f"Latitude and longitude of a {attrs['grid_mapping_name']} grid are computed by pyproj, which is not installed; type: "
-            f"pip install 'xgenda[crs]'"
-        ) from error
+        raise missing_dependency("pyproj", "crs", f"Finding the positions of a {attrs['grid_mapping_name']} grid") from error
     scale = metadata.unit_factors(units, "m")[0]
     crs = pyproj.CRS.from_cf(dict(attrs))
     transformer = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
