@@ -18,7 +18,7 @@ from scipy.spatial import ConvexHull, QhullError
 from xgenda import metadata
 from xgenda.errors import CoordinateError, GridError, missing_dependency
 from xgenda.grids import EARTH_RADIUS, Grid, Orientation, grid_of
-from xgenda.spherical import counterclockwise, normalised, polygon_areas, positions, unit_vectors
+from xgenda.spherical import counterclockwise, normalised, polygon_areas, positions, unit_vectors, wrapped
 
 LONGEST_EDGE = 5.0  # median edges, of a triangle between points
 
@@ -313,7 +313,7 @@ def _with_edges(grid: Grid, orientation: Orientation, latitude: np.ndarray, long
     south, north = np.sort(latitude[orientation.rows], axis=1).T
     pairs = longitude[orientation.columns]
     west, east = pairs[:, 0], pairs[:, 1]
-    if len(west) > 1 and ((east - west + 180) % 360 - 180 < 0).all():
+    if len(west) > 1 and (wrapped(east - west) < 0).all():
         west, east = east, west
     turns = np.round((grid.longitude - (west + (east - west) % 360 / 2)) / 360) * 360
     west, east = west + turns, west + turns + (east - west) % 360
@@ -403,7 +403,7 @@ def unrotate(
     x, y, z = np.moveaxis(rotated, -1, 0)
     turned = np.stack([x * np.cos(tilt) + z * np.sin(tilt), y, -x * np.sin(tilt) + z * np.cos(tilt)], -1)
     phi, lam = positions(turned)
-    return phi, (lam + pole_longitude + 180.0) % 360.0 - 180.0
+    return phi, wrapped(lam + pole_longitude)
 
 
 def _unproject(y: np.ndarray, x: np.ndarray, units: str, attrs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

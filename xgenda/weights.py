@@ -11,7 +11,7 @@ from xgenda.errors import GridError
 from xgenda.grids import EARTH_RADIUS, TOLERANCE, Grid
 from xgenda.maps import LinearMap
 from xgenda.maps import bilinear as rectilinear_bilinear
-from xgenda.spherical import clip, normalised, polygon_areas, positions, tangents, unit_vectors
+from xgenda.spherical import clip, normalised, polygon_areas, positions, tangents, unit_vectors, wrapped
 
 #: Poleward of this latitude a cell is flattened by a gnomonic projection, elsewhere by taking latitude and longitude as plane.
 POLAR = 80.0
@@ -192,7 +192,7 @@ def _flattened(
 ) -> np.ndarray:
     """Return the corners of quadrilaterals (n, 4) in a plane whose origin is the point of each, shape (n, 4, 2)."""
     phi, lam = (a[quads] for a in grid.points())
-    flat = np.stack([(lam - longitude[:, None] + 180.0) % 360.0 - 180.0, phi - latitude[:, None]], -1)
+    flat = np.stack([wrapped(lam - longitude[:, None]), phi - latitude[:, None]], -1)
     polar = np.flatnonzero(np.abs(latitude) > POLAR)
     if len(polar):
         corners, p = grid.centres.reshape(-1, 3)[quads[polar]], points[polar]
