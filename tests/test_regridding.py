@@ -566,6 +566,9 @@ PROJECTED = ("projection_y_coordinate", "projection_x_coordinate")
 BAD = {
     "method": (lambda: xgenda.regrid(ocean(), ocean(), method="cubic"), OptionError, "method='cubic' is not accepted"),
     "regridder": (lambda: xgenda.regrid(ocean(), ocean(), regridder="esmf"), OptionError, "regridder='esmf' is not accepted"),
+    "patch, built in": (
+        lambda: xgenda.regrid(ocean(), ocean(), method="patch", regridder="builtin"), OptionError, "method='patch' is not built in; leave out",
+    ),
     "skipna": (lambda: xgenda.regrid(ocean(), ocean(), skipna=1), OptionError, "skipna=1 is not accepted"),  # type: ignore[arg-type]
     "threshold": (lambda: xgenda.regrid(ocean(), ocean(), na_thres=2), OptionError, "na_thres=2 is not accepted; .* from 0 to 1"),
     "extrapolate": (lambda: xgenda.regrid(ocean(), ocean(), extrapolate="linear"), OptionError, "extrapolate='linear' is not accepted"),
@@ -624,6 +627,13 @@ def test_what_only_xesmf_does() -> None:
     for options in ({"method": "patch"}, {"regridder": "xesmf"}):
         with pytest.raises(MissingDependencyError, match="conda install -c conda-forge xesmf"):
             xgenda.regrid(ocean(), plain(0, 5, 0, 5, 1), **options)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "conservative", "conservative_normed", "nearest"])
+def test_the_default_does_not_depend_on_what_is_installed(method: str) -> None:
+    out = xgenda.regrid(ocean(), plain(0, 5, 0, 5, 1), method=method)
+    assert out.attrs["xgenda_regridder"] == "builtin"
+    assert "regridder='builtin'" in out.attrs["history"]
 
 
 # -- grids -------------------------------------------------------------------------------------------------------------
