@@ -20,6 +20,7 @@ import xgenda
 from xgenda import demo
 from xgenda.cli import main
 from xgenda.errors import MissingDependencyError, OptionError, OutputExistsError
+from xgenda.files import aside
 from xgenda.plotting import plot_analysis
 
 COMMANDS = ("demo", "models")
@@ -130,15 +131,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.nc"
     path.write_text("old")
 
-    def fail(aside: Path) -> None:
-        aside.write_text("half")
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        demo.write_aside(path, fail)
+    with pytest.raises(KeyboardInterrupt), aside(path) as partial:
+        fail(partial)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.nc"]
-    demo.write_aside(path, lambda aside: aside.write_text("new"))
+    with aside(path) as partial:
+        partial.write_text("new")
     assert path.read_text() == "new"
 
 

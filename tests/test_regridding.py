@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -424,6 +425,8 @@ def test_weights_are_saved_and_read(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="overwrite=True"):
         made.save(path)
     made.save(path, overwrite=True)
+    with pytest.raises(OptionError, match="is no folder; make it first: mkdir -p"):
+        made.save(tmp_path / "none" / "w.nc")
     with pytest.raises(GridError, match="is of another source grid than 21 x 21"):
         xgenda.Regridder(ds.assign_coords(longitude=ds.longitude + 1), target, weights=path)
     with pytest.raises(GridError, match="it belongs to others"):
@@ -563,6 +566,9 @@ PROJECTED = ("projection_y_coordinate", "projection_x_coordinate")
 BAD = {
     "method": (lambda: xgenda.regrid(ocean(), ocean(), method="cubic"), OptionError, "method='cubic' is not accepted"),
     "regridder": (lambda: xgenda.regrid(ocean(), ocean(), regridder="esmf"), OptionError, "regridder='esmf' is not accepted"),
+    "patch, built in": (
+        lambda: xgenda.regrid(ocean(), ocean(), method="patch", regridder="builtin"), OptionError, "method='patch' is not built in; leave out",
+    ),
     "skipna": (lambda: xgenda.regrid(ocean(), ocean(), skipna=1), OptionError, "skipna=1 is not accepted"),  # type: ignore[arg-type]
     "threshold": (lambda: xgenda.regrid(ocean(), ocean(), na_thres=2), OptionError, "na_thres=2 is not accepted; .* from 0 to 1"),
     "extrapolate": (lambda: xgenda.regrid(ocean(), ocean(), extrapolate="linear"), OptionError, "extrapolate='linear' is not accepted"),
@@ -623,6 +629,13 @@ def test_what_only_xesmf_does() -> None:
             xgenda.regrid(ocean(), plain(0, 5, 0, 5, 1), **options)
 
 
+@pytest.mark.parametrize("method", ["bilinear", "conservative", "conservative_normed", "nearest"])
+def test_the_default_does_not_depend_on_what_is_installed(method: str) -> None:
+    out = xgenda.regrid(ocean(), plain(0, 5, 0, 5, 1), method=method)
+    assert out.attrs["xgenda_regridder"] == "builtin"
+    assert "regridder='builtin'" in out.attrs["history"]
+
+
 # -- grids -------------------------------------------------------------------------------------------------------------
 
 
@@ -667,6 +680,15 @@ def test_grid_mappings_give_positions() -> None:
         hrrr = read_grid(with_mapping(attrs, PROJECTED, (axis, axis), units)).grid
         assert (hrrr.latitude[5, 5], hrrr.longitude[5, 5]) == (pytest.approx(38.5), pytest.approx(-97.5))
         assert np.sqrt(hrrr.areas()[5, 5]) == pytest.approx(3000.0, rel=1e-3)
+
+
+def test_without_pyproj_other_projections_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyproj", None)
+    stereographic = with_mapping({"grid_mapping_name": "polar_stereographic"}, PROJECTED, (np.arange(3.0), np.arange(3.0)), "m")
+    with pytest.raises(
+        MissingDependencyError, match=r"positions of a polar_stereographic grid needs .*pip install 'xgenda\[crs\]'"
+    ):
+        read_grid(stereographic)
 
 
 def test_curvilinear_grids_know_where_they_close() -> None:

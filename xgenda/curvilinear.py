@@ -18,9 +18,9 @@ import xarray as xr
 from scipy.spatial import ConvexHull, QhullError
 
 from xgenda import metadata
-from xgenda.errors import CoordinateError, GridError, MissingDependencyError
+from xgenda.errors import CoordinateError, GridError, missing_dependency
 from xgenda.grids import EARTH_RADIUS, Grid, Orientation, grid_of
-from xgenda.spherical import counterclockwise, normalised, polygon_areas, positions, unit_vectors
+from xgenda.spherical import counterclockwise, normalised, polygon_areas, positions, unit_vectors, wrapped
 
 LONGEST_EDGE = 5.0  # median edges, of a triangle between points
 
@@ -260,6 +260,11 @@ class Horizontal:
         """Sizes of `dims`."""
         return tuple(self.coordinates[self.latitude].sizes.get(d) or self.coordinates[self.longitude].sizes[d] for d in self.dims)
 
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return latitude and longitude of all cells as the user counts them, each flat."""
+        latitude, longitude = self.grid.points()
+        return latitude[self.places], longitude[self.places]
+
 
 def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
     """Return the horizontal grid of a Dataset, of whatever kind.
@@ -286,7 +291,6 @@ def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
     latitude, longitude = (str(n) for n in names)
     lat, lon = ds[latitude], ds[longitude]
     if lat.ndim == 0 and lon.ndim == 0:
-        ds = ds.expand_dims("points") if "points" not in ds.dims else ds
         lat, lon = (xr.DataArray(c.values[None], dims="points", attrs=c.attrs, name=c.name) for c in (lat, lon))
     coordinates = {latitude: lat, longitude: lon}
     for name, coordinate in coordinates.items():
@@ -332,9 +336,7 @@ def _rectilinear(ds: xr.Dataset, latitude: str, longitude: str, argument: str) -
 def _edges(ds: xr.Dataset, name: str) -> np.ndarray | None:
     """Return the edges of the cells along an axis as pairs, shape (n, 2), from CF bounds or `<name>_b`."""
     n = ds[name].size
-    for found in (ds[name].attrs.get("bounds"), ds[name].encoding.get("bounds"), f"{name}_b", f"{name}_bnds", f"{name}_bounds"):
-        if found not in ds.variables:
-            continue
+    for found in _bounds_names(ds, name):
         values = np.asarray(ds[found].values, dtype=float)
         if values.shape == (n, 2) and np.isfinite(values).all():
             return values
@@ -343,12 +345,18 @@ def _edges(ds: xr.Dataset, name: str) -> np.ndarray | None:
     return None
 
 
+def _bounds_names(ds: xr.Dataset, name: str) -> list[str]:
+    """Return the variables that may hold the bounds of a coordinate, CF's first."""
+    usual = (ds[name].attrs.get("bounds"), ds[name].encoding.get("bounds"), f"{name}_b", f"{name}_bnds", f"{name}_bounds")
+    return [str(n) for n in usual if n in ds.variables]
+
+
 def _with_edges(grid: Grid, orientation: Orientation, latitude: np.ndarray, longitude: np.ndarray) -> Grid:
     """Attach bounds to a grid in model order, where they are contiguous and hold their centres."""
     south, north = np.sort(latitude[orientation.rows], axis=1).T
     pairs = longitude[orientation.columns]
     west, east = pairs[:, 0], pairs[:, 1]
-    if len(west) > 1 and ((east - west + 180) % 360 - 180 < 0).all():
+    if len(west) > 1 and (wrapped(east - west) < 0).all():
         west, east = east, west
     turns = np.round((grid.longitude - (west + (east - west) % 360 / 2)) / 360) * 360
     west, east = west + turns, west + turns + (east - west) % 360
@@ -367,14 +375,7 @@ def _corners(ds: xr.Dataset, latitude: str, longitude: str, dims: tuple[str, ...
     out = []
     shape = tuple(ds.sizes[d] for d in dims)
     for name in (latitude, longitude):
-        coordinate = ds[name]
-        found = next(
-            (
-                n for n in (coordinate.attrs.get("bounds"), coordinate.encoding.get("bounds"), f"{name}_b", f"{name}_bnds", f"{name}_bounds")
-                if n in ds.variables
-            ),
-            None,
-        )  # fmt: skip
+        found = next(iter(_bounds_names(ds, name)), None)
         if found is None:
             return None
         bounds = ds[found]
@@ -487,17 +488,14 @@ def unrotate(
     x, y, z = np.moveaxis(rotated, -1, 0)
     turned = np.stack([x * np.cos(tilt) + z * np.sin(tilt), y, -x * np.sin(tilt) + z * np.cos(tilt)], -1)
     phi, lam = positions(turned)
-    return phi, (lam + pole_longitude + 180.0) % 360.0 - 180.0
+    return phi, wrapped(lam + pole_longitude)
 
 
 def _unproject(y: np.ndarray, x: np.ndarray, units: str, attrs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     try:
         import pyproj
     except ImportError as error:
-        raise MissingDependencyError(
-            f"Latitude and longitude of a {attrs['grid_mapping_name']} grid are computed by pyproj, which is not installed; type: "
-            f"pip install 'xgenda[crs]'"
-        ) from error
+        raise missing_dependency("pyproj", "crs", f"Finding the positions of a {attrs['grid_mapping_name']} grid") from error
     scale = metadata.unit_factors(units, "m")[0]
     crs = pyproj.CRS.from_cf(dict(attrs))
     transformer = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)

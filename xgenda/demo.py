@@ -22,6 +22,7 @@ from xgenda.assimilation import assimilate
 from xgenda.departures import innovations
 from xgenda.downscaling import downscale
 from xgenda.errors import OptionError, OutputExistsError, check_count, missing_dependency
+from xgenda.files import aside
 from xgenda.grids import Grid, Orientation, grid_of
 from xgenda.maps import bilinear_between
 from xgenda.models.gaussian import gaussian_prior
@@ -138,11 +139,13 @@ class Experiment:
         from matplotlib import pyplot
 
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / f"{name}.nc", lambda path: self.ensemble.to_netcdf(path, engine="netcdf4"))
+        with aside(folder / f"{name}.nc") as path:
+            self.ensemble.to_netcdf(path, engine="netcdf4")
         last = self.reference.sizes.get("time", 1) - 1
         figure = plot_analysis(self.reference, self.ensemble, self.obs, time=last, reference_label=reference_label)
         try:
-            write_aside(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+            with aside(folder / f"{name}.png") as path:
+                figure.savefig(path, dpi=110, format="png")
         finally:
             pyplot.close(figure)
 
@@ -157,16 +160,6 @@ def check_folder(out: str | os.PathLike[str], overwrite: bool) -> Path:
             f"out={str(out)!r} exists and is not empty. Choose another folder with --out DIR, or replace the files with --overwrite."
         )
     return folder
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under another name in the same folder, then rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------------------

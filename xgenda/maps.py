@@ -54,9 +54,15 @@ class LinearMap:
     @classmethod
     def from_entries(cls, row: np.ndarray, column: np.ndarray, weight: np.ndarray, shape: tuple[int, int]) -> LinearMap:
         """Make the map from single entries in any order; equal ones add up."""
-        matrix = scipy.sparse.coo_array((np.asarray(weight, dtype=float), (row, column)), shape=shape).tocsr()
-        matrix.eliminate_zeros()
-        return cls(matrix)
+        return cls.from_matrix(scipy.sparse.coo_array((np.asarray(weight, dtype=float), (row, column)), shape=shape))
+
+    @classmethod
+    def from_matrix(cls, matrix: scipy.sparse.sparray) -> LinearMap:
+        """Make the map of any sparse matrix."""
+        rows = scipy.sparse.csr_array(matrix)
+        rows.eliminate_zeros()
+        rows.sort_indices()
+        return cls(rows)
 
     @property
     def shape(self) -> tuple[int, int]:

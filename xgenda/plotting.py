@@ -10,6 +10,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import OptionError, check_choice, missing_dependency
+from xgenda.spherical import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +189,7 @@ def _points(
         keep &= ds[layout.time].values[nearest] == instant
     axis = _axes(ds, layout)[0]
     middle = (axis.min() + axis.max()) / 2
-    longitude = (longitude - middle + 180.0) % 360.0 + middle - 180.0
+    longitude = wrapped(longitude - middle) + middle
     return (latitude[keep], longitude[keep], value[keep]) if keep.any() else None
 
 

@@ -1,14 +1,13 @@
 """`regrid`: fields from one horizontal grid to another, by weights that are built once.
 
-Weights come from xESMF where it can be imported (which needs esmpy, from conda-forge), else from `xgenda.weights`; they are a `LinearMap`
-either way, and are kept, saved and read as ESMF weight files.
+Weights come from `xgenda.weights`, or where asked for from xESMF; they are a `LinearMap` either way, and are kept, saved and read as ESMF
+weight files.
 """
 
 from __future__ import annotations
 
 import collections
 import hashlib
-import importlib.util
 import numbers
 import os
 import warnings
@@ -21,37 +20,21 @@ import scipy.sparse
 import xarray as xr
 
 from xgenda import chunking, metadata, weights
-from xgenda.curvilinear import Horizontal, PointSet, read_grid
-from xgenda.errors import GridError, MissingDependencyError, OptionError, check_choice, check_flag
+from xgenda.curvilinear import Horizontal, read_grid
+from xgenda.errors import GridError, OptionError, check_choice, check_flag
+from xgenda.esmf import Weights, from_xesmf, read_weights, same_points, weights_dataset
+from xgenda.files import aside, check_output
 from xgenda.grids import Grid
 from xgenda.maps import LinearMap
 
-METHODS = ("bilinear", "conservative", "conservative_normed", "nearest", "patch")
+BUILT_IN = ("bilinear", "conservative", "conservative_normed", "nearest")
+METHODS = (*BUILT_IN, "patch")  # xESMF has the last
 REGRIDDERS = ("auto", "builtin", "xesmf")
 EXTRAPOLATIONS = ("nearest",)
 KEPT_WEIGHTS = 16  # pairs of grids whose weights are kept in memory
 LARGE_CHUNK = 512 * 2**20  # bytes
 
 _kept: collections.OrderedDict[str, Weights] = collections.OrderedDict()
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """A linear map between two grids, in the order in which the user's arrays count their cells.
-
-    Attributes
-    ----------
-    map
-        Shape (target cells, source cells).
-    mapped
-        Target cells that get a value, shape (target cells,), bool.
-    origin
-        Who computed them: 'builtin', 'xesmf', or the name of a file.
-    """
-
-    map: LinearMap
-    mapped: np.ndarray
-    origin: str
 
 
 def regrid(
@@ -83,7 +66,8 @@ def regrid(
         the integral (a target cell that is partly covered counts what is not as zero); 'conservative_normed', the mean over the covered
         part; 'nearest'; 'patch' (xESMF only).
     regridder
-        'auto': xESMF where it is installed, else built in; 'xesmf'; 'builtin'. The result records which.
+        'builtin'; 'xesmf' (with esmpy, from conda-forge); 'auto': built in, and xESMF only for 'patch', so that the numbers do not depend
+        on what is installed: weights of the two differ by up to 0.01. The result records which.
     skipna
         Whether missing source values are left out of each weighted mean. Otherwise a target value is NaN as soon as one of
         its source values is.
@@ -158,7 +142,8 @@ class Regridder:
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
         self.method = check_choice("method", method, METHODS)
-        check_choice("regridder", regridder, REGRIDDERS)
+        if check_choice("regridder", regridder, REGRIDDERS) == "builtin" and method not in BUILT_IN:
+            raise OptionError(f"method={method!r} is not built in; leave out regridder='builtin', or choose one of {BUILT_IN}.")
         if extrapolate is not None:
             check_choice("extrapolate", extrapolate, EXTRAPOLATIONS)
         if extrapolate is not None and method.startswith("conservative"):
@@ -203,7 +188,7 @@ class Regridder:
         here = self.source
         if not all(n in ds.coords and ds[n].variable.equals(c.variable) for n, c in here.coordinates.items()):
             found = read_grid(ds, "ds")
-            if found.dims != here.dims or found.shape != here.shape or not _same_places(found, here):
+            if found.dims != here.dims or found.shape != here.shape or not same_points(found.points(), here.points()):
                 raise GridError(
                     f"ds is on {found.grid.describe()}, dimensions {found.dims}, and this Regridder starts from {here.grid.describe()}, "
                     f"dimensions {here.dims}. Make one for ds: xgenda.Regridder(ds, target)"
@@ -235,8 +220,6 @@ class Regridder:
             raise OptionError(
                 f"ds[{array.name!r}] has dtype {array.dtype}; only numbers can be regridded: ds.drop_vars({array.name!r})"
             )
-        if array.dtype.kind == "c":
-            raise OptionError(f"ds[{array.name!r}] is complex; regrid its parts: ds[{array.name!r}].real")
         chunking.check_core_chunks([array], self.source.dims, "ds", "regridding needs whole fields")
         _warn_of_growth(array, self.map.shape)
         dtype = array.dtype if array.dtype in (np.float32, np.float64) else np.dtype("f8" if array.dtype.itemsize > 4 else "f4")
@@ -251,22 +234,10 @@ class Regridder:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the weights as an ESMF weight file (netCDF), whole or not at all."""
-        from xgenda.errors import OutputExistsError
-
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise OutputExistsError(
-                f"{target} exists. Choose another name, or replace it: regridder.save({str(target)!r}, overwrite=True)"
-            )
-        if not target.absolute().parent.is_dir():
-            raise OptionError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            weights_dataset(self.weights, self.source, self.target, self.method).to_netcdf(aside)
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
-        return target
+        file = check_output(path, "regridder.save", overwrite=overwrite)
+        with aside(file) as partial:
+            weights_dataset(self.weights, self.source, self.target, self.method).to_netcdf(partial)
+        return file
 
     def __repr__(self) -> str:
         """Return both grids, the method and who computed the weights."""
@@ -317,15 +288,7 @@ def compute(
     target_mask: np.ndarray | None = None,
 ) -> Weights:
     """Build the weights between two grids, by xESMF or built in; masks are flat, in the order of the user's arrays."""
-    chosen = regridder
-    if regridder == "auto":
-        chosen = "xesmf" if _has_xesmf() else "builtin"
-    if chosen == "builtin" and method == "patch":
-        raise MissingDependencyError(
-            "method='patch' is done by xESMF, which is not installed; esmpy comes from conda-forge: conda install -c conda-forge xesmf. "
-            "Built in are 'bilinear', 'conservative', 'conservative_normed' and 'nearest'."
-        )
-    build = _from_xesmf if chosen == "xesmf" else _built_in
+    build = from_xesmf if regridder == "xesmf" or (regridder == "auto" and method not in BUILT_IN) else _built_in
     return build(source, target, method, extrapolate, source_mask, target_mask)
 
 
@@ -337,12 +300,7 @@ def _built_in(
     source_mask: np.ndarray | None,
     target_mask: np.ndarray | None,
 ) -> Weights:
-    usable = np.ones(source.grid.size, dtype=bool) if source_mask is None else np.empty(source.grid.size, dtype=bool)
-    wanted = np.ones(target.grid.size, dtype=bool) if target_mask is None else np.empty(target.grid.size, dtype=bool)
-    if source_mask is not None:
-        usable[source.places] = source_mask
-    if target_mask is not None:
-        wanted[target.places] = target_mask
+    usable, wanted = _placed(source_mask, source), _placed(target_mask, target)
     latitude, longitude = target.grid.points()
     if method == "nearest":
         found = weights.nearest(source.grid, latitude, longitude, usable)
@@ -360,159 +318,23 @@ def _built_in(
         covered = np.asarray(matrix.sum(1)).ravel()
         mapped = covered > 1e-9 * areas
         by = areas if method == "conservative" else covered
-        found = LinearMap(
-            scipy.sparse.csr_array(scipy.sparse.diags_array(np.where(mapped, 1 / np.where(by > 0, by, 1.0), 0.0)) @ matrix)
-        )
-        found.matrix.eliminate_zeros()
+        found = LinearMap.from_matrix(scipy.sparse.diags_array(np.where(mapped, 1 / np.where(by > 0, by, 1.0), 0.0)) @ matrix)
     if extrapolate == "nearest" and not mapped.all():
         lost = np.flatnonzero(~mapped)
-        near = weights.nearest(source.grid, latitude[lost], longitude[lost], usable).matrix.tocoo()
-        kept = scipy.sparse.diags_array(mapped.astype(float)) @ found.matrix
-        extra = scipy.sparse.coo_array((near.data, (lost[near.row], near.col)), shape=found.shape)
-        found, mapped = LinearMap(scipy.sparse.csr_array(kept + extra)), np.ones_like(mapped)
-        found.matrix.eliminate_zeros()
+        found = found.replaced(lost, weights.nearest(source.grid, latitude[lost], longitude[lost], usable))
+        mapped = np.ones_like(mapped)
     mapped = mapped & wanted
     # from model order to the order of the user's arrays
-    matrix = scipy.sparse.diags_array(mapped.astype(float)) @ found.matrix
-    matrix = scipy.sparse.csr_array(matrix)[target.places][:, source.places]
-    matrix.eliminate_zeros()
-    matrix.sort_indices()
-    return Weights(LinearMap(scipy.sparse.csr_array(matrix)), mapped[target.places], "builtin")
+    matrix = found.kept(mapped).matrix[target.places][:, source.places]
+    return Weights(LinearMap.from_matrix(matrix), mapped[target.places], "builtin")
 
 
-def _has_xesmf() -> bool:
-    return importlib.util.find_spec("xesmf") is not None and importlib.util.find_spec("esmpy") is not None
-
-
-def _from_xesmf(
-    source: Horizontal,
-    target: Horizontal,
-    method: str,
-    extrapolate: str | None,
-    source_mask: np.ndarray | None,
-    target_mask: np.ndarray | None,
-) -> Weights:
-    try:
-        import xesmf
-    except ImportError as error:
-        raise MissingDependencyError(
-            "regridder='xesmf' needs xESMF and esmpy, which come from conda-forge: conda install -c conda-forge xesmf. "
-            "Or use regridder='builtin'."
-        ) from error
-    sides = []
-    for side, mask in ((source, source_mask), (target, target_mask)):
-        grid = side.grid
-        latitude, longitude = (np.empty(grid.size) for _ in range(2))
-        phi, lam = grid.points()
-        latitude, longitude = phi[side.places], lam[side.places]
-        if isinstance(grid, PointSet):
-            sides.append(xr.Dataset(coords={"lat": ("points", latitude), "lon": ("points", longitude)}))
-            continue
-        shaped = {"lat": (("y", "x"), latitude.reshape(side.shape)), "lon": (("y", "x"), longitude.reshape(side.shape))}
-        ds = xr.Dataset(coords=shaped)
-        if method.startswith("conservative"):
-            from xgenda.spherical import positions
-
-            corners = np.stack(positions(grid.vertices[side.places]), -1).reshape(*side.shape, 4, 2)
-            for name, k in (("lat_b", 0), ("lon_b", 1)):
-                ds[name] = (("y_b", "x_b"), _nodes(corners[..., k]))
-        if mask is not None:
-            ds["mask"] = (("y", "x"), mask.reshape(side.shape).astype(int))
-        sides.append(ds)
-    names = {"nearest": "nearest_s2d"}
-    made = xesmf.Regridder(
-        sides[0], sides[1], names.get(method, method), periodic=bool(getattr(source.grid, "periodic", False)),
-        locstream_in=isinstance(source.grid, PointSet), locstream_out=isinstance(target.grid, PointSet),
-        extrap_method="nearest_s2d" if extrapolate else None,
-    )  # fmt: skip
-    entries = (
-        made.weights.data.tocsr()
-        if hasattr(made.weights.data, "tocsr")
-        else scipy.sparse.csr_array(made.weights.data.to_scipy_sparse())
-    )
-    matrix = scipy.sparse.csr_array(entries)
-    matrix.eliminate_zeros()
-    mapped = np.diff(matrix.indptr) > 0
-    if target_mask is not None:
-        mapped &= target_mask
-    return Weights(LinearMap(matrix), mapped, f"xesmf {xesmf.__version__}")
-
-
-def _nodes(corners: np.ndarray) -> np.ndarray:
-    """Return the nodes (ny + 1, nx + 1) of cells whose corners (ny, nx, 4) go around from their lower left one."""
-    ny, nx = corners.shape[:2]
-    out = np.empty((ny + 1, nx + 1))
-    out[:-1, :-1], out[:-1, -1], out[-1, -1], out[-1, :-1] = (
-        corners[..., 0],
-        corners[:, -1, 1],
-        corners[-1, -1, 2],
-        corners[-1, :, 3],
-    )
+def _placed(mask: np.ndarray | None, side: Horizontal) -> np.ndarray:
+    """Return a mask, or True everywhere, in model order."""
+    out = np.ones(side.grid.size, dtype=bool)
+    if mask is not None:
+        out[side.places] = mask
     return out
-
-
-def weights_dataset(found: Weights, source: Horizontal, target: Horizontal, method: str) -> xr.Dataset:
-    """Return weights in the form of an ESMF weight file: S, row and col counted from 1, the places of both grids."""
-    entries = found.map.matrix.tocoo()
-    out = xr.Dataset({
-        "S": ("n_s", entries.data),
-        "row": ("n_s", (entries.row + 1).astype(np.int32)),
-        "col": ("n_s", (entries.col + 1).astype(np.int32)),
-        "frac_b": ("n_b", found.mapped.astype(float)),
-    })  # fmt: skip
-    for letter, side, name in (("a", source, "src"), ("b", target, "dst")):
-        latitude, longitude = side.grid.points()
-        out[f"yc_{letter}"] = (f"n_{letter}", latitude[side.places], {"units": "degrees"})
-        out[f"xc_{letter}"] = (f"n_{letter}", longitude[side.places], {"units": "degrees"})
-        out[f"{name}_grid_dims"] = (f"{name}_grid_rank", np.array(side.shape[::-1], dtype=np.int32))
-    out.attrs = {
-        "title": "xgenda weights", "map_method": method, "origin": found.origin, "conventions": "NCAR-CSM",
-        "normalization": "fracarea" if method == "conservative_normed" else "destarea",
-    }  # fmt: skip
-    return out
-
-
-def read_weights(path: str | os.PathLike[str], source: Horizontal, target: Horizontal) -> Weights:
-    """Read an ESMF weight file and check that it belongs to these grids.
-
-    Raises
-    ------
-    GridError
-        If the file is of other grids, or no weight file.
-    """
-    file = Path(path)
-    if not file.exists():
-        raise OptionError(f"weights={str(path)!r} does not exist; make it: xgenda.Regridder(source, target).save({str(path)!r})")
-    try:
-        with xr.open_dataset(file) as opened:
-            ds = opened.load()
-    except Exception as problem:
-        raise GridError(f"weights={str(path)!r} cannot be read as netCDF: {problem}") from problem
-    lacking = [n for n in ("S", "row", "col") if n not in ds]
-    if lacking:
-        raise GridError(f"weights={str(path)!r} lacks {', '.join(lacking)}; an ESMF weight file has S, row and col.")
-    value, row, col = (ds[n].values for n in ("S", "row", "col"))
-    shape = (target.grid.size, source.grid.size)
-    if len(row) and (row.min() < 1 or col.min() < 1 or row.max() > shape[0] or col.max() > shape[1]):
-        raise GridError(
-            f"weights={str(path)!r} goes from {int(col.max())} or more cells to {int(row.max())} or more, and the grids have {shape[1]} and "
-            f"{shape[0]}; it belongs to others. Compute them: xgenda.Regridder(source, target)"
-        )
-    for letter, side, name in (("a", source, "source"), ("b", target, "target")):
-        if f"yc_{letter}" not in ds:
-            continue
-        phi, lam = side.grid.points()
-        apart = np.abs(ds[f"yc_{letter}"].values - phi[side.places]) if ds[f"yc_{letter}"].size == side.grid.size else np.inf
-        turned = (
-            np.abs((ds[f"xc_{letter}"].values - lam[side.places] + 180) % 360 - 180)
-            if ds[f"xc_{letter}"].size == side.grid.size
-            else np.inf
-        )
-        if np.max(apart) > 1e-3 or np.max(turned * np.cos(np.radians(phi[side.places]))) > 1e-3:
-            raise GridError(f"weights={str(path)!r} is of another {name} grid than {side.grid.describe()}.")
-    fine = np.isfinite(value)  # xESMF writes one NaN for a cell that is not mapped
-    found = LinearMap.from_entries(row[fine] - 1, col[fine] - 1, value[fine], shape)
-    return Weights(found, found.lengths > 0, file.name)
 
 
 def _with_coordinates(obj: xr.Dataset | xr.DataArray, argument: str) -> xr.Dataset:
@@ -535,13 +357,6 @@ def _mask(mask: Any, side: Horizontal, argument: str) -> np.ndarray | None:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise OptionError(f"{argument} holds NaN; make it True or False: {argument}.notnull()")
     return np.asarray(values != 0).ravel()
-
-
-def _same_places(one: Horizontal, other: Horizontal) -> bool:
-    mine, theirs = (np.stack(h.grid.points())[:, h.places] for h in (one, other))
-    step = np.abs(mine - theirs)
-    step[1] = np.abs((step[1] + 180.0) % 360.0 - 180.0)
-    return bool(step.max(initial=0.0) < 1e-3)
 
 
 def _key(

@@ -11,6 +11,11 @@ import numpy as np
 SHORTEST_EDGE = 1e-11
 
 
+def wrapped(longitude: np.ndarray) -> np.ndarray:
+    """Return longitudes, or differences of them, in degrees in [-180, 180)."""
+    return (longitude + 180.0) % 360.0 - 180.0
+
+
 def unit_vectors(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
     """Return unit vectors, shape (..., 3), of positions in degrees."""
     phi, lam = np.radians(np.asarray(latitude, dtype=float)), np.radians(np.asarray(longitude, dtype=float))

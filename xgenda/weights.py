@@ -11,13 +11,14 @@ from xgenda.errors import GridError
 from xgenda.grids import EARTH_RADIUS, TOLERANCE, Grid
 from xgenda.maps import LinearMap
 from xgenda.maps import bilinear as rectilinear_bilinear
-from xgenda.spherical import clip, normalised, polygon_areas, positions, tangents, unit_vectors
+from xgenda.spherical import clip, normalised, polygon_areas, positions, tangents, unit_vectors, wrapped
 
 #: Poleward of this latitude a cell is flattened by a gnomonic projection, elsewhere by taking latitude and longitude as plane.
 POLAR = 80.0
 NEIGHBOURS = 12  # quadrilaterals that are tried for a point, nearest first
 SNAP = 1e-6  # of a cell: so close to a node, a point is the node
 PAIRS_AT_ONCE = 200_000
+SOURCES_AT_ONCE = 4096
 POINTS_AT_ONCE = 20_000
 FOOTPRINTS = ("disc", "gaussian")
 CUT = 3.0  # standard deviations at which a Gaussian footprint ends
@@ -84,8 +85,8 @@ def pole_means(grid: Grid, latitude: np.ndarray, longitude: np.ndarray) -> tuple
     points, inside = rectilinear_bilinear(grid, latitude, longitude)
     if not grid.periodic:
         return points, inside
-    parts = [points.matrix.tocoo()]
-    rows, columns, weights = [parts[0].row], [parts[0].col], [parts[0].data]
+    known = points.matrix.tocoo()
+    rows, columns, weights = [known.row], [known.col], [known.data]
     for row, pole in ((0, -90.0), (ny - 1, 90.0)):
         cap = (
             ~inside & (np.abs(latitude) <= 90.0) & ((latitude - grid.latitude[row]) * np.sign(pole) > 0) & np.isfinite(longitude)
@@ -191,7 +192,7 @@ def _flattened(
 ) -> np.ndarray:
     """Return the corners of quadrilaterals (n, 4) in a plane whose origin is the point of each, shape (n, 4, 2)."""
     phi, lam = (a[quads] for a in grid.points())
-    flat = np.stack([(lam - longitude[:, None] + 180.0) % 360.0 - 180.0, phi - latitude[:, None]], -1)
+    flat = np.stack([wrapped(lam - longitude[:, None]), phi - latitude[:, None]], -1)
     polar = np.flatnonzero(np.abs(latitude) > POLAR)
     if len(polar):
         corners, p = grid.centres.reshape(-1, 3)[quads[polar]], points[polar]
@@ -378,10 +379,8 @@ def _by_clipping(source: np.ndarray, target: np.ndarray) -> tuple[LinearMap, np.
     # sources in groups of like size, so that one large cell does not widen the search for all
     order = np.argsort(s_reach)
     widest = float(t_reach.max(initial=0.0))
-    start = 0
-    while start < len(order):
-        group = order[start : start + 4096]
-        start += len(group)
+    for start in range(0, len(order), SOURCES_AT_ONCE):
+        group = order[start : start + SOURCES_AT_ONCE]
         near = tree.query_ball_point(s_centre[group], s_reach[group] + widest)
         subject = np.repeat(group, [len(n) for n in near])
         clipper = np.concatenate([np.asarray(n, dtype=np.int64) for n in near]) if len(subject) else np.zeros(0, dtype=np.int64)

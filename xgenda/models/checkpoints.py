@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xgenda.errors import CheckpointError, OutputExistsError
+from xgenda.errors import CheckpointError
+from xgenda.files import aside, check_output
 from xgenda.models.spec import ModelSpec
 from xgenda.models.store import sha256_of
 from xgenda.scaling import Scaling
@@ -32,24 +33,15 @@ def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrit
         raise CheckpointError(
             f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')"
         )
-    if not target.absolute().parent.is_dir():
-        raise CheckpointError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
-    if target.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{target} exists. Choose another name, or replace it: model.save({str(target)!r}, overwrite=True)"
-        )
+    check_output(target, "model.save", overwrite=overwrite, error=CheckpointError)
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.tensors().items()}
     scaling = model.spec.scaling
     if scaling is not None:
         tensors["scaling.mean"] = torch.as_tensor(scaling.mean, dtype=torch.float32)
         tensors["scaling.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
-    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
+    with aside(target) as partial:
         # one entry only: safetensors writes several in random order, and equal models would have different checksums
-        save_file(tensors, aside, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+        save_file(tensors, partial, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
     model.path, model.sha256 = target.resolve(), sha256_of(target)
     return target
 

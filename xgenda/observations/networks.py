@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from xgenda.errors import OptionError, check_count
 from xgenda.grids import EARTH_RADIUS, ROTATION, grid_of
 from xgenda.metadata import find_layout, match_variable
-from xgenda.spherical import normalised, positions, unit_vectors
+from xgenda.spherical import normalised, positions, unit_vectors, wrapped
 from xgenda.weights import interpolation
 
 LATITUDE = {"standard_name": "latitude", "units": "degrees_north"}
@@ -50,7 +50,7 @@ def random_stations(
         raise OptionError(f"longitude={longitude!r} is not accepted; give two ascending bounds at most 360 degrees apart.")
     low, high = np.sin(np.radians(latitude))
     phi = np.degrees(np.arcsin(rng.uniform(low, high, count)))
-    lam = (rng.uniform(*longitude, count) + 180.0) % 360.0 - 180.0
+    lam = wrapped(rng.uniform(*longitude, count))
     return xr.Dataset(coords={"latitude": ("obs", phi, LATITUDE), "longitude": ("obs", lam, LONGITUDE)})
 
 
@@ -77,7 +77,7 @@ def ground_track(
     angle, tilt = 2 * np.pi * np.asarray(seconds, dtype=float) / period, np.radians(inclination)
     phi = np.arcsin(np.sin(tilt) * np.sin(angle))
     lam = np.arctan2(np.cos(tilt) * np.sin(angle), np.cos(angle)) - ROTATION * np.asarray(seconds, dtype=float)
-    return np.degrees(phi), (np.degrees(lam) + node + 180.0) % 360.0 - 180.0
+    return np.degrees(phi), wrapped(np.degrees(lam) + node)
 
 
 def polar_swath(
