@@ -19,6 +19,7 @@ from xgenda.errors import ObservationError, OptionError
 
 BLOCK_ELEMENTS = 2**23  # 64 MB of float64 a block
 OBSERVATION_LIMIT = 20_000
+WIDE = 32  # entries of a row above which the rows are a dense matrix: those of correlated observations, whitened, touch all places of a block
 
 
 def factor_of(covariance: Tensor) -> Tensor:
@@ -63,6 +64,10 @@ class GaussianPosterior:
         self.indices = indices
         self._columns, inverse = torch.unique(indices, return_inverse=True)
         self._place = inverse.reshape(indices.shape)
+        self._dense: Tensor | None = None
+        if indices.shape[1] > WIDE:
+            self._dense = torch.zeros(len(indices), len(self._columns), dtype=torch.float64)
+            self._dense.scatter_add_(1, self._place, self.weights)
         inner = self._observe_columns(self._cross(self._columns))
         self._error = variance.double().sqrt()
         self._factor = factor_of(inner + torch.diag(variance.double()))
@@ -70,6 +75,8 @@ class GaussianPosterior:
     def _cross(self, rows: Tensor) -> Tensor:
         """Return S H^T for some rows of the state, shape (rows, m)."""
         block = self.covariance.block(rows, self._columns)
+        if self._dense is not None:
+            return block @ self._dense.T
         out = torch.zeros(len(rows), len(self.indices), dtype=torch.float64)
         for j in range(self.indices.shape[1]):
             out += block[:, self._place[:, j]] * self.weights[:, j]
@@ -77,6 +84,8 @@ class GaussianPosterior:
 
     def _observe_columns(self, values: Tensor) -> Tensor:
         """Apply H to arrays whose first axis runs over the observed columns only."""
+        if self._dense is not None:
+            return self._dense @ values
         out = torch.zeros(len(self.indices), values.shape[1], dtype=torch.float64)
         for j in range(self.indices.shape[1]):
             out += values[self._place[:, j]] * self.weights[:, j, None]
@@ -84,6 +93,8 @@ class GaussianPosterior:
 
     def observe(self, state: Tensor) -> Tensor:
         """Return H x for states (..., n), shape (..., m)."""
+        if self._dense is not None:
+            return state[..., self._columns].double() @ self._dense.T
         return (state[..., self.indices] * self.weights).sum(-1)
 
     def _rows(self) -> list[Tensor]:
