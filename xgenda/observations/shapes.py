@@ -106,7 +106,7 @@ def open_container(item: Any, argument: str) -> Container:
         if name is None:
             raise ObservationError(
                 f"{argument} has no {key}; it has {', '.join(map(str, ds.variables))}. "
-                f"Name the column: {argument} = {argument}.rename({'columns=' if is_frame else ''}{{'yours': {key!r}}})"
+                f"Name the column: {argument} = {argument}.rename({'columns=' if isinstance(item, pd.DataFrame) else ''}{{'yours': {key!r}}})"
             )
         coords[key] = name
     time = metadata.find_time(ds)
@@ -130,7 +130,12 @@ def _as_xarray(item: Any, argument: str) -> xr.Dataset:
         return item.to_dataset()
     if isinstance(item, xr.Dataset):
         return item
-    if hasattr(item, "to_pandas") and type(item).__module__.split(".")[0] in ("polars", "pyarrow", "cudf"):
+    library = type(item).__module__.split(".")[0]
+    if library == "polars":
+        item = item.collect() if hasattr(item, "collect") else item  # a lazy frame
+    if library == "polars" and hasattr(item, "columns"):  # its own way to pandas needs pyarrow
+        return xr.Dataset({name: ("obs", np.asarray(item[name].to_numpy())) for name in item.columns})
+    if library in ("pyarrow", "cudf") and hasattr(item, "to_pandas"):
         item = item.to_pandas()
     if isinstance(item, pd.DataFrame):
         frame = item.reset_index(drop=item.index.names == [None])
