@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -103,7 +104,9 @@ def locate_observations(
         of the ground, where both are known.
     """
     control = quality or QualityControl()
-    table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
+    table = read_observations(
+        obs, wanted, error, argument, quality=control, representativeness=representativeness, period=_period(times, window)
+    )
     index = _assign_times(table, times, window, argument)
     lost = ~(np.isfinite(table.latitude) & np.isfinite(table.longitude))
     points, inside = interpolation(grid, np.where(lost, np.nan, table.latitude), np.where(lost, 0.0, table.longitude))
@@ -289,6 +292,16 @@ def _assign_times(table: Table, times: xr.DataArray | None, window: object, argu
     distance = seen - ordered[nearest]
     ok = (distance >= -half) & (distance < half) & (seen != np.iinfo(np.int64).min)
     return np.where(ok, order[nearest], -1)
+
+
+def _period(times: xr.DataArray | None, window: object) -> tuple[Any, Any] | None:
+    """Return the first and the last moment that may matter: a whole window before the first and after the last state."""
+    if times is None or not times.size:
+        return None
+    seconds = int((parse_window(window) if window is not None else DEFAULT_WINDOW) / np.timedelta64(1, "s")) + 1
+    stamps = np.atleast_1d(times.values)
+    width = np.timedelta64(seconds, "s") if stamps.dtype.kind == "M" else datetime.timedelta(seconds=seconds)
+    return stamps.min() - width, stamps.max() + width
 
 
 def _half(width: np.timedelta64, tick: int) -> np.int64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,27 @@ class Container:
     sparse: bool
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     is_frame: bool = False
+
+    def within(self, period: tuple[Any, Any]) -> tuple[Container, np.ndarray] | None:
+        """Return the part of lazy observations in a period, and which of the steps along the first dimension it has; None where it is all.
+
+        Only the time is read. What is in memory is not cut: each of its rows gets a code.
+        """
+        lazy = any(v.chunks is not None for v in self.ds.variables.values())
+        if not lazy or self.time is None or self.ds[self.time].ndim != 1 or self.ds[self.time].dims[0] != self.dims[0]:
+            return None
+        time = decoded(self.ds[self.time], self.argument).values
+        if np.asarray(period).dtype.kind != time.dtype.kind or not len(time):
+            return None
+        steps = np.flatnonzero((time >= period[0]) & (time <= period[1]))
+        if not len(steps):
+            raise ObservationError(
+                f"None of the {len(time)} times of {self.argument} is near those of the state (the first is {time[0]}). Is their time UTC? "
+                f"Select the right ones, or widen the window: window='12h'"
+            )
+        if len(steps) == len(time):
+            return None
+        return dataclasses.replace(self, ds=self.ds.isel({self.dims[0]: steps})), steps
 
     def cells(self, extra: tuple[str, ...] = ()) -> Cells:
         """Return the cells along the dimensions of the reports and after them `extra`."""
