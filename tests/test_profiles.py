@@ -447,6 +447,18 @@ REFUSED: dict[str, tuple[Callable[[], object], Wanted, type, str]] = {
         lambda: contiguous(soundings()).isel(obs=slice(5)), AIR, ObservationError,
         r"obs\['row_size'\] adds up to 7 and the dimension 'obs' has 5 samples; give the whole file, select afterwards",
     ),
+    "no samples": (
+        lambda: contiguous(soundings()).drop_dims("obs").assign(t=("profile", [280.0, 281.0, 282.0])),
+        AIR,
+        ObservationError,
+        r"obs\['row_size'\] is the count of a ragged array along 'obs', and obs has the dimensions 'profile'; give the whole file",
+    ),
+    "no instances": (
+        lambda: indexed(soundings()).drop_dims("station"),
+        AIR,
+        ObservationError,
+        r"obs\['which'\] is the index of a ragged array along 'station', and obs has the dimensions 'obs'",
+    ),
     "negative counts": (
         lambda: contiguous(soundings()).pipe(lambda d: d.assign(row_size=d.row_size.copy(data=[-1, 6, 2]))), AIR, ObservationError,
         r"obs\['row_size'\] adds up to 7",

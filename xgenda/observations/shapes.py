@@ -217,7 +217,7 @@ def _without_ragged(ds: xr.Dataset, argument: str) -> xr.Dataset:
     """Spread what is said once per profile, trajectory or station over its samples: CF conventions 1.11, sections 9.3.3 and 9.3.4."""
     for name in [str(n) for n, v in ds.variables.items() if "instance_dimension" in v.attrs]:
         instance = str(ds[name].attrs["instance_dimension"])
-        index = _whole(ds[name], instance, "index", argument)
+        index = _whole(ds[name], instance, "index", argument, ds.sizes)
         if len(index) and not (index.min() >= 0 and index.max() < ds.sizes[instance]):
             raise ObservationError(
                 f"{argument}[{name!r}] points to {instance!r} {int(index.min())} to {int(index.max())}, and there are {ds.sizes[instance]}, "
@@ -226,7 +226,7 @@ def _without_ragged(ds: xr.Dataset, argument: str) -> xr.Dataset:
         ds = _spread_instances(ds.drop_vars(name), instance, str(ds[name].dims[0]), index)
     for name in [str(n) for n, v in ds.variables.items() if "sample_dimension" in v.attrs]:
         sample = str(ds[name].attrs["sample_dimension"])
-        count = _whole(ds[name], sample, "count", argument)
+        count = _whole(ds[name], sample, "count", argument, ds.sizes)
         if (count < 0).any() or count.sum() != ds.sizes[sample]:
             raise ObservationError(
                 f"{argument}[{name!r}] adds up to {int(count.sum())} and the dimension {sample!r} has {ds.sizes[sample]} samples; give the "
@@ -237,9 +237,14 @@ def _without_ragged(ds: xr.Dataset, argument: str) -> xr.Dataset:
     return ds
 
 
-def _whole(array: xr.DataArray, dimension: str, what: str, argument: str) -> np.ndarray:
+def _whole(array: xr.DataArray, dimension: str, what: str, argument: str, sizes: Mapping[Any, int]) -> np.ndarray:
     """Return the counts or indices of a ragged array."""
     name = f"{argument}[{array.name!r}]"
+    if dimension not in sizes:
+        raise ObservationError(
+            f"{name} is the {what} of a ragged array along {dimension!r}, and {argument} has the dimensions {', '.join(map(repr, sizes))}; give "
+            f"the whole file, select afterwards."
+        )
     if array.ndim != 1:
         raise ObservationError(f"{name} is the {what} of a ragged array and has dimensions {array.dims}; one is needed.")
     values = np.asarray(array.values)
@@ -249,8 +254,6 @@ def _whole(array: xr.DataArray, dimension: str, what: str, argument: str) -> np.
 
 
 def _spread_instances(ds: xr.Dataset, instance: str, sample: str, index: np.ndarray) -> xr.Dataset:
-    if instance not in ds.dims:
-        return ds
     moved = {}
     for name, variable in ds.variables.items():
         if instance in variable.dims:
