@@ -953,3 +953,117 @@ def test_quality_options_that_are_refused(options: dict, message: str) -> None:
 def test_quality_must_be_one(background, frame) -> None:
     with pytest.raises(OptionError, match=r"quality='default' is not accepted; give for example quality=xgenda.QualityControl\("):
         xgenda.innovations(background, frame, quality="default")
+
+
+# -- the same observations in any container ----------------------------------------------------------------------------
+
+
+def as_polars(frame: pd.DataFrame) -> object:
+    return pytest.importorskip("polars").DataFrame({name: frame[name].tolist() for name in frame})
+
+
+def as_long(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per value; errors follow their values."""
+    parts = [
+        frame.drop(columns=["a", "a_error", "b", "b_error"]).assign(
+            variable=n, observation=frame[n], observation_error=frame[f"{n}_error"]
+        )
+        for n in "ab"
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def as_stations(frame: pd.DataFrame) -> xr.Dataset:
+    """Station x time, NaN (a missing value) where a station was silent."""
+    wide = frame.set_index(["station", "time"])[["a", "a_error", "b", "b_error"]].to_xarray()
+    place = frame.drop_duplicates("station").set_index("station").loc[wide.station.values]
+    return wide.assign_coords({k: ("station", place[k].to_numpy()) for k in ("latitude", "longitude")})
+
+
+def as_ragged(frame: pd.DataFrame) -> xr.Dataset:
+    code, names = pd.factorize(frame["station"])
+    place = frame.drop_duplicates("station").set_index("station").loc[names]
+    samples = {k: ("obs", frame[k].to_numpy()) for k in ("time", "a", "a_error", "b", "b_error")}
+    instances = {k: ("series", place[k].to_numpy()) for k in ("latitude", "longitude")}
+    index = ("obs", code, {"instance_dimension": "series"})
+    return xr.Dataset(samples | instances | {"station": ("series", list(names)), "index": index})
+
+
+CONTAINERS = {
+    "polars": as_polars,
+    "dataset": lambda f: f.to_xarray().drop_vars("index"),
+    "long": as_long,
+    "gridded": lambda f: f.drop(columns="station").set_index(["time", "latitude", "longitude"]).to_xarray(),
+    "station x time": as_stations,
+    "ragged": as_ragged,
+    "pieces": lambda f: [f.iloc[: len(f) // 2], as_ragged(f.iloc[len(f) // 2 :])],
+    "shuffled": lambda f: f.sample(frac=1.0, random_state=3),
+    "degC": lambda f: (
+        f.to_xarray().drop_vars("index").pipe(lambda d: d.assign({n: (d[n] - 273.15).assign_attrs(units="degC") for n in "ab"}))
+    ),
+    "longitude from 0 to 360": lambda f: f.assign(longitude=f.longitude % 360),
+    "hours and other names": lambda f: f.rename(columns={"latitude": "LAT", "longitude": "LON", "time": "OBS_TIMESTAMP"}),
+}
+
+
+@st.composite
+def networks_of_stations(draw: st.DrawFn) -> pd.DataFrame:
+    """Some stations at some of three times, two variables, either may be missing."""
+    count = draw(st.integers(1, 4))
+    places = draw(st.lists(st.tuples(st.integers(-89, 89), st.integers(-179, 179)), min_size=count, max_size=count, unique=True))
+    seen = draw(
+        st.lists(st.tuples(st.integers(0, count - 1), st.integers(0, 2)), min_size=1, max_size=8, unique=True)
+    )  # station and time
+    value = st.one_of(st.integers(2300, 3200).map(lambda v: v / 10), st.just(np.nan))
+    rows = [
+        {
+            "station": f"s{i}", "latitude": float(places[i][0]), "longitude": float(places[i][1]),
+            "time": pd.Timestamp("2018-11-20") + t * pd.Timedelta("6h"),
+            "a": draw(value), "b": draw(value), "a_error": 1.0 + i, "b_error": 0.5 + t,
+        }
+        for i, t in seen
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def canonical(obs: object) -> list[tuple[object, ...]]:
+    """Return what is observed, in canonical order; what is missing is left out."""
+    table = read_observations(obs, [Wanted(n, "air_temperature", "K") for n in "ab"])  # type: ignore[arg-type]
+    assert table.time is not None
+    fine = table.code == 0
+    assert (table.code[~fine] == Quality.MISSING).all()
+    columns = (
+        table.variable, table.time.astype("M8[s]").astype(int), table.latitude, (table.longitude + 180) % 360 - 180,
+        np.round(table.value, 6), table.error,
+    )  # fmt: skip
+    return sorted(zip(*(c[fine].tolist() for c in columns), strict=True))
+
+
+@pytest.mark.parametrize("form", CONTAINERS)
+@settings(max_examples=15, deadline=None)
+@given(frame=networks_of_stations())
+def test_any_container_says_the_same(form: str, frame: pd.DataFrame) -> None:
+    expected = canonical(frame)
+    assert len(expected) == int(frame[["a", "b"]].notna().to_numpy().sum())
+    assert canonical(CONTAINERS[form](frame)) == expected
+
+
+def test_polars_knows_nulls_and_time_zones() -> None:
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame(
+        {
+            "time": ["2018-11-20T01:00", None],
+            "latitude": [45.0, 46.0],
+            "longitude": [3, 4],
+            "station": ["x", None],
+            "t2m": [None, 281.0],
+        }
+    ).with_columns(polars.col("time").str.to_datetime(time_zone="UTC").dt.convert_time_zone("Asia/Tokyo"))
+    table = read_observations(frame, [T2M], 1.0)
+    assert table.time is not None
+    assert table.time[0] == np.datetime64("2018-11-20T01:00")
+    assert table.station.tolist() == ["x", ""]
+    assert table.code.tolist() == [Quality.MISSING] * 2
+    same(read_observations(frame.lazy(), [T2M], 1.0), table)
+    with pytest.raises(ObservationError, match=r"obs is a polars.*Series; give a pandas DataFrame"):
+        read_observations(frame["t2m"], [T2M], 1.0)

@@ -191,7 +191,7 @@ def test_values_at_other_levels_are_no_duplicates() -> None:
     ds = xr.Dataset(coords={"latitude": np.arange(40.0, 51.0), "longitude": np.arange(-6.0, 16.0)})
     state = ds.assign(t=(("latitude", "longitude"), np.full((11, 22), 280.0), {"units": "K"}))
     frame = soundings().assign(t=280.0).drop(columns="time")
-    flat = Wanted("t", None, "K", levels=(85000.0,), vertical="pressure")  # one channel: where it lies is not asked here
+    flat = Wanted("t", None, "K", levels=(1000.0, 110000.0), vertical="pressure")
     from xgenda.grids import Grid
     from xgenda.observations.operators import locate_observations
 
@@ -446,6 +446,18 @@ REFUSED: dict[str, tuple[Callable[[], object], Wanted, type, str]] = {
     "counts that do not add up": (
         lambda: contiguous(soundings()).isel(obs=slice(5)), AIR, ObservationError,
         r"obs\['row_size'\] adds up to 7 and the dimension 'obs' has 5 samples; give the whole file, select afterwards",
+    ),
+    "no samples": (
+        lambda: contiguous(soundings()).drop_dims("obs").assign(t=("profile", [280.0, 281.0, 282.0])),
+        AIR,
+        ObservationError,
+        r"obs\['row_size'\] is the count of a ragged array along 'obs', and obs has the dimensions 'profile'; give the whole file",
+    ),
+    "no instances": (
+        lambda: indexed(soundings()).drop_dims("station"),
+        AIR,
+        ObservationError,
+        r"obs\['which'\] is the index of a ragged array along 'station', and obs has the dimensions 'obs'",
     ),
     "negative counts": (
         lambda: contiguous(soundings()).pipe(lambda d: d.assign(row_size=d.row_size.copy(data=[-1, 6, 2]))), AIR, ObservationError,

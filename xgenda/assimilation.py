@@ -65,7 +65,7 @@ def assimilate(
         A `GenerativeModel`, a registered name, or a path. None takes the one registered model that fits.
     error
         Standard deviation of the observation error in the units of the observation, instrument and representativeness together:
-        a number, or a mapping per variable (a number or one per row). None where `obs` carries ``<name>_error``.
+        a number, an `ErrorCovariance`, or a mapping per variable (one of these, or one per row). None where `obs` carries ``<name>_error``.
     members
         Ensemble size. Member k does not depend on it.
     seed

@@ -15,7 +15,6 @@ from xgenda.errors import GridError, ModelNotFoundError, OptionError
 from xgenda.grids import Grid, Orientation, grid_of, rectilinear
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
-from xgenda.observations.quality import QualityControl
 from xgenda.scaling import cycle_basis
 
 
@@ -126,7 +125,6 @@ def downscale(
     job = engine.Job(
         handle=handle_of(chosen), grid=grid, orientation=orientation, factors=factors, names=tuple(variables), labels=labels,
         basis=cycle_basis(times, "none" if spec.scaling is None else spec.scaling.cycle, len(labels)), located=None, threshold=None,
-        quality=QualityControl(), operators=(),
         members=numbers, seed=drawn_seed, options=options, device=device, output=fine, check=True, progress=progress, threads=None,
     )  # fmt: skip
     values = engine.lay(job, arrays, layout, time, target_grid.shape)

@@ -70,8 +70,6 @@ class Job:
     basis: np.ndarray
     located: Located | None
     threshold: float | None
-    quality: QualityControl
-    operators: tuple[tuple[Operator, tuple[int, ...]], ...]
     members: tuple[int, ...]
     seed: int
     options: SamplingOptions
@@ -81,6 +79,8 @@ class Job:
     progress: bool | None
     threads: int | None
     dtype: Any = np.float32
+    quality: QualityControl = dataclasses.field(default_factory=QualityControl)
+    operators: tuple[tuple[Operator, tuple[int, ...]], ...] = ()
 
 
 def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:

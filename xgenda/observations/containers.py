@@ -68,6 +68,7 @@ def read_observations(
     *,
     quality: QualityControl | None = None,
     representativeness: float | Mapping[str, float] | None = None,
+    period: tuple[Any, Any] | None = None,
 ) -> Table:
     """Bring observations to normal form and give each its first quality code (missing, bounds, consistency, passive, provider's).
 
@@ -85,6 +86,8 @@ def read_observations(
         Provider's flags, bounds and blacklist; None: the defaults.
     representativeness
         Standard deviation of what a grid cell cannot represent, a number or a mapping per variable, added in quadrature.
+    period
+        First and last time of interest: of chunked observations the others are not read. None reads all.
 
     Raises
     ------
@@ -110,7 +113,7 @@ def read_observations(
                 )
     control = quality or QualityControl()
     tables = [
-        _read_one(open_container(item, name), wanted, given, i, control)
+        _read_one(open_container(item, name), wanted, given, i, control, period)
         for i, (item, given) in enumerate(zip(items, errors, strict=True))
         if item is not None
         for name in [argument if len(items) == 1 else f"{argument}[{i}]"]
@@ -130,8 +133,20 @@ def read_observations(
     return joined([t for t in tables if len(t)] or tables[:1])
 
 
-def _read_one(container: Container, wanted: list[Wanted], error: Any, source: int, control: QualityControl) -> Table:
+def _read_one(
+    container: Container, wanted: list[Wanted], error: Any, source: int, control: QualityControl, period: tuple[Any, Any] | None
+) -> Table:
     names = _variables(container, wanted)
+    part = container.within(period) if period is not None and not _by_row(error) else None
+    if part is not None:
+        cut, steps = part
+        table = _read_one(cut, wanted, error, source, control, None)
+        # cells of all variables begin with the dimension that is cut; what is behind it may differ
+        rest = np.array(
+            [int(np.prod([n for d, n in cut.ds[names[v]].sizes.items() if d not in cut.dims])) for v in sorted(names)]
+        )
+        behind = rest[np.searchsorted(sorted(names), table.variable)] * int(np.prod([cut.ds.sizes[d] for d in cut.dims[1:]]))
+        return dataclasses.replace(table, row=steps[table.row // behind] * behind + table.row % behind)
     if isinstance(error, ErrorCovariance) and error.matrix is not None and len(names) > 1:
         first = wanted[next(iter(names))].name
         raise ObservationError(
@@ -146,6 +161,13 @@ def _read_one(container: Container, wanted: list[Wanted], error: Any, source: in
         fill = np.full(len(table), code), np.full(len(table), source)
         tables.append(dataclasses.replace(table, variable=fill[0], source=fill[1]))
     return joined(tables) if tables else empty_table()
+
+
+def _by_row(error: Any) -> bool:
+    """Whether errors are given one per row of the whole source."""
+    if isinstance(error, Mapping):
+        return any(_by_row(e) for e in error.values())
+    return error.matrix is not None if isinstance(error, ErrorCovariance) else np.ndim(error) > 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,7 +258,7 @@ def _one_variable(
         none, np.arange(cells.size), time, latitude, longitude, read.level, none, value, sigma, code, station, platform, height,
         np.full(cells.size, 0 if correlated else -1), (given,) if correlated else (),
     )  # fmt: skip
-    return table.take(keep)
+    return table if keep.all() else table.take(keep)
 
 
 def _variables(container: Container, wanted: list[Wanted]) -> dict[int, str]:

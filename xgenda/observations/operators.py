@@ -23,7 +23,7 @@ from xgenda.observations.containers import ErrorLike, Observations, Table, Wante
 from xgenda.observations.correlations import check_blocks
 from xgenda.observations.grouping import first_of_each
 from xgenda.observations.quality import Quality, QualityControl, boxes, superob
-from xgenda.observations.times import assign_times, ticks, trajectory_weights
+from xgenda.observations.times import assign_times, period_of, ticks, trajectory_weights
 from xgenda.weights import interpolation
 
 #: Part of an observation's weight that must lie on valid cells.
@@ -202,7 +202,10 @@ def locate_observations(
         Whether the states are one trajectory, which is linear between its times: the operator then maps all of them, one after the other.
     """
     control = quality or QualityControl()
-    table = read_observations(obs, wanted, error, argument, quality=control, representativeness=representativeness)
+    table = read_observations(
+        obs, wanted, error, argument, quality=control, representativeness=representativeness,
+        period=period_of(times, window, trajectory=trajectory),
+    )  # fmt: skip
     index = assign_times(table.time, len(table), times, window, argument, trajectory=trajectory)
     space = Space(grid, wanted, valid)
     points, inside = space.interpolate(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,27 @@ class Container:
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     is_frame: bool = False
 
+    def within(self, period: tuple[Any, Any]) -> tuple[Container, np.ndarray] | None:
+        """Return the part of lazy observations in a period, and which of the steps along the first dimension it has; None where it is all.
+
+        Only the time is read. What is in memory is not cut: each of its rows gets a code.
+        """
+        lazy = any(v.chunks is not None for v in self.ds.variables.values())
+        if not lazy or self.time is None or self.ds[self.time].ndim != 1 or self.ds[self.time].dims[0] != self.dims[0]:
+            return None
+        time = decoded(self.ds[self.time], self.argument).values
+        if np.asarray(period).dtype.kind != time.dtype.kind or not len(time):
+            return None
+        steps = np.flatnonzero((time >= period[0]) & (time <= period[1]))
+        if not len(steps):
+            raise ObservationError(
+                f"None of the {len(time)} times of {self.argument} is near those of the state (the first is {time[0]}). Is their time UTC? "
+                f"Select the right ones, or widen the window: window='12h'"
+            )
+        if len(steps) == len(time):
+            return None
+        return dataclasses.replace(self, ds=self.ds.isel({self.dims[0]: steps})), steps
+
     def cells(self, extra: tuple[str, ...] = ()) -> Cells:
         """Return the cells along the dimensions of the reports and after them `extra`."""
         dims = (*self.dims, *extra)
@@ -106,7 +128,7 @@ def open_container(item: Any, argument: str) -> Container:
         if name is None:
             raise ObservationError(
                 f"{argument} has no {key}; it has {', '.join(map(str, ds.variables))}. "
-                f"Name the column: {argument} = {argument}.rename({'columns=' if is_frame else ''}{{'yours': {key!r}}})"
+                f"Name the column: {argument} = {argument}.rename({'columns=' if isinstance(item, pd.DataFrame) else ''}{{'yours': {key!r}}})"
             )
         coords[key] = name
     time = metadata.find_time(ds)
@@ -130,7 +152,12 @@ def _as_xarray(item: Any, argument: str) -> xr.Dataset:
         return item.to_dataset()
     if isinstance(item, xr.Dataset):
         return item
-    if hasattr(item, "to_pandas") and type(item).__module__.split(".")[0] in ("polars", "pyarrow", "cudf"):
+    library = type(item).__module__.split(".")[0]
+    if library == "polars":
+        item = item.collect() if hasattr(item, "collect") else item  # a lazy frame
+    if library == "polars" and hasattr(item, "columns"):  # its own way to pandas needs pyarrow
+        return xr.Dataset({name: ("obs", np.asarray(item[name].to_numpy())) for name in item.columns})
+    if library in ("pyarrow", "cudf") and hasattr(item, "to_pandas"):
         item = item.to_pandas()
     if isinstance(item, pd.DataFrame):
         frame = item.reset_index(drop=item.index.names == [None])
@@ -190,7 +217,7 @@ def _without_ragged(ds: xr.Dataset, argument: str) -> xr.Dataset:
     """Spread what is said once per profile, trajectory or station over its samples: CF conventions 1.11, sections 9.3.3 and 9.3.4."""
     for name in [str(n) for n, v in ds.variables.items() if "instance_dimension" in v.attrs]:
         instance = str(ds[name].attrs["instance_dimension"])
-        index = _whole(ds[name], instance, "index", argument)
+        index = _whole(ds[name], instance, "index", argument, ds.sizes)
         if len(index) and not (index.min() >= 0 and index.max() < ds.sizes[instance]):
             raise ObservationError(
                 f"{argument}[{name!r}] points to {instance!r} {int(index.min())} to {int(index.max())}, and there are {ds.sizes[instance]}, "
@@ -199,7 +226,7 @@ def _without_ragged(ds: xr.Dataset, argument: str) -> xr.Dataset:
         ds = _spread_instances(ds.drop_vars(name), instance, str(ds[name].dims[0]), index)
     for name in [str(n) for n, v in ds.variables.items() if "sample_dimension" in v.attrs]:
         sample = str(ds[name].attrs["sample_dimension"])
-        count = _whole(ds[name], sample, "count", argument)
+        count = _whole(ds[name], sample, "count", argument, ds.sizes)
         if (count < 0).any() or count.sum() != ds.sizes[sample]:
             raise ObservationError(
                 f"{argument}[{name!r}] adds up to {int(count.sum())} and the dimension {sample!r} has {ds.sizes[sample]} samples; give the "
@@ -210,9 +237,14 @@ def _without_ragged(ds: xr.Dataset, argument: str) -> xr.Dataset:
     return ds
 
 
-def _whole(array: xr.DataArray, dimension: str, what: str, argument: str) -> np.ndarray:
+def _whole(array: xr.DataArray, dimension: str, what: str, argument: str, sizes: Mapping[Any, int]) -> np.ndarray:
     """Return the counts or indices of a ragged array."""
     name = f"{argument}[{array.name!r}]"
+    if dimension not in sizes:
+        raise ObservationError(
+            f"{name} is the {what} of a ragged array along {dimension!r}, and {argument} has the dimensions {', '.join(map(repr, sizes))}; give "
+            f"the whole file, select afterwards."
+        )
     if array.ndim != 1:
         raise ObservationError(f"{name} is the {what} of a ragged array and has dimensions {array.dims}; one is needed.")
     values = np.asarray(array.values)
@@ -222,8 +254,6 @@ def _whole(array: xr.DataArray, dimension: str, what: str, argument: str) -> np.
 
 
 def _spread_instances(ds: xr.Dataset, instance: str, sample: str, index: np.ndarray) -> xr.Dataset:
-    if instance not in ds.dims:
-        return ds
     moved = {}
     for name, variable in ds.variables.items():
         if instance in variable.dims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -66,6 +67,19 @@ def assign_times(
     distance = seen - ordered[nearest]
     ok = (distance >= -half) & (distance < half) & (seen != NEVER)
     return np.where(ok, order[nearest], -1)
+
+
+def period_of(times: xr.DataArray | None, window: object, *, trajectory: bool = False) -> tuple[Any, Any] | None:
+    """Return the first and the last moment of observations that may matter: a whole window before the first and after the last state."""
+    if times is None or not times.size:
+        return None
+    stamps = np.sort(np.atleast_1d(times.values))
+    width = DEFAULT_WINDOW if window is None else parse_window(window)
+    seconds = int(width / np.timedelta64(1, "s")) + 1
+    span = np.timedelta64(seconds, "s") if stamps.dtype.kind == "M" else datetime.timedelta(seconds=seconds)
+    if trajectory and window is None and len(stamps) > 1:
+        span = np.diff(stamps).max()
+    return stamps[0] - span, stamps[-1] + span
 
 
 def trajectory_weights(
