@@ -317,6 +317,13 @@ def _built_in(
         matrix = overlap.matrix if usable.all() else overlap.matrix @ scipy.sparse.diags_array(usable.astype(float))
         covered = np.asarray(matrix.sum(1)).ravel()
         mapped = covered > 1e-9 * areas
+        twice = int((covered > 1.01 * areas).sum())
+        if method == "conservative" and twice:
+            warnings.warn(
+                f"Cells of the source overlap, and {twice} target cells count some of them twice; a tripolar grid may hold each cell of its "
+                f"last row two times. Leave one out: source_mask=..., or take the mean: method='conservative_normed'",
+                stacklevel=5,
+            )
         by = areas if method == "conservative" else covered
         found = LinearMap.from_matrix(scipy.sparse.diags_array(np.where(mapped, 1 / np.where(by > 0, by, 1.0), 0.0)) @ matrix)
     if extrapolate == "nearest" and not mapped.all():

@@ -1,4 +1,4 @@
-"""Speed of regridding weights, of their application, and of a million scattered observations.
+"""Speed of regridding weights, of their application, of a million scattered observations, of footprints and of scattered sources.
 
 python docs/benchmarks/regridding.py
 
@@ -14,15 +14,18 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 
 import xgenda
 from xgenda import regridding
+from xgenda.curvilinear import PointSet
 from xgenda.grids import Grid
 from xgenda.observations.containers import Wanted
 from xgenda.observations.operators import locate_observations
 from xgenda.observations.quality import buddy_check
-from xgenda.weights import interpolation
+from xgenda.spherical import positions
+from xgenda.weights import footprint_means, interpolation
 
 
 def globe(ny: int, nx: int) -> xr.Dataset:
@@ -89,16 +92,51 @@ def observations(count: int, repeats: int) -> None:
     print(f"| largest memory of the program | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB |")
 
 
+def areas_and_points(repeats: int) -> None:
+    """Time footprints, interpolation between points, and a regridder on tensors."""
+    rng = np.random.default_rng(0)
+    grid = Grid(np.linspace(-90, 90, 721), -180 + 0.25 * np.arange(1440))
+    latitude, longitude = np.degrees(np.arcsin(rng.uniform(-1, 1, 1_000_000))), rng.uniform(-180, 180, 1_000_000)
+    few = slice(200_000)
+    print("\n| what | time [s] |\n|---|---|")
+    for shape, radius in (("disc", 50e3), ("gaussian", 25e3)):
+        build = [
+            seconds(lambda s=shape, r=radius: footprint_means(grid, latitude[few], longitude[few], r, s)) for _ in range(repeats)
+        ]
+        cells = footprint_means(grid, latitude[:1000], longitude[:1000], radius, shape)[0].lengths.mean()
+        print(
+            f"| 200,000 footprints, {shape}, {radius / 1e3:.0f} km, {cells:.0f} cells each | {np.median(build):.2f} |", flush=True
+        )
+    nodes = positions(rng.normal(size=(100_000, 3)))
+    print(
+        f"| triangles of 100,000 points | {np.median([seconds(lambda: PointSet(*nodes).triangles) for _ in range(repeats)]):.2f} |"
+    )
+    points = PointSet(*nodes)
+    found = [seconds(lambda: interpolation(points, latitude, longitude)) for _ in range(repeats)]
+    print(f"| a million observations between them | {np.median(found):.2f} |", flush=True)
+    made = xgenda.Regridder(globe(721, 1440), globe(181, 360), method="conservative", regridder="builtin")
+    fields, apply = (
+        torch.randn(24, 721, 1440, generator=torch.Generator().manual_seed(0)).double(),
+        xgenda.operators.as_torch(made),
+    )
+    apply(fields)
+    fields.requires_grad_(True)
+    both = [seconds(lambda: apply(fields).sum().backward()) for _ in range(repeats)]
+    print(f"| 24 fields 721 x 1440 to 181 x 360 in torch, and their gradient | {np.median(both):.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--observations", type=int, default=1_000_000)
-    parser.add_argument("--only", choices=["weights", "observations"])
+    parser.add_argument("--only", choices=["weights", "observations", "areas"])
     options = parser.parse_args()
-    if options.only != "weights":
+    if options.only in (None, "observations"):
         observations(options.observations, options.repeats)
-    if options.only != "observations":
+    if options.only in (None, "weights"):
         weights(options.repeats)
+    if options.only in (None, "areas"):
+        areas_and_points(options.repeats)
 
 
 if __name__ == "__main__":
