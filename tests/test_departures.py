@@ -105,3 +105,34 @@ def test_an_analysis_of_something_else_is_refused(experiment) -> None:  # type: 
     ):
         with pytest.raises(OptionError, match=message):
             xgenda.innovations(flat, frame, model=prior, error=1.0, analysis=other)
+
+
+def test_errors_are_fitted_to_departures() -> None:
+    """Departures drawn from a covariance function on the grid and independent errors: three numbers come back."""
+    latitude, longitude = np.arange(30.0, 60.0, 1.0), np.arange(0.0, 40.0, 1.0)
+    rng = np.random.default_rng(0)
+    zero = xr.Dataset(
+        {"t": (("time", "latitude", "longitude"), np.zeros((3, 30, 40)), {"units": "K"})},
+        coords={"time": pd.date_range("2020-01-01", periods=3, freq="D"), "latitude": latitude, "longitude": longitude},
+    )
+    prior = xgenda.gaussian_prior(zero, length_scale=400e3, std=2.0)
+    with pytest.warns(UserWarning, match="the result is the prior"):
+        truth = xgenda.assimilate(zero, None, model=prior, members=1, seed=1).t.isel(member=0)
+    frames = []
+    for t in zero.time.values:
+        places = {"latitude": rng.uniform(31, 58, 400), "longitude": rng.uniform(1, 38, 400)}
+        seen = truth.sel(time=t).interp(**{k: xr.DataArray(v, dims="obs") for k, v in places.items()})
+        frames.append(pd.DataFrame({"time": t, **places, "t": seen.values + 0.8 * rng.standard_normal(400)}))
+    obs = pd.concat(frames, ignore_index=True)
+    obs.loc[5, "t"] = 60.0  # an outlier does not count
+    fit = xgenda.fit_covariance(zero, obs, quality=xgenda.QualityControl(buddy=None))
+    assert fit.loc["t", "count"] == 1199
+    assert fit.loc["t", "length_scale"] == pytest.approx(400e3, rel=0.25)
+    assert fit.loc["t", "std"] == pytest.approx(2.0, rel=0.15)
+    assert fit.loc["t", "error"] == pytest.approx(0.8, rel=0.15)
+    with pytest.raises(OptionError, match=r"12 departures of 't' can be used; a covariance needs at least 30"):
+        xgenda.fit_covariance(zero, obs.iloc[6:18])
+    with pytest.raises(OptionError, match=r"obs is empty"):
+        xgenda.fit_covariance(zero, None)
+    with pytest.raises(OptionError, match=r"covariance='spherical' is not accepted"):
+        xgenda.fit_covariance(zero, obs, covariance="spherical")

@@ -18,7 +18,7 @@ from xgenda import accessor as _accessor  # registers .genda
 if TYPE_CHECKING:
     from xgenda import errors, operators, tutorial
     from xgenda.assimilation import assimilate
-    from xgenda.departures import innovation_statistics, innovations
+    from xgenda.departures import fit_covariance, innovation_statistics, innovations
     from xgenda.downscaling import downscale
     from xgenda.models.gaussian import gaussian_prior
     from xgenda.models.generative import GenerativeModel
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "assimilate": "xgenda.assimilation",
     "innovations": "xgenda.departures",
+    "fit_covariance": "xgenda.departures",
     "innovation_statistics": "xgenda.departures",
     "downscale": "xgenda.downscaling",
     "train": "xgenda.training.loop",
@@ -59,6 +60,7 @@ __all__ = [
     "assimilate",
     "downscale",
     "errors",
+    "fit_covariance",
     "gaussian_prior",
     "innovation_statistics",
     "innovations",

@@ -139,8 +139,8 @@ def assimilate(
     >>> import xgenda
     >>> background = xgenda.tutorial.open_dataset("europe-t2m-forecast")
     >>> stations = xgenda.tutorial.open_dataset("europe-synop")[["t2m"]].isel(obs=slice(0, 200))
-    >>> prior = xgenda.gaussian_prior(background, length_scale=300e3, std=2.0)
-    >>> analysis = background.genda.assimilate(stations, model=prior, error=1.75, members=2, seed=0)
+    >>> prior = xgenda.gaussian_prior(background, length_scale=200e3, std=1.9)
+    >>> analysis = background.genda.assimilate(stations, model=prior, error=1.0, members=2, seed=0)
     >>> dict(analysis.sizes)
     {'member': 2, 'time': 1, 'latitude': 97, 'longitude': 165}
     """

@@ -19,7 +19,7 @@ import xarray as xr
 
 from xgenda import tutorial
 from xgenda.assimilation import assimilate
-from xgenda.departures import innovations
+from xgenda.departures import fit_covariance, innovations
 from xgenda.downscaling import downscale
 from xgenda.errors import OptionError, OutputExistsError, check_count, missing_dependency
 from xgenda.files import aside
@@ -31,9 +31,9 @@ from xgenda.observations.quality import Quality
 from xgenda.plotting import plot_analysis
 from xgenda.verification import verify
 
-STATION_ERROR = 1.75  # K, instrument and representativeness together
+STATION_ERROR = 1.0  # K, instrument and representativeness together
 LAPSE_RATE = 0.0065  # K per metre, that of the standard atmosphere
-BACKGROUND_STD, BACKGROUND_LENGTH = 2.0, 300e3  # K and m, of the covariance function around the forecast
+BACKGROUND_STD, BACKGROUND_LENGTH = 1.9, 200e3  # K and m, of the covariance function around the forecast; all by fit_covariance
 POINT_ERROR = 0.5  # K, of the simulated observations
 LAST_TRAINING_YEAR, FIRST_TEST_YEAR = 2039, 2060
 FACTOR = 4
@@ -199,10 +199,18 @@ def station_folds(count: int, folds: int = 5, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(count) % folds)
 
 
+def fitted_errors(background: xr.Dataset, stations: xr.Dataset) -> dict[str, Any]:
+    """Return the prior and the observation error that the departures of some stations let expect, as options of `assimilate`."""
+    fit = fit_covariance(background, stations, lapse_rate=LAPSE_RATE)
+    given = {c: {str(k): float(v) for k, v in fit[c].items()} for c in ("length_scale", "std", "error")}
+    return {"model": gaussian_prior(background, length_scale=given["length_scale"], std=given["std"]), "error": given["error"]}
+
+
 def station_experiment(*, members: int = 16, seed: int = 0, folds: int = 5) -> Experiment:
     """Assimilate the stations of all folds but one, and score the analysis at the withheld ones; then assimilate all.
 
-    Stations that fail the background check are left out of the scores, because most such reports are wrong.
+    Stations that fail the background check are left out of the scores, because most such reports are wrong. The errors of forecast and
+    stations are fitted to the departures of each fold's own stations, without the withheld ones.
     """
     background, stations, prior = station_data()
     height: dict[str, Any] = {"error": STATION_ERROR, "lapse_rate": LAPSE_RATE}
@@ -213,9 +221,10 @@ def station_experiment(*, members: int = 16, seed: int = 0, folds: int = 5) -> E
     fold = station_folds(good.sizes["obs"], folds, seed)
     squares: dict[str, list[dict[str, float]]] = {"background": [], "analysis": []}
     for k in range(folds):
-        withheld = good.isel(obs=np.flatnonzero(fold == k))
-        analysis = assimilate(background, good.isel(obs=np.flatnonzero(fold != k)), **keyword)
-        squares["analysis"].append(scores(analysis, withheld, **height))
+        withheld, seen = (good.isel(obs=np.flatnonzero(of)) for of in (fold == k, fold != k))
+        fitted = fitted_errors(background, seen)
+        analysis = assimilate(background, seen, **keyword | fitted)
+        squares["analysis"].append(scores(analysis, withheld, **height | {"error": fitted["error"]}))
         squares["background"].append(scores(background, withheld, **height))
     table = pd.DataFrame({name: _pool(rows, np.bincount(fold)) for name, rows in squares.items()}).T
     # what the prior says of the departures: the background as an ensemble of infinitely many members

@@ -8,16 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
+from scipy.optimize import minimize_scalar
 
 from xgenda import engine, metadata, states
-from xgenda.errors import OptionError
+from xgenda.curvilinear import AnyGrid
+from xgenda.diffusion.covariances import KERNELS, SphereKernel
+from xgenda.errors import OptionError, check_choice
 from xgenda.observations.containers import ErrorLike, Observations
-from xgenda.observations.operators import locate_observations
+from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
 from xgenda.operators import AnyOperator, extended
 from xgenda.preparation import ModelLike, Prepared, at_times, departure_chi2, prepare
+
+FEWEST, MOST_AT_ONCE, GROSS = 30, 1000, 5.0  # of a fit: observations, observations per time, robust standard deviations
+LENGTHS = (5e3, 5e6)  # m
 
 
 def innovations(
@@ -84,31 +91,11 @@ def innovations(
     located = setup.located
     if located is None:
         located = locate_observations(None, setup.observable, setup.state.grid, None)
-    size = len(located.table)
-    background, spread, seen = (np.full(size, np.nan) for _ in range(3))
-    code = located.table.code.copy()
-    whole = None if setup.model is None else setup.job((0,), 0, None, "cpu", False)
-    seen_times = np.unique(located.time_index[located.time_index >= 0])
-    for times in [np.arange(len(setup.labels))] if located.trajectory else seen_times[:, None]:
-        rows = np.flatnonzero(np.isin(located.time_index, times))
-        fields = [np.stack([_field(a, setup, int(t)) for t in times]) for a in setup.arrays]
-        inside = rows[located.operator.lengths[rows] > 0]
-        operator = located.operator.select(inside)
-        background[inside] = operator(_state(fields, setup))
-        if analysed is not None:
-            seen[inside] = operator(_state([np.stack([_field(a, setup, int(t)) for t in times]) for a in analysed], setup))
-        if whole is not None:
-            job = at_times(whole, times)
-            mean, deviation, _ = engine.moments(job, *fields)
-            now = located.take(rows)
-            now = dataclasses.replace(now, time_index=np.searchsorted(times, now.time_index))
-            code[rows], _, spread[rows] = engine.background_codes(
-                now, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
-            )
+    background, spread, seen, code = _seen(setup, located, analysed)
     order = np.lexsort((located.table.row, located.table.variable, located.table.source))
     table = located.table
     names = np.array([w.name for w in setup.observable])
-    shift = setup.shift if len(setup.shift) == size else np.zeros(size)
+    shift = setup.shift if len(setup.shift) == len(table) else np.zeros(len(table))
     data = {
         "value": table.value + shift, "error": table.error, "background": background + shift, "innovation": table.value - background,
     }  # fmt: skip
@@ -141,12 +128,45 @@ def innovations(
         coords["level"] = ("obs", table.level[order])
     if table.time is not None:
         coords["time"] = ("obs", table.time[order], {"standard_name": "time"})
+    coords["analysis"] = (
+        "obs",
+        located.time_index[order],
+        {"long_name": "position of the analysis time, -1 outside of all windows"},
+    )
     out = out.assign_coords(coords)
     out.attrs = {"counts": json.dumps(count_codes(code)), "sign": "innovation = observation - background"}
     if setup.model is not None:
         out.attrs["chi2"] = departure_chi2(table.value - background, table.error, spread, code)
     out.attrs["meanings"] = "; ".join(f"{q.name.lower()}: {m}" for q, m in MEANINGS.items())
     return out
+
+
+def _seen(
+    setup: Prepared, located: Located, analysed: list[xr.DataArray] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what observations see of the background, its standard deviation, what they see of the analysis, and their codes."""
+    size = len(located.table)
+    background, spread, seen = (np.full(size, np.nan) for _ in range(3))
+    code = located.table.code.copy()
+    whole = None if setup.model is None else setup.job((0,), 0, None, "cpu", False)
+    seen_times = np.unique(located.time_index[located.time_index >= 0])
+    for times in [np.arange(len(setup.labels))] if located.trajectory else seen_times[:, None]:
+        rows = np.flatnonzero(np.isin(located.time_index, times))
+        fields = [np.stack([_field(a, setup, int(t)) for t in times]) for a in setup.arrays]
+        inside = rows[located.operator.lengths[rows] > 0]
+        operator = located.operator.select(inside)
+        background[inside] = operator(_state(fields, setup))
+        if analysed is not None:
+            seen[inside] = operator(_state([np.stack([_field(a, setup, int(t)) for t in times]) for a in analysed], setup))
+        if whole is not None:
+            job = at_times(whole, times)
+            mean, deviation, _ = engine.moments(job, *fields)
+            now = located.take(rows)
+            now = dataclasses.replace(now, time_index=np.searchsorted(times, now.time_index))
+            code[rows], _, spread[rows] = engine.background_codes(
+                now, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
+            )
+    return background, spread, seen, code
 
 
 def _field(array: xr.DataArray, setup: Prepared, t: int) -> np.ndarray:
@@ -236,3 +256,129 @@ def innovation_statistics(departures: xr.Dataset, by: str | Sequence[str] = "var
             found[name] = np.sqrt(np.where(product >= 0, product, np.nan))
     out = xr.Dataset({k: ("group", v) for k, v in found.items()}, coords={n: ("group", keys[:, i]) for i, n in enumerate(names)})
     return out.assign_attrs(sign="O-B: observation minus background; O-A: observation minus analysis")
+
+
+def fit_covariance(
+    ds: xr.Dataset | xr.DataArray,
+    obs: Observations,
+    *,
+    covariance: str = "exponential",
+    window: Any = None,
+    quality: QualityControl | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    r"""Estimate the errors of a background and of observations: what to give to `gaussian_prior` and as `error`.
+
+    Departures of one variable and analysis time are taken as N(0, std^2 H C H^T + error^2 I), with C = c(d / length_scale) on the grid
+    and H the interpolation: errors of the background are correlated in space and those of the observations are not, which tells
+    them apart (Hollingsworth and Loennberg 1986). The three numbers maximise the likelihood of each departure given all others
+    (Rasmussen and Williams 2006, eq. 5.10 to 5.12).
+
+    Parameters
+    ----------
+    ds
+        The background; read at the observed times when called.
+    obs, window, quality, lapse_rate
+        As in `assimilate`. What has no code 'used' or 'passive' is left out, and so is what lies more than five robust standard deviations
+        from the median; of more than a thousand observations of one time some are taken at random, always the same.
+    covariance
+        'exponential', 'matern32', 'matern52' or 'gaussian', as in `gaussian_prior`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per variable: `length_scale` in metres, `std` and `error` in the units of `ds`, `count`.
+
+    Raises
+    ------
+    OptionError
+        For fewer than 30 departures of a variable.
+
+    Notes
+    -----
+    Observations whose errors are correlated are mistaken for background. Score an analysis on other observations than these.
+
+    References
+    ----------
+    Hollingsworth, A. and Loennberg, P. (1986), The statistical structure of short-range forecast errors as determined from radiosonde
+    data. Part I: the wind field, Tellus A 38, 111-136.
+    Rasmussen, C. E. and Williams, C. K. I. (2006), Gaussian processes for machine learning, MIT Press.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> background = xgenda.tutorial.open_dataset("europe-t2m-forecast")
+    >>> stations = xgenda.tutorial.open_dataset("europe-synop")[["t2m"]].isel(obs=slice(0, 400))
+    >>> fit = xgenda.fit_covariance(background, stations, lapse_rate=0.0065)
+    >>> prior = xgenda.gaussian_prior(background, length_scale=fit.length_scale.to_dict(), std=fit["std"].to_dict())
+    """
+    check_choice("covariance", covariance, KERNELS)
+    setup = prepare(metadata.as_dataset(ds), obs, None, 1.0, window, None, quality, None, lapse_rate, any_model=False)
+    rows = {}
+    located = setup.located
+    if located is None:
+        raise OptionError(f"obs is empty; a covariance needs at least {FEWEST} departures.")
+    background = _seen(setup, located, None)[0]
+    departure = located.table.value - background
+    for v in np.unique(located.table.variable):
+        at = np.flatnonzero((located.table.variable == v) & (located.table.code <= Quality.PASSIVE) & np.isfinite(departure))
+        middle = np.median(departure[at]) if len(at) else 0.0
+        robust = 1.4826 * np.median(np.abs(departure[at] - middle)) if len(at) else 0.0
+        at = at[np.abs(departure[at] - middle) <= GROSS * robust]
+        name = setup.observable[v].name
+        if len(at) < FEWEST:
+            raise OptionError(f"{len(at)} departures of {name!r} can be used; a covariance needs at least {FEWEST}.")
+        rows[name] = _most_likely(departure[at], located.take(at), setup.state.grid, covariance)
+    return pd.DataFrame(rows).T.astype({"count": int}).rename_axis("variable")
+
+
+def _most_likely(departure: np.ndarray, located: Located, grid: AnyGrid, covariance: str) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    latitude, longitude = grid.points()
+    parts = []
+    for t in np.unique(located.time_index):
+        at = np.flatnonzero(located.time_index == t)
+        at = np.sort(rng.permutation(at)[:MOST_AT_ONCE])
+        matrix = located.operator.select(at).matrix
+        cells = np.unique(matrix.indices)
+        places = [torch.as_tensor(a[cells % grid.size]) for a in (latitude, longitude)]
+        parts.append((departure[at], matrix[:, cells], places))
+    found = {}
+
+    def best_share(length: float) -> tuple[float, float, float]:
+        """Return the lowest cost for a length scale, and the share of the observations in the variance and the variance there."""
+        spectra = []
+        for value, interpolation, places in parts:
+            index = torch.arange(len(places[0]))
+            between = SphereKernel.at(places[0], places[1], covariance, length).correlation(index, index).numpy()
+            eigen, modes = np.linalg.eigh(interpolation @ (interpolation @ between).T)
+            spectra.append((np.maximum(eigen, 0.0), modes, value @ modes, modes**2))
+
+        def surprise(share: float) -> tuple[float, float]:
+            """Return the mean logarithm of the variance of a departure given all others, and the mean square over that variance."""
+            squares, variances = [], []
+            for eigen, modes, along, weights in spectra:
+                inverse = 1.0 / ((1 - share) * eigen + share)
+                precision = weights @ inverse
+                squares.append((modes @ (along * inverse)) ** 2 / precision)
+                variances.append(-np.log(precision))
+            return float(np.concatenate(variances).mean()), float(np.concatenate(squares).mean())
+
+        def cost(share: float) -> float:
+            logarithm, square = surprise(share)
+            return logarithm + float(np.log(square))
+
+        share = float(minimize_scalar(cost, bounds=(1e-3, 1 - 1e-3), method="bounded").x)
+        return cost(share), share, surprise(share)[1]
+
+    def profile(logarithm: float) -> float:
+        found[logarithm] = best_share(float(np.exp(logarithm)))
+        return found[logarithm][0]
+
+    minimize_scalar(profile, bounds=tuple(np.log(LENGTHS)), method="bounded", options={"xatol": 0.02})
+    best = min(found, key=lambda k: found[k][0])
+    _, share, variance = found[best]
+    return {
+        "length_scale": float(np.exp(best)), "std": float(np.sqrt((1 - share) * variance)), "error": float(np.sqrt(share * variance)),
+        "count": sum(len(p[0]) for p in parts),
+    }  # fmt: skip
