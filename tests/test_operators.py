@@ -202,6 +202,9 @@ def test_channels_are_extended() -> None:
     found = ALL["speed"](state[:, 2] + noise[:, :, 2], state[:, 0] + noise[:, :, 0]).std(0)
     windy = state[:, [0, 2]].norm(dim=1) > 0.1
     torch.testing.assert_close(spread[:, 3][windy], found[windy], rtol=0.08, atol=0)
+    calm = torch.zeros_like(state)  # the slope is zero there; the root mean square of a speed is not
+    around = extended_deviation(calm, 3.0 + calm, ((ALL["speed"], (2, 0)),))[:, 3]
+    torch.testing.assert_close(around, torch.full_like(around, 3.0 * 2**0.5), rtol=1e-3, atol=0)
 
 
 # -- footprints and coarse grids -----------------------------------------------------------------------------------------

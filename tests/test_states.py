@@ -362,3 +362,21 @@ def test_quality_control_of_a_point_set() -> None:
     departures = xgenda.innovations(ds, obs, error=ERROR, quality=QualityControl(duplicates=False))
     assert departures.quality_code.values.tolist() == [Quality.USED, Quality.DOMAIN]
     assert departures.innovation.values[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("points", [False, True])
+def test_maps_of_any_grid(points: bool) -> None:
+    from matplotlib import pyplot
+
+    from xgenda.plotting import plot_analysis
+
+    ds = bent()
+    if points:
+        ds = ds.stack(cell=("y", "x")).reset_index("cell", drop=True)
+    ensemble = posterior(ds, table(np.array([50.0]), np.array([180.0]), np.array([282.0])), members=3)
+    figure = plot_analysis(ds, ensemble, table(np.array([50.0]), np.array([180.0]), np.array([282.0])))
+    dots = figure.axes[1].collections[0]
+    assert np.asarray(dots.get_array()) == pytest.approx(ensemble.t2m.mean("member").values.ravel())
+    longitude = dots.get_offsets()[:, 0]
+    assert np.ptp(longitude) < 30  # across the date line in one piece
+    pyplot.close(figure)

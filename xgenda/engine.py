@@ -92,7 +92,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
         total = model.work(len(index), len(job.members), job.options)
         with progress_bar(total, job.progress) as advance:
             request = _request(job, index, fields, device, advance)
-            if job.located is not None and (job.threshold is not None or job.quality.buddy is not None):
+            if job.located is not None and (job.threshold is not None or job.quality.buddy is not None or job.operators):
                 request = dataclasses.replace(request, evidence=_evidence(_recheck(job, request, index), len(index)))
             values = model.posterior(request)
     spec = model.spec
@@ -152,6 +152,7 @@ def background_codes(
         sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
         value, expected, spread = located.table.value[rows], operator(mean[at].ravel()), operator(deviation[at].ravel())
         prior[rows], deviations[rows] = expected, spread
+        code[rows[~np.isfinite(expected)]] = Quality.OPERATOR
         if threshold is not None:
             code[rows[background_check(value, sigma, expected, spread, threshold)]] = Quality.BACKGROUND
         if quality.buddy is None:

@@ -324,9 +324,9 @@ def as_torch(linear: LinearMap | Regridder) -> TensorMap:
     Parameters
     ----------
     linear
-        A `LinearMap`: the function takes tensors (..., size) and returns (..., rows). A `xgenda.Regridder`: it takes fields
-        (..., *source shape) and returns (..., *target shape), each in the order of the Datasets that the regridder was made of; target
-        cells that nothing maps to are NaN.
+        A `LinearMap`: the function takes tensors (..., size) and returns (..., rows). A `xgenda.Regridder`: it takes fields with the
+        dimensions of the source last and returns them with those of the target, each in the order of the Datasets that the regridder
+        was made of; target cells that nothing maps to are NaN.
 
     Returns
     -------
@@ -452,16 +452,24 @@ def extended(state: Tensor, operators: Sequence[tuple[Operator, tuple[int, ...]]
 
 
 def extended_deviation(mean: Tensor, deviation: Tensor, operators: Sequence[tuple[Operator, tuple[int, ...]]]) -> Tensor:
-    """Return standard deviations of the channels and, to first order and as if operators were local, of what operators make of them."""
+    """Return standard deviations of the channels and, after them, how far from their value at the mean operators are in the root mean square.
+
+    By the symmetric points of the unscented transform (Julier and Uhlmann 2004, Proc. IEEE 92, 401-422, eq. 12), as if cells were wholly
+    correlated and channels independent: the standard deviation where an operator is linear, and not zero where only its slope is, such as for
+    a speed around no wind.
+    """
     import torch
 
     if not operators:
         return deviation
-    leaf = mean.detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        made: list[Any] = []
-        for operator, channels in operators:
-            field = operator(*(leaf[..., c, :, :] for c in channels))
-            (slope,) = torch.autograd.grad(field.sum(), leaf)
-            made.append((slope * deviation).square().sum(-3).sqrt())
+    made = []
+    for operator, channels in operators:
+        centre = [mean[..., c, :, :] for c in channels]
+        middle, square = operator(*centre), torch.zeros_like(centre[0])
+        for i, c in enumerate(channels):
+            step = math.sqrt(len(channels)) * deviation[..., c, :, :]
+            for sign in (-1.0, 1.0):
+                moved = operator(*(x + sign * step if j == i else x for j, x in enumerate(centre)))
+                square = square + (moved - middle).square() / (2 * len(channels))
+        made.append(square.sqrt())
     return torch.cat([deviation, torch.stack(made, -3)], -3)

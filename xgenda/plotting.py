@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from xgenda import metadata
+from xgenda import metadata, states
 from xgenda.errors import OptionError, check_choice, missing_dependency
+from xgenda.grids import Grid
 from xgenda.spherical import wrapped
+from xgenda.states import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +80,9 @@ def plot_analysis(
     except ImportError as problem:
         raise missing_dependency("matplotlib", "plot", "Drawing maps") from problem
     ensemble, reference = metadata.as_dataset(ensemble, "ensemble"), metadata.as_dataset(reference, "reference")
-    layout = metadata.find_layout(ensemble, "ensemble")
+    state = states.enter(ensemble, "ensemble")
+    ensemble, layout = state.ds, state.layout
+    reference = states.enter(reference, "reference").ds
     if layout.member is None:
         raise OptionError("ensemble has no member dimension; a single field is drawn with ds['name'].plot().")
     names = metadata.data_variables(ensemble, layout)
@@ -98,7 +102,8 @@ def plot_analysis(
         raise OptionError(f"reference has {given.shape[-2:]} cells and the ensemble {members.shape[-2:]}; both need one grid.")
     mean, single = members.mean(0), members[member]
     spread = members.std(0, ddof=1) if size > 1 else np.zeros_like(mean)
-    points = None if obs is None else _points(obs, name, ensemble, layout, instant)
+    longitude, latitude = _axes(state)
+    points = None if obs is None else _points(obs, name, ensemble, layout, instant, longitude)
 
     shown = [given[0], mean, single] + ([points[2]] if points is not None else [])
     low, high = (float(f(np.concatenate([a.ravel() for a in shown]))) for f in (np.nanmin, np.nanmax))
@@ -114,11 +119,10 @@ def plot_analysis(
         (reference_label + seen, given[0], value),
         ("ensemble mean", mean, value),
         (f"member {number}", single, value),
-        ("spread (standard deviation)", spread, {"cmap": SPREADS, "vmin": 0.0, "vmax": float(spread.max()) or 1.0}),
+        ("spread (standard deviation)", spread, {"cmap": SPREADS, "vmin": 0.0, "vmax": float(np.nanmax(spread)) or 1.0}),
         (f"mean minus {reference_label}", step, difference),
         (f"member {number} minus mean", wander, difference),
     ]
-    longitude, latitude = _axes(ensemble, layout)
     stretch = 1.0 / np.cos(np.radians(np.clip(latitude.mean(), -70.0, 70.0)))
     height = WIDTH * min(1.2, max(0.45, stretch * np.ptp(latitude) / max(np.ptp(longitude), 1e-9))) + 0.3
     figure, grid = pyplot.subplots(
@@ -126,7 +130,11 @@ def plot_analysis(
     )
     images = []
     for k, (ax, (label, field, colours)) in enumerate(zip(grid.ravel(), panels, strict=True)):
-        images.append(ax.pcolormesh(longitude, latitude, field, shading="nearest", rasterized=True, **colours))
+        if isinstance(state.grid, Grid):
+            images.append(ax.pcolormesh(longitude, latitude, field, shading="nearest", rasterized=True, **colours))
+        else:  # a dot for each cell: whatever the grid does at its seams and poles
+            dot = min(60.0, max(1.0, 6e4 / field.size))
+            images.append(ax.scatter(longitude, latitude, c=field.ravel(), s=dot, linewidths=0, rasterized=True, **colours))
         if k == 0 and points is not None:
             area = min(36.0, max(7.0, 4000.0 / len(points[2])))
             ax.scatter(points[1], points[0], c=points[2], s=area, edgecolors="black", linewidths=0.05 * area**0.5, **colours)
@@ -161,15 +169,21 @@ def _fields(ds: xr.Dataset, name: str, layout: metadata.Layout, time: int) -> np
     return np.asarray(array.transpose(layout.member, *layout.dims).values, dtype=float)
 
 
-def _axes(ds: xr.Dataset, layout: metadata.Layout) -> tuple[np.ndarray, np.ndarray]:
-    longitude = np.asarray(ds[layout.longitude].values, dtype=float)
-    if longitude.min() >= 180.0:
-        longitude = longitude - 360.0
-    return longitude, np.asarray(ds[layout.latitude].values, dtype=float)
+def _axes(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """Return longitude and latitude: axes of a rectilinear grid as the user has them, else of every cell."""
+    if isinstance(state.grid, Grid):
+        longitude = np.asarray(state.ds[state.layout.longitude].values, dtype=float)
+        if longitude.min() >= 180.0:
+            longitude = longitude - 360.0
+        return longitude, np.asarray(state.ds[state.layout.latitude].values, dtype=float)
+    latitude, longitude = state.grid.points()
+    middle = np.degrees(np.angle(np.exp(1j * np.radians(longitude)).mean()))  # a region across the date line stays in one piece
+    around = wrapped(longitude - middle)
+    return (wrapped(longitude) if np.ptp(around) > 270.0 else middle + around), latitude
 
 
 def _points(
-    obs: xr.Dataset | pd.DataFrame, name: str, ds: xr.Dataset, layout: metadata.Layout, instant: Any
+    obs: xr.Dataset | pd.DataFrame, name: str, ds: xr.Dataset, layout: metadata.Layout, instant: Any, axis: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return latitude, longitude (in the convention of the axes) and value of the observations near `instant`."""
     table = obs if isinstance(obs, xr.Dataset) else xr.Dataset.from_dataframe(obs)
@@ -187,7 +201,6 @@ def _points(
     if instant is not None and found["time"] is not None and table[found["time"]].shape == value.shape:
         nearest = ds.indexes[layout.time].get_indexer(table.indexes.get(found["time"], table[found["time"]].values), "nearest")
         keep &= ds[layout.time].values[nearest] == instant
-    axis = _axes(ds, layout)[0]
     middle = (axis.min() + axis.max()) / 2
     longitude = wrapped(longitude - middle) + middle
     return (latitude[keep], longitude[keep], value[keep]) if keep.any() else None
