@@ -11,9 +11,10 @@ import xarray as xr
 from scipy.ndimage import gaussian_filter
 
 from xgenda.errors import OptionError, check_count
-from xgenda.grids import EARTH_RADIUS, ROTATION, grid_of
-from xgenda.metadata import find_layout, match_variable
+from xgenda.grids import EARTH_RADIUS, ROTATION
+from xgenda.metadata import match_variable
 from xgenda.spherical import normalised, positions, unit_vectors, wrapped
+from xgenda.states import enter
 from xgenda.weights import interpolation
 
 LATITUDE = {"standard_name": "latitude", "units": "degrees_north"}
@@ -138,7 +139,7 @@ def sample(truth: xr.Dataset, places: xr.Dataset, error: dict[str, float], rng: 
     Parameters
     ----------
     truth
-        Fields on a rectilinear grid, of one time, or of several to which the nearest of each place is taken.
+        Fields on a grid of any kind, of one time, or of several to which the nearest of each place is taken.
     places
         Latitude and longitude, and time where `truth` has several.
     error
@@ -149,10 +150,10 @@ def sample(truth: xr.Dataset, places: xr.Dataset, error: dict[str, float], rng: 
     Returns
     -------
     xarray.Dataset
-        On the coordinates of `places`, with ``<name>_error``; NaN outside the grid of the truth.
+        On the coordinates of `places`, with ``<name>_error``; NaN outside the grid of the truth and beside its masked cells.
     """
-    layout = find_layout(truth, "truth")
-    grid, orientation = grid_of(truth, layout, "truth")
+    state = enter(truth, "truth")
+    truth, layout, grid, orientation = state.ds, state.layout, state.grid, state.orientation
     dims = places["latitude"].dims
     latitude, longitude = (places[n].values.ravel() for n in ("latitude", "longitude"))
     operator, inside = interpolation(grid, latitude, longitude)
