@@ -153,6 +153,9 @@ def test_observations_at_the_coast() -> None:
     assert departures.quality_code.values.tolist() == [Quality.USED, Quality.USED, Quality.LAND, Quality.LAND]
     assert departures.innovation.values[:2] == pytest.approx(1.0)
     assert np.isnan(departures.innovation.values[2:]).all()
+    # without a model there is no mask: what the background does not say is not used
+    alone = xgenda.innovations(ds, obs, error=ERROR)
+    assert alone.quality_code.values.tolist() == [Quality.USED] + [Quality.OPERATOR] * 3
 
 
 def columns_of(levels: list[float], units: str = "hPa") -> xr.Dataset:

@@ -166,6 +166,7 @@ def _seen(
             code[rows], _, spread[rows] = engine.background_codes(
                 now, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
             )
+    code[(code <= Quality.PASSIVE) & ~np.isfinite(background)] = Quality.OPERATOR
     return background, spread, seen, code
 
 
