@@ -383,3 +383,34 @@ def test_maps_of_any_grid(points: bool) -> None:
     longitude = dots.get_offsets()[:, 0]
     assert np.ptp(longitude) < 30  # across the date line in one piece
     pyplot.close(figure)
+
+
+def test_chunks_change_nothing(no_compute: None) -> None:
+    """A masked field on levels of a bent grid, at three times: nothing is computed early, and the numbers are the same."""
+    import dask
+
+    ds = bent()
+    times = pd.date_range("2020-01-01", periods=3, freq="6h")
+    levels = xr.DataArray([1000.0, 700.0, 400.0], dims="level", attrs={"units": "hPa"})
+    full = ds.t2m + xr.DataArray(np.arange(3.0), dims="time") - 0.05 * (1000 - levels)
+    full = full.where((xr.DataArray(np.arange(7), dims="y") > 1) | (levels < 900)).assign_attrs(units="K")
+    whole = xr.Dataset({"t": full.transpose("level", "x", "time", "y")}).assign_coords(
+        time=times, level=("level", levels.values, levels.attrs)
+    )
+    prior = xgenda.gaussian_prior(whole, length_scale=LENGTH, std=STD, vertical_scale=0.4)
+    places = {"latitude": ("obs", ds.lat.values[3, [1, 4, 6]]), "longitude": ("obs", ds.lon.values[3, [1, 4, 6]])}
+    obs = xr.Dataset(
+        {"t": ("obs", [270.0, 275.0, 268.0])},
+        coords={**places, "pressure": ("obs", [850.0, 600.0, 500.0], {"units": "hPa"}), "time": ("obs", times)},
+    )
+    given = {"model": prior, "error": ERROR, "members": 2, "seed": 0, "background_check": None, "progress": False}
+    eager = xgenda.assimilate(whole, obs, **given)
+    lazy = xgenda.assimilate(whole.chunk(time=1, level=1).assign_coords(whole.coords), obs, **given)
+    assert lazy.t.dims == eager.t.dims == ("member", "level", "x", "time", "y")
+    assert lazy.t.chunks is not None
+    with dask.config.set(scheduler="synchronous"):
+        computed = lazy.compute()
+    np.testing.assert_allclose(computed.t, eager.t, rtol=0, atol=1e-9)
+    assert np.array_equal(np.isnan(computed.t.isel(member=0)), np.isnan(whole.t))
+    flipped = xgenda.assimilate(whole.isel(level=slice(None, None, -1)).transpose("y", "x", "level", "time"), obs, **given)
+    xr.testing.assert_allclose(flipped.t.transpose(*eager.t.dims).sel(level=eager.level), eager.t)

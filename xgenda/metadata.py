@@ -17,6 +17,34 @@ from xgenda.errors import CoordinateError, OptionError, StateError, UnitsError, 
 LATITUDE_NAMES = ("latitude", "lat", "nav_lat", "y_lat")
 LONGITUDE_NAMES = ("longitude", "lon", "nav_lon", "x_lon")
 TIME_NAMES = ("time", "valid_time")
+ROW_NAMES = (
+    "y",
+    "j",
+    "nj",
+    "yc",
+    "rlat",
+    "lat",
+    "nlat",
+    "latitude",
+    "south_north",
+    "eta_rho",
+    "grid_latitude",
+    "projection_y_coordinate",
+)
+COLUMN_NAMES = (
+    "x",
+    "i",
+    "ni",
+    "xc",
+    "rlon",
+    "lon",
+    "nlon",
+    "longitude",
+    "west_east",
+    "xi_rho",
+    "grid_longitude",
+    "projection_x_coordinate",
+)
 MEMBER_NAMES = ("member", "number", "realization", "ensemble", "ensemble_member")
 
 #: CF names of what xgenda writes: one table, used everywhere.
@@ -129,13 +157,24 @@ def find_layout(ds: xr.Dataset, argument: str = "ds", *, rectilinear: bool = Tru
     if len(across) == len(along) == 1 and across != along:
         horizontal = (across[0], along[0])
     elif not rectilinear and set(across) == set(along) and len(across) == 2:
-        horizontal = (across[0], across[1])
+        rows_last = _direction(ds, across[0]) == "x" or _direction(ds, across[1]) == "y"
+        horizontal = (across[1], across[0]) if rows_last else (across[0], across[1])
     else:
         raise CoordinateError(
             f"{argument}: latitude {names['latitude']!r} has dimensions {across} and longitude {names['longitude']!r} has {along}; "
             f"a grid has both along one axis each{'' if rectilinear else ', or both along the same two'}."
         )
     return Layout(names["latitude"], names["longitude"], find_time(ds), find_member(ds), horizontal)
+
+
+def _direction(ds: xr.Dataset, dim: str) -> str | None:
+    """Return whether a dimension counts rows ('y') or columns ('x'), by its attributes or its usual name; None where neither tells."""
+    attrs = ds[dim].attrs if dim in ds.coords else {}
+    standard = str(attrs.get("standard_name", ""))
+    for axis, names in (("y", ROW_NAMES), ("x", COLUMN_NAMES)):
+        if str(attrs.get("axis", "")).lower() == axis or standard in (f"projection_{axis}_coordinate",) or dim.lower() in names:
+            return axis
+    return None
 
 
 def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argument: str = "ds") -> None:

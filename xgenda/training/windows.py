@@ -51,7 +51,8 @@ def read_samples(ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None 
     ds = metadata.as_dataset(ds)
     for name in variables or ():
         metadata.match_variable(ds, name, None)
-    state = states.enter(ds if variables is None else ds[list(variables)])
+    mappings = [str(n) for n, v in ds.data_vars.items() if "grid_mapping_name" in v.attrs]
+    state = states.enter(ds if variables is None else ds[[*variables, *mappings]])
     names = metadata.data_variables(state.ds, state.layout)
     if not names:
         raise OptionError(f"ds has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
