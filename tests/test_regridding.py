@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xgenda
-from xgenda.curvilinear import CurvilinearGrid, PointSet, read_grid, unrotate
+from xgenda.curvilinear import CurvilinearGrid, PointSet
 from xgenda.errors import ChunkingError, CoordinateError, GridError, MissingDependencyError, OptionError, OutputExistsError
 from xgenda.grids import EARTH_RADIUS, Grid
+from xgenda.horizontal import read_grid, unrotate
 from xgenda.regridding import compute
 from xgenda.spherical import clip, great_circle, polygon_areas, positions, unit_vectors
 from xgenda.weights import conservative, interpolation

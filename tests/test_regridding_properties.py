@@ -11,8 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import xgenda
-from xgenda.curvilinear import CurvilinearGrid, PointSet, read_grid, unrotate
+from xgenda.curvilinear import CurvilinearGrid, PointSet
 from xgenda.grids import Grid
+from xgenda.horizontal import read_grid, unrotate
 from xgenda.spherical import polygon_areas, positions, unit_vectors, wrapped
 
 DATA = Path(__file__).parent / "data" / "grids"

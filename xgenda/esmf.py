@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from xgenda.curvilinear import Horizontal, PointSet
+from xgenda.curvilinear import PointSet
 from xgenda.errors import GridError, MissingDependencyError, OptionError
+from xgenda.horizontal import Horizontal
 from xgenda.maps import LinearMap
 from xgenda.spherical import great_circle, positions, unit_vectors
 

@@ -20,11 +20,11 @@ import scipy.sparse
 import xarray as xr
 
 from xgenda import chunking, metadata, weights
-from xgenda.curvilinear import Horizontal, read_grid
 from xgenda.errors import GridError, OptionError, check_choice, check_flag
 from xgenda.esmf import Weights, from_xesmf, read_weights, same_points, weights_dataset
 from xgenda.files import aside, check_output
 from xgenda.grids import Grid
+from xgenda.horizontal import Horizontal, read_grid
 from xgenda.maps import LinearMap
 
 BUILT_IN = ("bilinear", "conservative", "conservative_normed", "nearest")

@@ -16,9 +16,10 @@ import numpy as np
 import xarray as xr
 
 from xgenda import metadata
-from xgenda.curvilinear import AnyGrid, grid_in, with_positions
+from xgenda.curvilinear import AnyGrid
 from xgenda.errors import CoordinateError, OptionError, UnitsError
 from xgenda.grids import Orientation
+from xgenda.horizontal import grid_in, with_positions
 from xgenda.metadata import Layout
 
 SINGLE = "_single"  # second horizontal dimension of a set of points
