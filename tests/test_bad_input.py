@@ -580,7 +580,7 @@ CASES: dict[str, Case] = {
     "std of something else": (
         lambda k: xgenda.gaussian_prior(k.ds, length_scale=3e5, std={"t2": 1.0}),
         OptionError,
-        r"std names 't2', which ds does not have. Did you mean 't2m'",
+        r"std names 't2', which ds does not have; it has t2m. Did you mean 't2m'",
     ),
     "both routes": (
         lambda k: xgenda.gaussian_prior(k.ds, length_scale=3e5, std=2.0, rank=5),
@@ -735,8 +735,8 @@ CASES: dict[str, Case] = {
     # -- scores
     "truth on another grid": (
         lambda k: xgenda.verify(k.ds, k.ds.isel(latitude=slice(3))),
-        OptionError,
-        r"truth\['t2m'\] and the ensemble have different coordinates",
+        GridError,
+        r"truth is on the grid 3 x 8.* and ensemble on 6 x 8.*Interpolate: truth.genda.regrid\(ensemble\)",
     ),
     "truth without error": (
         lambda k: xgenda.verify(k.ds, k.obs.drop(columns="t2m_error")),

@@ -21,7 +21,7 @@ from xgenda.observations.quality import Quality, QualityControl
 AIR = Wanted("t", "air_temperature", "K", levels=(50000.0, 85000.0, 100000.0), vertical="pressure")
 SEA = Wanted("temperature", "sea_water_temperature", "degC", levels=(0.0, 100.0, 1000.0), vertical="depth")
 SALT = Wanted("salinity", "sea_water_practical_salinity", "psu", levels=(0.0, 100.0, 1000.0), vertical="depth")
-HIGH = Wanted("t", "air_temperature", "K", levels=(0.0, 1000.0, 5000.0), vertical="height")
+HIGH = Wanted("t", "air_temperature", "K", levels=(0.0, 1000.0, 5000.0), vertical="altitude")
 T2M = Wanted("t2m", None, "K")
 TIMES = pd.to_datetime(["2018-11-20T00", "2018-11-20T06", "2018-11-20T12"])
 
@@ -266,6 +266,14 @@ def test_heights() -> None:
     assert read_observations(below, [HIGH], 1.0).level == pytest.approx(np.arange(7) * 100.0)
 
 
+def test_a_height_is_above_the_ground_and_an_altitude_above_the_sea() -> None:
+    frame = soundings().drop(columns="pressure").assign(altitude=1500.0, height=np.arange(7) * 10.0)
+    above_ground = Wanted("t", "air_temperature", "K", levels=(0.0, 100.0), vertical="height")
+    assert read_observations(frame, [above_ground], 1.0).level.tolist() == (np.arange(7) * 10.0).tolist()
+    with pytest.raises(ObservationError, match=r"on levels of height. Give a column 'height' in m"):
+        read_observations(frame.drop(columns="height"), [above_ground], 1.0)
+
+
 def argo() -> xr.Dataset:
     """Two profiles as the global assembly centres write them (Argo user's manual 3.41), less what is not read here."""
     deep = [[4.0, 10.0, 500.0, 2000.0], [5.0, 50.0, np.nan, np.nan]]
@@ -394,7 +402,7 @@ REFUSED: dict[str, tuple[Callable[[], object], Wanted, type, str]] = {
         lambda: columns_of(sea()).drop_vars("depth"), SEA, ObservationError,
         r"has no levels.*on levels of depth. Give a column 'depth' in m: .*obs\['depth'\].attrs = {'units': 'm'}",
     ),
-    "no heights": (lambda: soundings(), HIGH, ObservationError, r"on levels of height. Give a column 'altitude' in m"),
+    "no heights": (lambda: soundings(), HIGH, ObservationError, r"on levels of altitude. Give a column 'altitude' in m"),
     "depths for the air": (lambda: soundings().rename(columns={"pressure": "depth"}), AIR, ObservationError, r"has no levels"),
     "hPa or Pa": (
         lambda: soundings().assign(pressure=[1000.0, 850, 500, 925, 925, 300, 700]), AIR, ObservationError,
@@ -422,11 +430,11 @@ REFUSED: dict[str, tuple[Callable[[], object], Wanted, type, str]] = {
     ),
     "a depth that is negative": (
         lambda: sea().assign(depth=[-5.0, -10.0, -20.0]), SEA, ObservationError,
-        r"obs\['depth'\] is a depth and all its values are negative; if they count upward: obs\['depth'\].attrs\['positive'\] = 'up'",
+        r"obs\['depth'\] is a depth and all its values are negative; if they count upward: obs.attrs\['depth'\] = {'units': 'm', 'positive': 'up'}",
     ),
     "a z of both signs": (
         lambda: sea().rename(columns={"depth": "z"}).assign(z=[-5.0, 0.0, 3.0]), SEA, ObservationError,
-        r"obs\['z'\] has values below and above 0; say what it counts: obs\['z'\].attrs\['positive'\] = 'down'",
+        r"obs\['z'\] has values below and above 0; say what it counts: obs.attrs\['z'\] = {'units': 'm', 'positive': 'down'}",
     ),
     "levels as text": (
         lambda: soundings().assign(pressure="500 hPa"), AIR, ObservationError, r"obs\['pressure'\] holds '500 hPa', which is no number",

@@ -140,7 +140,16 @@ def test_a_first_guess_that_ends_too_early(forecast: xr.Dataset) -> None:
     [
         (lambda ds: ds.isel(time=0, drop=True), CoordinateError, "first_guess has no dimension time"),
         (lambda ds: ds.isel(latitude=slice(0, 3)), GridError, "first_guess is on the grid 3 x 6.*ds on 4 x 6"),
-        (lambda ds: ds.rename(t2m="other"), OptionError, "first_guess lacks 't2m'; it has 'other'"),
+        (
+            lambda ds: ds.rename(t2m="other").drop_attrs(),
+            OptionError,
+            "first_guess lacks the variable 't2m'.*it has 'other'",
+        ),
+        (
+            lambda ds: ds.expand_dims(member=2),
+            OptionError,
+            r"first_guess has the ensemble dimension 'member'.*first_guess.mean\('member'\)",
+        ),
         (lambda ds: 3.0, OptionError, "first_guess is a builtins.float; an xarray Dataset is needed"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 import xgenda
-from xgenda.errors import ObservationError, OptionError, UnitsError
+from xgenda.errors import GridError, ObservationError, OptionError, UnitsError
 from xgenda.verification import METRICS, fair_crps
 
 
@@ -233,8 +233,8 @@ def test_a_perfect_ensemble_at_points_with_error() -> None:
         (lambda t: t.rename(t2m="tas"), OptionError, r"truth has none of the variables \['t2m'\]; it has \['tas'\]"),
         (
             lambda t: t.assign_coords(latitude=t.latitude + 0.5),
-            OptionError,
-            r"truth\['t2m'\] and the ensemble have different coordinates",
+            GridError,
+            r"truth is on the grid .* and ensemble on .*. Interpolate: truth.genda.regrid\(ensemble\)",
         ),
         (lambda t: t.isel(time=[0]), OptionError, r"truth\['t2m'\] and the ensemble have different coordinates"),
         (lambda t: t.assign(t2m=t.t2m.assign_attrs(units="m")), UnitsError, r"Units 'm' cannot be converted to 'K'"),

@@ -140,8 +140,14 @@ class GendaAccessor:
         dims: str | list[str] | None = None,
         quality: QualityControl | None = None,
         lapse_rate: float | Mapping[str, float] | None = None,
+        window: Any = None,
+        representativeness: float | Mapping[str, float] | None = None,
+        operators: Mapping[str, AnyOperator] | None = None,
     ) -> xr.Dataset:
         """Return scores of this ensemble against a truth or observations; see `xgenda.verify`."""
         from xgenda.verification import verify
 
-        return verify(self._obj, truth, error=error, dims=dims, quality=quality, lapse_rate=lapse_rate)
+        return verify(
+            self._obj, truth, error=error, dims=dims, quality=quality, lapse_rate=lapse_rate, window=window,
+            representativeness=representativeness, operators=operators,
+        )  # fmt: skip

@@ -59,9 +59,11 @@ def move_to_analysis_times(
         raise GridError(
             f"first_guess is on the grid {guess.grid.describe()}, and ds on {state.grid.describe()}; both must be the same."
         )
-    lacking = [n for n in variables if n not in guess.ds.data_vars]
-    if lacking:
-        raise OptionError(f"first_guess lacks {lacking[0]!r}; it has {', '.join(map(repr, guess.ds.data_vars))}.")
+    if guess.layout.member is not None:
+        raise OptionError(
+            f"first_guess has the ensemble dimension {guess.layout.member!r}; give its mean: first_guess.mean({guess.layout.member!r})"
+        )
+    variables = [states.match_channel(guess.ds, n, state.ds[n].attrs.get("standard_name"), "first_guess") for n in variables]
     moments, stamps = located.table.time, guess.ds[time]
     assert moments is not None
     shift, code = np.zeros(len(located.table)), located.table.code.copy()

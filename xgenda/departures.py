@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ def innovations(
         coords["level"] = ("obs", table.level[order])
     if table.time is not None:
         coords["time"] = ("obs", table.time[order], {"standard_name": "time"})
-    coords["analysis"] = (
+    coords["time_index"] = (
         "obs",
         located.time_index[order],
         {"long_name": "position of the analysis time, -1 outside of all windows"},
@@ -329,11 +330,11 @@ def fit_covariance(
         name = setup.observable[v].name
         if len(at) < FEWEST:
             raise OptionError(f"{len(at)} departures of {name!r} can be used; a covariance needs at least {FEWEST}.")
-        rows[name] = _most_likely(departure[at], located.take(at), setup.state.grid, covariance)
+        rows[name] = _most_likely(departure[at], located.take(at), setup.state.grid, covariance, name)
     return pd.DataFrame(rows).T.astype({"count": int}).rename_axis("variable")
 
 
-def _most_likely(departure: np.ndarray, located: Located, grid: AnyGrid, covariance: str) -> dict[str, float]:
+def _most_likely(departure: np.ndarray, located: Located, grid: AnyGrid, covariance: str, name: str) -> dict[str, float]:
     rng = np.random.default_rng(0)
     latitude, longitude = grid.points()
     parts = []
@@ -343,15 +344,16 @@ def _most_likely(departure: np.ndarray, located: Located, grid: AnyGrid, covaria
         matrix = located.operator.select(at).matrix
         cells = np.unique(matrix.indices)
         places = [torch.as_tensor(a[cells % grid.size]) for a in (latitude, longitude)]
-        parts.append((departure[at], matrix[:, cells], places))
+        level = cells // grid.size  # errors of different levels are taken to be independent
+        parts.append((departure[at], matrix[:, cells], places, level[:, None] == level))
     found = {}
 
     def best_share(length: float) -> tuple[float, float, float]:
         """Return the lowest cost for a length scale, and the share of the observations in the variance and the variance there."""
         spectra = []
-        for value, interpolation, places in parts:
+        for value, interpolation, places, same in parts:
             index = torch.arange(len(places[0]))
-            between = SphereKernel.at(places[0], places[1], covariance, length).correlation(index, index).numpy()
+            between = SphereKernel.at(places[0], places[1], covariance, length).correlation(index, index).numpy() * same
             eigen, modes = np.linalg.eigh(interpolation @ (interpolation @ between).T)
             spectra.append((np.maximum(eigen, 0.0), modes, value @ modes, modes**2))
 
@@ -379,6 +381,12 @@ def _most_likely(departure: np.ndarray, located: Located, grid: AnyGrid, covaria
     minimize_scalar(profile, bounds=tuple(np.log(LENGTHS)), method="bounded", options={"xatol": 0.02})
     best = min(found, key=lambda k: found[k][0])
     _, share, variance = found[best]
+    if not 1.1 * LENGTHS[0] < np.exp(best) < LENGTHS[1] / 1.1:
+        warnings.warn(
+            f"The departures do not tell the length scale of {name!r}: its fit ends at {np.exp(best) / 1e3:.0f} km, which is as far as was "
+            f"looked. Give more observations or a larger area, and do not use these numbers.",
+            stacklevel=3,
+        )
     return {
         "length_scale": float(np.exp(best)), "std": float(np.sqrt((1 - share) * variance)), "error": float(np.sqrt(share * variance)),
         "count": sum(len(p[0]) for p in parts),

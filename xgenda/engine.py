@@ -150,7 +150,8 @@ def background_codes(
         rows = np.flatnonzero(fine & (located.time_index == t))
         operator, at = located.operator.select(rows), slice(None) if located.trajectory else t
         sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
-        value, expected, spread = located.table.value[rows], operator(mean[at].ravel()), operator(deviation[at].ravel())
+        value, expected = located.table.value[rows], operator(mean[at].ravel())
+        spread = operator.magnitude(deviation[at].ravel())  # as if the errors of all cells were one; never too small
         prior[rows], deviations[rows] = expected, spread
         code[rows[~np.isfinite(expected)]] = Quality.OPERATOR
         if threshold is not None:
@@ -177,7 +178,8 @@ def _request(
         field = np.asarray(given)
         if model.valid is not None:  # what is masked has no value; some number in its place keeps arithmetic finite
             valid = job.orientation.from_model(model.valid[c])
-            field = np.where(valid, field, field[:, valid].mean())
+            inside = field[:, valid]
+            field = np.where(valid, field, inside[np.isfinite(inside)].mean() if np.isfinite(inside).any() else 0.0)
         if job.check:
             metadata.check_values(field, name, where=where)
         channels.append(job.orientation.to_model(field).astype(np.float64) * scale + offset)

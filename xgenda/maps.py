@@ -115,6 +115,12 @@ class LinearMap:
         """Apply the transpose to an array (..., rows); returns (..., size)."""
         return _multiply(self.transposed, np.asarray(values))
 
+    def magnitude(self, values: np.ndarray) -> np.ndarray:
+        """Apply the absolute weights to an array (size,): the largest standard deviation of a row whose cells have these."""
+        absolute = self.matrix.copy()
+        absolute.data = np.abs(absolute.data)
+        return _multiply(absolute, np.asarray(values))
+
     def select(self, rows: np.ndarray) -> LinearMap:
         """Keep some rows (index or boolean array)."""
         return LinearMap(self.matrix[rows])

@@ -45,6 +45,11 @@ COLUMN_NAMES = (
     "grid_longitude",
     "projection_x_coordinate",
 )
+#: CF standard names of fields that describe the grid and are no state.
+DESCRIPTIVE = (
+    "surface_altitude", "sea_floor_depth_below_geoid", "sea_floor_depth_below_mean_sea_level", "sea_floor_depth", "land_binary_mask",
+    "sea_binary_mask", "land_area_fraction", "sea_area_fraction", "cell_area", "latitude", "longitude",
+)  # fmt: skip
 MEMBER_NAMES = ("member", "number", "realization", "ensemble", "ensemble_member")
 
 #: CF names of what xgenda writes: one table, used everywhere.
@@ -204,8 +209,17 @@ def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argumen
 
 
 def data_variables(ds: xr.Dataset, layout: Layout) -> list[str]:
-    """Return the names of the variables on the horizontal grid (bounds and grid mappings are left out)."""
-    return [str(n) for n, v in ds.data_vars.items() if set(layout.dims) <= set(v.dims) and v.dtype.kind in "fiuO"]
+    """Return the names of the variables on the horizontal grid; bounds, grid mappings, and what describes the grid are left out."""
+    bounds = {str(v.attrs.get(k, v.encoding.get(k))) for v in ds.variables.values() for k in ("bounds", "climatology")}
+    bounds |= {f"{n}{suffix}" for n in ds.coords for suffix in ("_bnds", "_bounds", "_b")}
+    return [
+        str(n)
+        for n, v in ds.data_vars.items()
+        if set(layout.dims) <= set(v.dims)
+        and v.dtype.kind in "fiuO"
+        and n not in bounds
+        and v.attrs.get("standard_name") not in DESCRIPTIVE
+    ]
 
 
 def match_variable(ds: xr.Dataset, name: str, standard_name: str | None, argument: str = "ds") -> str:

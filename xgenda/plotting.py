@@ -82,7 +82,7 @@ def plot_analysis(
     ensemble, reference = metadata.as_dataset(ensemble, "ensemble"), metadata.as_dataset(reference, "reference")
     state = states.enter(ensemble, "ensemble")
     ensemble, layout = state.ds, state.layout
-    reference = states.enter(reference, "reference").ds
+    reference = states.on_grid_of(state, reference, "reference", "ensemble")
     if layout.member is None:
         raise OptionError("ensemble has no member dimension; a single field is drawn with ds['name'].plot().")
     names = metadata.data_variables(ensemble, layout)

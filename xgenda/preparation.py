@@ -121,6 +121,7 @@ def prepare(
     operators: Mapping[str, AnyOperator] | None = None,
     first_guess: xr.Dataset | xr.DataArray | None = None,
     *,
+    argument: str = "obs",
     any_model: bool = True,
 ) -> Prepared:
     """Check the input of a call, match variables and place the observations.
@@ -168,11 +169,11 @@ def prepare(
     control = check_quality(quality)
     trajectory = chosen is not None and int(chosen.spec.options.get("window", 1)) > 1
     made, derived = _operators(operators, wanted, variables, grid, trajectory)
-    observable = [*columned(wanted), *derived]
+    observable = [*(_on_single_level(w, ds) for w in columned(wanted)), *derived]
     located = locate_observations(
         renamed, observable, grid, times, error=_rename_error(error, names), window=window, quality=control,
         representativeness=_renamed(representativeness, names), ground=ground_of(ds, layout, orientation),
-        lapse_rate=_renamed(lapse_rate, names), valid=None if chosen is None else chosen.valid, trajectory=trajectory,
+        lapse_rate=_renamed(lapse_rate, names), valid=None if chosen is None else chosen.valid, trajectory=trajectory, argument=argument,
     )  # fmt: skip
     shift = np.zeros(len(located.table))
     if first_guess is not None:
@@ -188,6 +189,14 @@ def prepare(
     threshold = _threshold(check, chosen)
     return Prepared(state, time, chosen, variables, arrays, factors, labels, located if len(located.table) else None,
                   threshold, control, made, observable, shift)  # fmt: skip
+
+
+def _on_single_level(wanted: Wanted, ds: xr.Dataset) -> Wanted:
+    """Let a state that was selected on one level know it, so that observations of other levels are outside."""
+    found = states.single_level(ds)
+    if wanted.levels or found is None:
+        return wanted
+    return dataclasses.replace(wanted, levels=found.values, vertical=found.kind, optional=True)
 
 
 def check_trajectory(setup: Prepared) -> None:
@@ -287,7 +296,8 @@ def _operators(
             continue
         operator.check(name, grid.plane, list(places))
         out.append((operator, tuple(places[v] for v in operator.variables)))
-        derived.append(Wanted(name, operator.standard_name, operator.units))
+        taken = tuple(places[v] for v in operator.variables)
+        derived.append(Wanted(name, operator.standard_name, operator.units, inputs=taken))
     return tuple(out), [*linear, *derived]
 
 

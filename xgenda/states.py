@@ -1,8 +1,8 @@
 """What a Dataset holds, as the engine wants it: fields on two horizontal dimensions, one per variable and level.
 
 Verbs take their input through `enter` and give their result back through `State.leave`. A variable on levels becomes one channel per level,
-named after variable and level: ``t@85000Pa``, ``thetao@-10m`` for ten metres of depth, ``u@100m`` for a height. So models know levels as
-they know variables, and only observations have to know that some channels lie above each other.
+named after variable and level: ``t@85000Pa``, ``thetao@-10m`` for ten metres of depth, ``u@100m`` above the ground, ``u@3000masl`` above the
+sea. So models know levels as they know variables, and only observations have to know that some channels lie above each other.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import CoordinateError, OptionError, UnitsError
+from xgenda.errors import CoordinateError, GridError, OptionError, UnitsError
 from xgenda.grids import Orientation
 from xgenda.horizontal import grid_in, with_positions
 from xgenda.metadata import Layout
 
 SINGLE = "_single"  # second horizontal dimension of a set of points
-CHANNEL = re.compile(r"(?P<variable>.+)@(?P<level>-?[0-9.e+-]+)(?P<unit>Pa|m)")
+CHANNEL = re.compile(r"(?P<variable>.+)@(?P<level>-?[0-9.e+-]+)(?P<unit>Pa|masl|m)")
 #: CF standard names of vertical coordinates.
 STANDARD = {
     "air_pressure": "pressure",
     "depth": "depth",
+    "depth_below_geoid": "depth",
     "height": "height",
-    "altitude": "height",
-    "geopotential_height": "height",
+    "altitude": "altitude",
+    "height_above_mean_sea_level": "altitude",
+    "geopotential_height": "altitude",
 }
+UNITS = {"pressure": "Pa", "depth": "m", "height": "m", "altitude": "masl"}  # in the names of channels
 #: Names that promise a vertical coordinate and do not say its units.
 USUAL = ("level", "lev", "plev", "pressure", "pressure_level", "isobaricInhPa", "depth", "deptht", "height", "altitude", "z")
 
@@ -45,7 +48,7 @@ class Vertical:
     dim
         Name of the dimension.
     kind
-        'pressure' (Pa), 'depth' (m, positive downward) or 'height' (m).
+        'pressure' (Pa), 'depth' (m, positive downward), 'height' (m above the ground) or 'altitude' (m above the sea).
     values
         In these units, in the order of the Dataset.
     """
@@ -99,7 +102,10 @@ class State:
             joined = xr.concat([result[names[i]] for i in there], vertical.dim, coords="minimal", compat="override")
             lead = [d for d in joined.dims if d not in self.origin[variable].dims]
             order = [*lead, *(d for d in self.origin[variable].dims if d in joined.dims)]
-            out = out.drop_vars([names[i] for i in there]).assign_coords({vertical.dim: coordinate})
+            out = out.drop_vars([names[i] for i in there])
+            if vertical.dim in out.dims and out.sizes[vertical.dim] == len(names) > len(there):  # what else has levels
+                out = out.isel({vertical.dim: there})
+            out = out.assign_coords({vertical.dim: coordinate})
             out[variable] = joined.drop_vars(vertical.dim, errors="ignore").transpose(*order)
         out = out.drop_vars([n for n in out.coords if n not in self.origin.coords and n not in result.dims and n != "member"])
         if SINGLE in out.dims:
@@ -107,6 +113,41 @@ class State:
         first = [v for v in self.origin.data_vars if v in out.data_vars]
         order = [*first, *(v for v in out.data_vars if v not in first)]
         return xr.Dataset({v: out[v] for v in order}, coords=out.coords, attrs=out.attrs)
+
+
+def on_grid_of(state: State, ds: xr.Dataset, argument: str, other: str) -> xr.Dataset:
+    """Return the channels of another Dataset on the same grid, in the order and on the coordinates of `state`.
+
+    Parameters
+    ----------
+    state, other
+        What it must fit, and its name in messages.
+
+    Raises
+    ------
+    GridError
+        If it is on another grid.
+    """
+    found = enter(ds, argument)
+    if not found.grid.same_as(state.grid):
+        raise GridError(
+            f"{argument} is on the grid {found.grid.describe()} and {other} on {state.grid.describe()}. Interpolate: "
+            f"{argument}.genda.regrid({other})"
+        )
+    index = {}
+    orders = ((state.orientation.rows, found.orientation.rows), (state.orientation.columns, found.orientation.columns))
+    for (mine, theirs), dim in zip(orders, found.layout.dims, strict=True):
+        place = np.empty(len(mine), dtype=np.int64)
+        place[mine] = theirs
+        index[dim] = place
+    out = found.ds.isel(index)
+    out = out.drop_vars([n for n in {found.layout.latitude, found.layout.longitude, *found.layout.dims} if n in out.coords])
+    renamed = {a: b for a, b in zip(found.layout.dims, state.layout.dims, strict=True) if a != b}
+    if found.layout.time in out.dims and state.layout.time in state.ds.dims and found.layout.time != state.layout.time:
+        renamed[str(found.layout.time)] = str(state.layout.time)
+    out = out.rename(renamed)
+    places = {state.layout.latitude, state.layout.longitude, *state.layout.dims} & set(map(str, state.ds.coords))
+    return out.assign_coords({n: state.ds[n] for n in places})
 
 
 def enter(ds: xr.Dataset, argument: str = "ds") -> State:
@@ -189,7 +230,8 @@ def find_vertical(ds: xr.Dataset, dim: str, argument: str = "ds") -> Vertical | 
         if kind is None and dim not in USUAL:
             return None
         raise CoordinateError(
-            f"{argument}: the vertical coordinate {dim!r} has no units; set them: {argument}[{dim!r}].attrs['units'] = 'hPa'"
+            f"{argument}: the vertical coordinate {dim!r} has no units; set them: {argument}[{dim!r}].attrs['units'] = "
+            f"{'m' if dim.lower() in ('depth', 'deptht', 'height', 'altitude', 'z') else 'hPa'!r}"
         )
     if kind is None:
         kind = _kind_of(str(units), str(coordinate.attrs.get("positive", "")), dim, argument)
@@ -207,6 +249,22 @@ def find_vertical(ds: xr.Dataset, dim: str, argument: str = "ds") -> Vertical | 
     return Vertical(dim, kind, tuple(rounded))
 
 
+def single_level(ds: xr.Dataset) -> Vertical | None:
+    """Return the pressure, depth or altitude of a scalar coordinate, of a Dataset that was selected on one level, or None.
+
+    Heights above the ground, such as the 2 m of a screen temperature, say nothing that observations of it would.
+    """
+    for name in map(str, ds.coords):
+        if ds[name].ndim == 0 and ds[name].dtype.kind in "fiu" and ("units" in ds[name].attrs or name in USUAL):
+            try:
+                found = find_vertical(ds[[]].assign_coords({name: ds[name]}).expand_dims(name), name)
+            except CoordinateError:
+                continue
+            if found is not None and found.kind != "height":
+                return found
+    return None
+
+
 def _kind_of(units: str, positive: str, dim: str, argument: str) -> str | None:
     """Return what a vertical coordinate without a standard name is, by its units."""
     for wanted, kind in (("Pa", "pressure"), ("m", "height")):
@@ -219,7 +277,7 @@ def _kind_of(units: str, positive: str, dim: str, argument: str) -> str | None:
         if positive == "down" or "depth" in dim.lower():
             return "depth"
         if positive == "up" or dim.lower() in ("height", "altitude"):
-            return "height"
+            return "altitude" if dim.lower() == "altitude" else "height"
         raise CoordinateError(
             f"{argument}: the vertical coordinate {dim!r} in {units} does not say whether it counts up or down; set it: "
             f"{argument}[{dim!r}].attrs['positive'] = 'down'"
@@ -229,7 +287,7 @@ def _kind_of(units: str, positive: str, dim: str, argument: str) -> str | None:
 
 def channel_name(variable: str, kind: str, level: float) -> str:
     """Return the name of the channel of a variable on one level."""
-    return f"{variable}@{'-' if kind == 'depth' else ''}{level:.7g}{'Pa' if kind == 'pressure' else 'm'}"
+    return f"{variable}@{'-' if kind == 'depth' else ''}{level:.7g}{UNITS[kind]}"
 
 
 def parse_channel(name: str) -> tuple[str, float | None, str | None]:
@@ -238,7 +296,9 @@ def parse_channel(name: str) -> tuple[str, float | None, str | None]:
     if match is None:
         return name, None, None
     level = float(match["level"])
-    kind = "pressure" if match["unit"] == "Pa" else "depth" if match["level"].startswith("-") else "height"
+    kind = next(
+        k for k, u in UNITS.items() if u == match["unit"] and (u != "m" or (k == "depth") == match["level"].startswith("-"))
+    )
     return match["variable"], abs(level) if kind == "depth" else level, kind
 
 

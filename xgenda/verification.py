@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from xgenda import metadata, states
 from xgenda.curvilinear import PointSet
 from xgenda.errors import OptionError
-from xgenda.grids import ground_of
-from xgenda.observations.containers import ErrorLike, Wanted
-from xgenda.observations.operators import columned, locate_observations
-from xgenda.observations.quality import Quality, QualityControl
+from xgenda.observations.containers import ErrorLike
+from xgenda.observations.operators import locate_observations
+from xgenda.observations.quality import Quality, QualityControl, count_codes
+from xgenda.operators import AnyOperator, extended
+from xgenda.preparation import prepare
 from xgenda.states import State
 
 #: Metric -> what to know about it; written to its attributes.
@@ -63,6 +66,9 @@ def verify(
     dims: str | Sequence[str] | None = None,
     quality: QualityControl | None = None,
     lapse_rate: float | Mapping[str, float] | None = None,
+    window: Any = None,
+    representativeness: float | Mapping[str, float] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
 ) -> xr.Dataset:
     """Score an ensemble (or a single field) against a truth on its grid, or against observations.
 
@@ -78,14 +84,16 @@ def verify(
         is drawn nowhere: the CRPS is that of the state.
     dims
         Dimensions to average over; all by default, weighted by cell area. For observations always all.
-    quality, lapse_rate
-        For observations, as in `xgenda.assimilate`.
+    quality, lapse_rate, window, representativeness, operators
+        For observations, as in `xgenda.assimilate`. Those outside of the window, by default within half an hour of a time, are not scored:
+        see the attribute `counts` of the result.
 
     Returns
     -------
     xarray.Dataset
         Each variable along ``metric``: rmse, mae, bias, crps (fair), spread, spread_skill, chi2. The ensemble scores are
-        NaN for a single field, but crps, which is then the mean absolute error.
+        NaN for a single field, but crps, which is then the mean absolute error. For observations the attribute `counts` says how many were
+        scored ('used') and why others were not.
 
     Examples
     --------
@@ -102,9 +110,15 @@ def verify(
     if isinstance(truth, (xr.Dataset, xr.DataArray)):
         reference = metadata.as_dataset(truth, "truth")
         gridded = set(layout.dims) - {states.SINGLE} <= set(reference.dims)
+        if gridded and isinstance(state.grid, PointSet):  # the same points, or observations at others
+            gridded = states.enter(reference, "truth").grid.same_as(state.grid)
     if not gridded:
-        return state.leave(_verify_at_points(state, truth, error, quality, lapse_rate))
-    reference = states.enter(reference, "truth").ds
+        options = {
+            "error": error, "window": window, "quality": quality, "representativeness": representativeness, "lapse_rate": lapse_rate,
+            "operators": operators,
+        }  # fmt: skip
+        return _verify_at_points(state, truth, options)
+    reference = states.on_grid_of(state, reference, "truth", "ensemble")
     names = [n for n in metadata.data_variables(ds, layout) if n in reference]
     if not names:
         raise OptionError(
@@ -135,7 +149,7 @@ def verify(
             )
         fields = {k: xr.DataArray(v, dims=given.dims, coords=given.coords) for k, v in points.items()}
         out[n] = _aggregate(fields, area, over, len(values))
-    return state.leave(_finish(out, state))
+    return state.leave(_finish(out, {n: ds[n].attrs.get("units") for n in out}))
 
 
 def _point_scores(members: np.ndarray, truth: np.ndarray, error: np.ndarray | float) -> dict[str, np.ndarray]:
@@ -171,43 +185,39 @@ def _aggregate(
     return joined.assign_coords(metric=list(METRICS))
 
 
-def _finish(scores: dict[str, xr.DataArray], state: State) -> xr.Dataset:
+def _finish(scores: dict[str, xr.DataArray], units: Mapping[str, str | None]) -> xr.Dataset:
     out = xr.Dataset(scores)
     for n in scores:
-        source = state.ds[n] if n in state.ds else state.origin[n]
-        out[n].attrs = {"units": source.attrs.get("units", "1"), "comment": "spread_skill and chi2 have no unit"}
+        out[n].attrs = {"units": units[n] or "1", "comment": "spread_skill and chi2 have no unit"}
     out["metric"].attrs = {k: v["long_name"] for k, v in METRICS.items()}
     return out
 
 
-def _verify_at_points(
-    state: State,
-    obs: Any,
-    error: ErrorLike,
-    quality: QualityControl | None,
-    lapse_rate: float | Mapping[str, float] | None,
-) -> xr.Dataset:
-    ds, layout, orientation = state.ds, state.layout, state.orientation
-    names = metadata.data_variables(ds, layout)
-    wanted = columned([Wanted(n, ds[n].attrs.get("standard_name"), ds[n].attrs.get("units")) for n in names])
-    times = ds[layout.time] if layout.time is not None else None
-    located = locate_observations(
-        obs, wanted, state.grid, times, error=error, argument="truth", quality=quality,
-        lapse_rate=lapse_rate, ground=ground_of(ds, layout, orientation),
-    ).used()  # fmt: skip
+def _verify_at_points(state: State, obs: Any, options: Mapping[str, Any]) -> xr.Dataset:
+    ds, layout = state.ds, state.layout
+    single = state.origin if layout.member is None else state.origin.isel({layout.member: 0})
+    setup = prepare(
+        single, obs, None, options["error"], options["window"], None, options["quality"], options["representativeness"],
+        options["lapse_rate"], options["operators"], argument="truth", any_model=False,
+    )  # fmt: skip
+    found = setup.located or locate_observations(None, setup.observable, state.grid, None)
+    located = found.used()
     count = 1 if layout.member is None else ds.sizes[layout.member]
     seen = np.empty((count, len(located.table)))
     for t in np.unique(located.time_index):
         rows = np.flatnonzero(located.time_index == t)
         stack = []
-        for n in names:
+        for n, (scale, offset) in zip(setup.variables.values(), setup.factors, strict=True):
             array = ds[n].isel({layout.time: int(t)}) if layout.time in ds[n].dims else ds[n]
             order = ([layout.member] if layout.member is not None else []) + list(layout.dims)
-            stack.append(orientation.to_model(np.asarray(array.transpose(*order).values, dtype=float)).reshape(count, -1))
-        seen[:, rows] = located.operator.select(rows)(np.concatenate(stack, -1))
+            values = np.asarray(array.transpose(*order).values, dtype=float).reshape(count, *state.grid.plane)
+            stack.append(state.orientation.to_model(values) * scale + offset)
+        wide = extended(torch.as_tensor(np.stack(stack, 1)), setup.operators).flatten(1).numpy()
+        seen[:, rows] = located.operator.select(rows)(wide)
+    blind = ~np.isfinite(seen).all(0)  # what no member says, such as land
     out = {}
-    for i, w in enumerate(wanted):
-        rows = np.flatnonzero(located.table.variable == i)
+    for i, w in enumerate(setup.observable):
+        rows = np.flatnonzero((located.table.variable == i) & ~blind)
         if len(rows):
             points = _point_scores(seen[:, rows], located.table.value[rows], located.table.error[rows])
             out[w.name] = _aggregate({k: xr.DataArray(v, dims="obs") for k, v in points.items()}, None, None, count)
@@ -215,4 +225,7 @@ def _verify_at_points(
         raise OptionError(
             f"No observation in truth can be compared: {np.count_nonzero(located.table.code == Quality.USED)} usable."
         )
-    return _finish(out, state)
+    code = found.table.code.copy()
+    code[np.flatnonzero(code == Quality.USED)[blind]] = Quality.OPERATOR
+    units = {w.name: w.given_units or w.units for w in setup.observable}
+    return _finish(out, units).assign_attrs(counts=json.dumps(count_codes(code)))

@@ -62,7 +62,7 @@ class GaussianModel(GenerativeModel):
         grid = grid or self.spec.grid
         if grid is None:
             raise OptionError("This prior fits any grid; say which: model.covariance(grid)")
-        key = (grid.latitude.tobytes(), grid.longitude.tobytes())
+        key = (type(grid).__name__.encode() + grid.latitude.tobytes(), grid.longitude.tobytes())
         if key not in self._covariances:
             self._covariances = {key: self._build(grid)}
         return self._covariances[key]
@@ -330,7 +330,10 @@ def _per_variable(argument: str, value: Any, names: list[str]) -> dict[str, floa
     given = {n: v for n, v in given.items() if n not in {states.parse_channel(m)[0] for m in names} - set(names)}
     for n in given:
         if n not in names:
-            raise OptionError(f"{argument} names {n!r}, which ds does not have.{did_you_mean(n, names)}")
+            known = list(dict.fromkeys(states.parse_channel(m)[0] for m in names))
+            raise OptionError(
+                f"{argument} names {n!r}, which ds does not have; it has {', '.join(known)}.{did_you_mean(n, known)}"
+            )
     for n in names:
         if n not in given:
             raise OptionError(f"{argument} has no entry for {n!r}; add one: {argument}={{..., {n!r}: ...}}")
@@ -353,6 +356,12 @@ def _from_function(
         _positive("vertical_scale", vertical_scale)
         if not any(levels for _, _, levels, _ in states.columns(names)):
             raise OptionError(f"vertical_scale={vertical_scale!r} has no effect: no variable of ds has levels. Leave it out.")
+        for variable, at, _, _ in states.columns(names):
+            if len({lengths[names[i]] for i in at}) > 1:
+                raise OptionError(
+                    f"length_scale differs between the levels of {variable!r}, and vertical_scale needs one for all: "
+                    f"length_scale={{{variable!r}: {lengths[names[at[0]]]:g}}}"
+                )
         options["vertical_scale"] = float(vertical_scale)
     shown = ", ".join(f"{n}: {lengths[n] / 1e3:g} km, {deviations[n]:g}" for n in names)
     # what is NaN in the background is masked: land in an ocean

@@ -203,6 +203,9 @@ def _values(container: Container, name: str, wanted: Wanted, others: Iterable[st
     level, level_name = np.full(cells.size, np.nan), None
     if wanted.vertical is not None:
         levels = read_levels(container, wanted, name, set(others))
+    else:
+        levels = None
+    if levels is not None:
         if not cells.holds(levels.values) or (extra and extra[0] not in levels.values.dims):
             raise ObservationError(
                 f"{argument}[{name!r}] has dimensions {array.dims} and its levels {argument}[{levels.name!r}] have {levels.values.dims}; "
@@ -238,7 +241,7 @@ def _one_variable(
     code[read.wild | wild] = Quality.BOUNDS
     code[refused_by_provider(container, name, read.level_name, cells, control)] = Quality.FLAGGED
     lost = ~np.isfinite(value) | ~np.isfinite(latitude) | ~np.isfinite(longitude)
-    if wanted.vertical is not None:
+    if read.level_name is not None:
         lost |= ~np.isfinite(read.level)
     if time is not None and time.dtype.kind == "M":
         lost |= np.isnat(time)
@@ -252,7 +255,7 @@ def _one_variable(
         keep = keep & ~(np.isnan(value) & np.isnan(read.level))
     correlated = isinstance(given, Correlated)
     # a height of a report on levels is that of the level, not of a station on the ground
-    height = heights(ds, cells, argument) if wanted.vertical is None else np.full(cells.size, np.nan)
+    height = heights(ds, cells, argument) if read.level_name is None else np.full(cells.size, np.nan)
     none = np.zeros(cells.size, dtype=np.int64)
     table = Table(
         none, np.arange(cells.size), time, latitude, longitude, read.level, none, value, sigma, code, station, platform, height,
@@ -265,10 +268,13 @@ def _variables(container: Container, wanted: list[Wanted]) -> dict[int, str]:
     """Return index in the state -> name in the observations; anything that is not recognised is refused."""
     ds, argument = container.ds, container.argument
     found: dict[int, str] = {}
+    own = {w.name for w in wanted}  # a name says more than a standard name
     for i, w in enumerate(wanted):
         named = [w.name] if w.name in ds.data_vars else []
         named = named or [
-            str(n) for n, v in ds.data_vars.items() if w.standard_name and v.attrs.get("standard_name") == w.standard_name
+            str(n)
+            for n, v in ds.data_vars.items()
+            if w.standard_name and v.attrs.get("standard_name") == w.standard_name and n not in own
         ]
         if len(named) > 1:
             raise ObservationError(f"{argument}: {' and '.join(map(repr, named))} both could be {w.name!r}; keep one.")

@@ -23,27 +23,30 @@ STANDARD_NAMES: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("height", "altitude", "height_above_mean_sea_level"),
         ("sea_water_pressure", "sea_water_pressure_due_to_sea_water"),
     ),
-    "height": (("altitude", "height_above_mean_sea_level"), ("height",)),
+    "height": (("height",),),
+    "altitude": (("altitude", "height_above_mean_sea_level", "geopotential_height"),),
 }
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "pressure": ("pressure", "pres", "PRES", "plev", "isobaricInhPa", "PRLC", "level", "lev", "air_pressure"),
     "depth": ("depth", "DEPTH", "Depth", "deptht", "z", "Z", "PRES", "PRES_ADJUSTED", "pres", "pressure", "lev", "level"),
-    "height": ("altitude", "height", "elev", "z", "level", "lev"),
+    "height": ("height", "z", "level", "lev"),
+    "altitude": ("altitude", "alt", "z", "level", "lev"),
 }
 #: Columns whose name says their units: GRIB and the BUFR of NNJA, Argo.
 UNITS_BY_NAME: Mapping[str, Mapping[str, str]] = {
     "pressure": {"isobaricInhPa": "hPa", "PRLC": "Pa"},
     "depth": {"PRES": "dbar", "PRES_ADJUSTED": "dbar"},
     "height": {},
+    "altitude": {},
 }
 LEVEL_NAMES = tuple(dict.fromkeys(n for names in USUAL_NAMES.values() for n in names))
 #: Pressures above this cannot be hPa in the atmosphere.
 LARGEST_HPA = 1100.0
 #: In Pa: 9999 and 99999 are pressures there, and fill values elsewhere.
 HIGHEST_PRESSURE = 1.1e5
-UNITS = {"pressure": "Pa", "depth": "m", "height": "m"}
+UNITS = {"pressure": "Pa", "depth": "m", "height": "m", "altitude": "m"}
 UPWARD = ("height", "altitude", "height_above_mean_sea_level")
-EXAMPLES = {"pressure": "pressure", "depth": "depth", "height": "altitude"}
+UPWARD_KINDS = ("height", "altitude")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +57,8 @@ class Levels:
     values: xr.DataArray
 
 
-def read_levels(container: Container, wanted: Wanted, name: str, others: Collection[str]) -> Levels:
-    """Return the levels of a variable in Pa or metres.
+def read_levels(container: Container, wanted: Wanted, name: str, others: Collection[str]) -> Levels | None:
+    """Return the levels of a variable in Pa or metres, None where it has none and needs none.
 
     Parameters
     ----------
@@ -74,8 +77,10 @@ def read_levels(container: Container, wanted: Wanted, name: str, others: Collect
     assert wanted.vertical is not None
     ds, argument, vertical = container.ds, container.argument, wanted.vertical
     found = _find(ds, vertical, argument, others)
+    if found is None and wanted.optional:
+        return None
     if found is None:
-        example = EXAMPLES[vertical]
+        example = vertical
         set_units = f"{argument}.attrs[{example!r}]" if container.is_frame else f"{argument}[{example!r}].attrs"
         value = f"{{'units': {UNITS[vertical]!r}}}"
         raise ObservationError(
@@ -100,7 +105,7 @@ def read_levels(container: Container, wanted: Wanted, name: str, others: Collect
     except UnitsError as problem:
         raise UnitsError(f"{at}, the levels of {argument}[{name!r}]: {problem}") from problem
     if vertical != "pressure":
-        sign = _direction(ds[found], found, values, vertical, at)
+        sign = _direction(ds[found], found, values, vertical, container)
     return Levels(found, xr.DataArray(sign * (values * scale + offset), dims=column.dims))
 
 
@@ -153,22 +158,31 @@ def _is_pressure(units: str) -> bool:
     return True
 
 
-def _direction(column: xr.DataArray, name: str, values: np.ndarray, vertical: str, at: str) -> float:
+def _attrs(container: Container, name: str) -> str:
+    """Return where the attributes of a column are set."""
+    return f"{container.argument}.attrs[{name!r}]" if container.is_frame else f"{container.argument}[{name!r}].attrs"
+
+
+def _direction(column: xr.DataArray, name: str, values: np.ndarray, vertical: str, container: Container) -> float:
     """Return 1 where levels count as those of the state do, -1 where they count the other way."""
+    at = f"{container.argument}[{name!r}]"
     below, above = bool((values < 0).any()), bool((values > 0).any())
     positive = str(column.attrs.get("positive", "")).lower()
     if not positive and name in ("z", "Z") and vertical == "depth":
         if below and above:
-            raise ObservationError(f"{at} has values below and above 0; say what it counts: {at}.attrs['positive'] = 'down'")
+            raise ObservationError(
+                f"{at} has values below and above 0; say what it counts: {_attrs(container, name)} = {{'units': 'm', 'positive': 'down'}}"
+            )
         positive = "up" if below else "down"
     if not positive:
-        upward = column.attrs.get("standard_name") in UPWARD or (vertical == "height" and "depth" not in name.lower())
+        upward = column.attrs.get("standard_name") in UPWARD or (vertical in UPWARD_KINDS and "depth" not in name.lower())
         positive = "up" if upward else "down"
         if positive == "down" and below and not above:
             raise ObservationError(
-                f"{at} is a depth and all its values are negative; if they count upward: {at}.attrs['positive'] = 'up'"
+                f"{at} is a depth and all its values are negative; if they count upward: {_attrs(container, name)} = "
+                f"{{'units': 'm', 'positive': 'up'}}"
             )
-    return 1.0 if (positive == "up") == (vertical == "height") else -1.0
+    return 1.0 if (positive == "up") == (vertical in UPWARD_KINDS) else -1.0
 
 
 def depth_of_pressure(pressure: xr.DataArray, sine2: xr.DataArray) -> xr.DataArray:

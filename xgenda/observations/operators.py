@@ -17,19 +17,21 @@ import xarray as xr
 
 from xgenda import states
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import ObservationError
+from xgenda.errors import ObservationError, did_you_mean
 from xgenda.maps import LinearMap
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, per_variable, read_observations
 from xgenda.observations.correlations import check_blocks
 from xgenda.observations.grouping import first_of_each
 from xgenda.observations.quality import Quality, QualityControl, boxes, superob
-from xgenda.observations.times import assign_times, period_of, ticks, trajectory_weights
+from xgenda.observations.times import assign_times, mean_times, period_of, ticks, trajectory_weights
 from xgenda.weights import interpolation
 
 #: Part of an observation's weight that must lie on valid cells.
 HALF = 0.5
 #: Part of the spacing of levels by which an observation may lie beyond the last: rounding of single precision.
 SLACK = 1e-3
+#: Part of its pressure within which an observation belongs to a single level; of a depth or height twice that, and a metre.
+ALONE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,19 +122,38 @@ class Space:
         return points, inside & self._between(table)[2]
 
     def observe(self, table: Table, points: LinearMap) -> tuple[LinearMap, np.ndarray]:
-        """Return the map from the whole state to each observation, and which of them see it: at least half of their weight is valid."""
-        lower, part, _ = self._between(table)
+        """Return the map from the whole state to each observation, and which of them see it.
+
+        They do where at least half of their weight is on valid cells, on both of the levels that they lie between. Those beyond the levels
+        have empty rows.
+        """
+        lower, part, inside = self._between(table)
         first, size = self.channel[table.variable] + lower, self.grid.size * self.channel[-1]
-        operator = points.scaled(1.0 - part).shifted(first * self.grid.size, size)
-        above = np.flatnonzero(part > 0)
+        valid = self._valid_channels()
+
+        def on_level(rows: np.ndarray, channel: np.ndarray, weight: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+            level = points.select(rows).shifted(channel * self.grid.size, size)
+            seen = np.ones(len(rows), dtype=bool)
+            if valid is not None:
+                level, seen = level.restricted(valid, HALF)
+            return level.scaled(weight), seen
+
+        operator, seen = on_level(np.arange(len(table)), first, np.where(inside, 1.0 - part, 0.0))
+        seen |= part == 1.0
+        above = np.flatnonzero(inside & (part > 0))
         if len(above):
-            upper = points.select(above).scaled(part[above]).shifted((first[above] + 1) * self.grid.size, size)
+            upper, upper_seen = on_level(above, first[above] + 1, part[above])
             operator = operator.plus(upper.spread(above, len(table)))
+            seen[above] &= upper_seen
+        return operator.scaled(seen.astype(float)), seen
+
+    def _valid_channels(self) -> np.ndarray | None:
+        """Return which cells of all channels hold a state, flat; of what an operator makes where all that it takes do."""
         if self.valid is None:
-            return operator, np.ones(len(table), dtype=bool)
+            return None
         valid = self.valid.reshape(len(self.valid), -1)
-        extra = np.repeat(valid.min(0, keepdims=True), self.channel[-1] - len(valid), 0)
-        return operator.restricted(np.concatenate([valid, extra]).ravel(), HALF)
+        made = [np.asarray(valid[list(w.inputs)].all(0)) for w in self.wanted if w.inputs]
+        return np.concatenate([valid, *(m[None] for m in made)]).ravel()
 
     def _between(self, table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the level below each observation, counted from the first, the part of the next one, and which are between levels.
@@ -148,10 +169,12 @@ class Space:
             with np.errstate(divide="ignore", invalid="ignore"):
                 if w.vertical == "pressure":
                     axis, place = np.log(axis), np.log(place)
-            slack = SLACK * (np.diff(axis).min() if len(axis) > 1 else 1.0)
-            inside[rows] = (place >= axis[0] - slack) & (place <= axis[-1] + slack)
             if len(axis) == 1:
+                near = ALONE if w.vertical == "pressure" else 1.0 + 2 * ALONE * abs(axis[0])
+                inside[rows] = (np.abs(place - axis[0]) <= near) | (np.isnan(place) & w.optional)
                 continue
+            slack = SLACK * np.diff(axis).min()
+            inside[rows] = (place >= axis[0] - slack) & (place <= axis[-1] + slack)
             safe = np.clip(np.where(inside[rows], place, axis[0]), axis[0], axis[-1])
             lower[rows] = np.clip(np.searchsorted(axis, safe, side="right") - 1, 0, len(axis) - 2)
             below, above = axis[lower[rows]], axis[lower[rows] + 1]
@@ -272,6 +295,21 @@ def _at_the_ground(
 ) -> Table:
     rates = per_variable(lapse_rate, wanted)
     known = np.isfinite(above)
+    for key in lapse_rate if isinstance(lapse_rate, Mapping) else ():
+        if key not in [w.name for w in wanted]:
+            names = [w.name for w in wanted]
+            raise ObservationError(
+                f"lapse_rate names {key!r}, which is no variable of the state; it has {', '.join(map(repr, names))}.{did_you_mean(key, names)}"
+            )
+    if not isinstance(lapse_rate, Mapping):  # a number is meant for temperatures
+        others = [w.name for v, w in enumerate(wanted) if not _is_temperature(w) and bool((table.variable == v).any())]
+        if others:
+            raise ObservationError(
+                f"lapse_rate={lapse_rate!r} is one number, and {argument} holds {others[0]!r}, which is no temperature. Say for which variable it "
+                f"is: lapse_rate={{'t2m': {lapse_rate!r}}}"
+            )
+    if len(table) and not known.any() and all(w.levels for w in wanted):
+        raise ObservationError(f"lapse_rate={lapse_rate!r} has no effect on variables with levels; leave it out.")
     if len(table) and not known.any():
         raise ObservationError(
             f"lapse_rate={lapse_rate!r} needs heights: a column 'height' in {argument}, and the height of the ground in ds, a variable with "
@@ -282,6 +320,12 @@ def _at_the_ground(
             f"lapse_rate={lapse_rate!r} is not accepted; give for example lapse_rate={{'t2m': 0.0065}} (K per metre)."
         )
     return dataclasses.replace(table, value=table.value + np.where(known, above, 0.0) * rates[table.variable])
+
+
+def _is_temperature(wanted: Wanted) -> bool:
+    if wanted.standard_name is not None:
+        return "temperature" in wanted.standard_name
+    return wanted.units in ("K", "degC", "Celsius", "celsius", "degree_Celsius") or wanted.units is None
 
 
 def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space, control: QualityControl) -> Located:
@@ -330,6 +374,9 @@ def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space,
     for name, new in zip(("value", "error", "latitude", "longitude"), merged, strict=True):
         replaced[name] = getattr(table, name).copy()
         replaced[name][kept] = new
+    if table.time is not None:
+        replaced["time"] = table.time.copy()
+        replaced["time"][kept] = mean_times(table.time[rows], table.error[rows] ** -2.0, group)
     table = dataclasses.replace(table, **replaced)
     merged_rows = table.take(kept)
     points, inside = space.interpolate(merged_rows)

@@ -22,10 +22,14 @@ class Wanted:
     units: str | None
     given_units: str | None = None  #: of the user's Dataset: what observations without units are in
     levels: tuple[float, ...] = ()  #: of its channels, in Pa or m; empty for one channel without a level
-    vertical: str | None = None  #: what `levels` are: 'pressure', 'depth' (positive downward) or 'height' (above the sea)
+    vertical: str | None = (
+        None  #: what `levels` are: 'pressure', 'depth' (positive downward), 'height' (above the ground) or 'altitude'
+    )
     of: str | None = None  #: name of the variable that a linear operator observes; None for a variable itself
     rows: Callable[..., tuple[LinearMap, np.ndarray]] | None = None  #: of that operator, see `xgenda.operators.LinearOperator`
     period: np.timedelta64 | None = None  #: over which an observation is a mean, up to its time
+    optional: bool = False  #: whether observations may come without a level: the state has a single one
+    inputs: tuple[int, ...] = ()  #: channels of the state that an operator takes which is not linear
 
 
 def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:

@@ -190,3 +190,17 @@ def ticks(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
         return values.astype("datetime64[ns]").astype(np.int64)
     origin, step = reference.flat[0], datetime.timedelta(microseconds=1)
     return np.array([(v - origin) // step for v in values.ravel()], dtype=np.int64)
+
+
+def mean_times(times: np.ndarray, weight: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Return the weighted mean time of each group, groups numbered from 0."""
+    count = int(group.max(initial=-1)) + 1
+    first = np.zeros(count, dtype=np.int64)
+    first[group[::-1]] = np.arange(len(group))[::-1]
+    since = (times - times[first[group]]).astype("timedelta64[us]").astype(float)
+    mean = np.round(np.bincount(group, weight * since, count) / np.bincount(group, weight, count)).astype("timedelta64[us]")
+    if times.dtype.kind == "M":
+        return np.asarray(times[first] + mean)
+    return np.array(
+        [t + datetime.timedelta(microseconds=int(m.astype(int))) for t, m in zip(times[first], mean, strict=True)], dtype=object
+    )
