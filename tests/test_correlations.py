@@ -185,7 +185,7 @@ def test_levels_are_independent() -> None:
         }
     )
     table = read_observations(frame, [air], ErrorCovariance(std=2.0, length_scale=1e6))
-    operator, value, variance = whitened(table, identity(3))
+    operator, value, variance = whitened(table, identity(3), np.zeros(3, dtype=np.int64))
     dense = operator.matrix.toarray()
     R = np.linalg.inv(dense.T @ np.diag(1 / variance) @ dense)
     c = 4.0 * np.exp(-distances(np.array([40.0, 41.0]), np.array([0.0, 1.0]))[0, 1] / 1e6)

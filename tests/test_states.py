@@ -349,6 +349,41 @@ def test_draws_on_many_scattered_cells_have_the_covariance(kind: str, length: fl
     assert implied.diagonal() == pytest.approx(np.ones(150), abs=1e-6)
 
 
+def test_draws_on_a_regional_grid_of_many_cells() -> None:
+    """A limited-area model of 3 km: nodes lie over the region only, and what they leave is small."""
+    y, x = np.meshgrid(np.arange(80.0), np.arange(80.0), indexing="ij")
+    latitude, longitude = 45 + y * 0.027 + 0.002 * x, 10 + x * 0.038 - 0.004 * y
+    kernel = SphereKernel.at(torch.as_tensor(latitude.ravel()), torch.as_tensor(longitude.ravel()), "exponential", 100e3)
+    assert kernel.draw(NoiseStream([(0, "a", 0)])).shape == (1, 1, 6400)
+    nodes, index, weight, left = kernel._nearby._made
+    assert float((left**2).mean()) < 0.03
+    some = torch.arange(0, 6400, 64)
+    flat = torch.as_tensor(unit_vectors(*(np.ravel(a) for a in np.meshgrid(*nodes._axes, indexing="ij"))))[index[some]].reshape(
+        -1, 3
+    )
+    between = nodes._of_chord(torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")).reshape(100, 16, 100, 16)
+    implied = torch.einsum("ia,iajb,jb->ij", weight[some], between, weight[some]) + torch.diag(left[some] ** 2)
+    assert float((implied - kernel.correlation(some, some)).abs().max()) < 0.01
+
+
+def test_what_a_model_and_an_analysis_say_of_themselves() -> None:
+    ds = columns_of([1000.0, 850.0, 500.0])
+    prior = xgenda.gaussian_prior(ds, length_scale=LENGTH, std={"t@50000Pa": 1.0, "t": 2.0, "mslp": 100.0}, vertical_scale=0.5)
+    text = repr(prior)
+    assert "mslp [Pa], t [K] at 3 levels of pressure, 50000 to 100000 Pa" in text
+    assert "t: 600 km, 1 to 2 K; between levels 0.5" in text
+    obs = pd.DataFrame({"latitude": [2.0], "longitude": [2.0], "mslp": [1.001e5]})
+    analysis = xgenda.assimilate(ds, obs, model=prior, error={"mslp": 50.0}, members=1, seed=0, representativeness=10.0)
+    assert analysis.attrs["xgenda_error"] == "{'mslp': 50.0}"
+    assert analysis.attrs["xgenda_representativeness"] == "10.0"
+    assert "xgenda_window" not in analysis.attrs
+    with pytest.warns(
+        UserWarning,
+        match=r"length_scale=600 for 't2m' is in metres, and the cells of ds are about .* km apart.*length_scale=600000",
+    ):
+        xgenda.gaussian_prior(bent(), length_scale=600.0, std=1.0)
+
+
 def test_a_length_scale_too_short_to_draw() -> None:
     rng = np.random.default_rng(0)
     kernel = SphereKernel.at(

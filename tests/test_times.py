@@ -236,3 +236,38 @@ def test_a_period_that_begins_before_the_trajectory(windows: tuple[xr.Dataset, G
         operators.time_mean("x", period="day")
     with pytest.raises(OptionError, match=r"observed=3 is not accepted"):
         operators.time_mean(3, period="1D")
+
+
+def test_a_covariance_matrix_reaches_across_the_times_of_a_trajectory(windows: tuple[xr.Dataset, GenerativeModel]) -> None:
+    """Against the closed form with the full R; with what is between times left out the mean would be another."""
+    import torch
+
+    series, model = windows
+    days = series.isel(time=slice(50, 55))
+    table = pd.DataFrame(
+        {
+            "time": days.time.values[[0, 2, 4]],
+            "latitude": [10.0, 15.0, 10.0],
+            "longitude": [10.0, 15.0, 20.0],
+            "x": [1.0, 2.0, 1.5],
+        }
+    )
+    errors = 0.5**2 * (0.9 + 0.1 * np.eye(3))
+    rows = np.zeros((3, 5, 6, 6))
+    for i, (t, y, x) in enumerate(((0, 2, 2), (2, 3, 3), (4, 2, 4))):
+        rows[i, t, y, x] = 1.0
+    flat = rows.reshape(3, -1)
+    covariance = model.covariance.of_length(5)
+    index = torch.arange(covariance.size)
+    full = covariance.block(index, index).numpy() * model.scaling.std.item() ** 2
+    mean = np.tile(model.scaling.mean[0].ravel(), 5)
+
+    def expected(r: np.ndarray) -> np.ndarray:
+        return mean + full @ flat.T @ np.linalg.solve(flat @ full @ flat.T + r, table.x.to_numpy() - flat @ mean)
+
+    given = {"model": model, "members": 300, "seed": 0, "steps": 12, "progress": False, "background_check": None}
+    result = xgenda.assimilate(days, table, error={"x": xgenda.ErrorCovariance(matrix=errors)}, **given)
+    noise = result.x.std("member", ddof=1).values.ravel() / np.sqrt(300) + 0.01
+    found = result.x.mean("member").values.ravel()
+    assert np.abs((found - expected(errors)) / noise).max() < 5
+    assert np.abs((found - expected(np.diag(np.diag(errors)))) / noise).max() > 5

@@ -49,7 +49,7 @@ _WHERE = {
     "regrid": "xgenda.regridding",
     "Regridder": "xgenda.regridding",
 }
-_MODULES = ("errors", "operators", "plotting", "tutorial")
+_MODULES = ("errors", "observations", "ocean", "operators", "plotting", "tutorial", "twins")
 
 __all__ = [
     "ErrorCovariance",
@@ -82,13 +82,15 @@ def __getattr__(name: str) -> Any:
         return package_version()
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "observations":
+        importlib.import_module("xgenda.observations.networks")
     if name in _MODULES:
         return importlib.import_module(f"xgenda.{name}")
     raise AttributeError(f"module 'xgenda' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*__all__, *_MODULES})
 
 
 del _accessor

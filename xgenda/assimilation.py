@@ -181,11 +181,29 @@ def assimilate(
         "steps": options.steps or None,
         "background_check": "off" if setup.threshold is None else setup.threshold,
         "lapse_rate": None if lapse_rate is None else str(lapse_rate),
+        "error": _shown(error),
+        "representativeness": _shown(representativeness),
+        "window": None if window is None else str(window),
+        "first_guess": "at the times of the observations" if first_guess is not None else None,
+        "operators": None if operators is None else ", ".join(operators),
+        "quality": None if quality is None else str(quality),
         "departure_chi2": chi2,
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
     }
     call = f"assimilate(model={setup.model.spec.name!r}, members={members}, seed={drawn_seed}, guidance={options.guidance!r})"
     return metadata.carry_metadata(result, ds, setup.state.variables(setup.variables.values()), call=call, provenance=provenance)
+
+
+def _shown(given: Any) -> str | None:
+    """Return what was given as errors, where that is short."""
+    text = str(given)
+    return (
+        None
+        if given is None
+        else text
+        if len(text) <= 200 and "\n" not in text
+        else f"a {type(given).__name__}, one per observation"
+    )
 
 
 def _described(name: str, options: Mapping[str, Any]) -> str:

@@ -21,7 +21,6 @@ from xgenda.curvilinear import AnyGrid
 from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
 from xgenda.grids import Orientation
-from xgenda.maps import concatenate
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
@@ -216,13 +215,8 @@ def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
     nothing = PointEvidence(*map(torch.as_tensor, (np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), *np.zeros((2, 0)))))
     if located is None:
         return [nothing] * times
-    found = []
-    for t in range(times):
-        now = located.at(t).used()
-        found.append(whitened(now.table, now.operator))
-    if located.trajectory:
-        operators, values, variances = zip(*found, strict=True)
-        found = [(concatenate(operators), np.concatenate(values), np.concatenate(variances))]
+    together = [located.used()] if located.trajectory else [located.at(t).used() for t in range(times)]
+    found = [whitened(now.table, now.operator, now.time_index) for now in together]
     return [PointEvidence(*map(torch.as_tensor, (o.indices, o.weights, value, variance))) for o, value, variance in found]
 
 

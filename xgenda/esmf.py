@@ -28,11 +28,14 @@ class Weights:
         Target cells that get a value, shape (target cells,), bool.
     origin
         Who computed them: 'builtin', 'xesmf', or the name of a file.
+    method
+        That the file names; None where it names none, or they were computed here.
     """
 
     map: LinearMap
     mapped: np.ndarray
     origin: str
+    method: str | None = None
 
 
 def same_points(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
@@ -153,4 +156,4 @@ def read_weights(path: str | os.PathLike[str], source: Horizontal, target: Horiz
             raise GridError(f"weights={str(path)!r} is of another {name} grid than {side.grid.describe()}.")
     fine = np.isfinite(value)  # xESMF writes one NaN for a cell that is not mapped
     found = LinearMap.from_entries(row[fine] - 1, col[fine] - 1, value[fine], shape)
-    return Weights(found, found.lengths > 0, file.name)
+    return Weights(found, found.lengths > 0, file.name, str(ds.attrs["map_method"]).lower() if "map_method" in ds.attrs else None)

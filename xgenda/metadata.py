@@ -208,10 +208,15 @@ def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argumen
             )
 
 
+def bounds_of(ds: xr.Dataset) -> set[str]:
+    """Return the names that bounds of coordinates have, by CF or by usage; not all need be there."""
+    named = {str(v.attrs.get(k, v.encoding.get(k))) for v in ds.variables.values() for k in ("bounds", "climatology")}
+    return named | {f"{n}{suffix}" for n in ds.coords for suffix in ("_bnds", "_bounds", "_b")}
+
+
 def data_variables(ds: xr.Dataset, layout: Layout) -> list[str]:
     """Return the names of the variables on the horizontal grid; bounds, grid mappings, and what describes the grid are left out."""
-    bounds = {str(v.attrs.get(k, v.encoding.get(k))) for v in ds.variables.values() for k in ("bounds", "climatology")}
-    bounds |= {f"{n}{suffix}" for n in ds.coords for suffix in ("_bnds", "_bounds", "_b")}
+    bounds = bounds_of(ds)
     return [
         str(n)
         for n, v in ds.data_vars.items()

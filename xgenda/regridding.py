@@ -157,6 +157,7 @@ class Regridder:
         key = _key(self.source, self.target, method, regridder, extrapolate, masks)
         if weights is not None:
             self.weights = read_weights(weights, self.source, self.target)
+            self.method = self.weights.method or method
         elif key in _kept:
             _kept.move_to_end(key)
             self.weights = _kept[key]
@@ -194,8 +195,11 @@ class Regridder:
                     f"dimensions {here.dims}. Make one for ds: xgenda.Regridder(ds, target)"
                 )
         out: dict[str, Any] = {}
+        bounds = metadata.bounds_of(ds)
         for name, array in ds.data_vars.items():
             held = [d for d in here.dims if d in array.dims]
+            if (held and name in bounds) or "grid_mapping_name" in array.attrs:  # of the source grid
+                continue
             if len(held) == len(here.dims):
                 out[str(name)] = self._field(array, skipna, float(na_thres))
             elif not held and str(name) not in self.target.dims:

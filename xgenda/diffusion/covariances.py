@@ -23,7 +23,8 @@ from xgenda.errors import OptionError
 
 EARTH_RADIUS = 6_371_229.0
 DENSE_LIMIT = 6000  # cells; a dense factorisation beyond this takes minutes and gigabytes
-NODES, MOST_ROWS, MOST_COLUMNS, LEFT = 16, 256, 720, 0.1  # of draws at scattered places, see `Nearby`
+NODES, MOST_ROWS, MOST_COLUMNS, MOST_NODES, LEFT = 16, 256, 720, 4000, 0.1  # of draws at scattered places, see `Nearby`
+LARGE = 1500
 KERNELS = ("exponential", "matern32", "matern52", "gaussian")
 
 
@@ -63,10 +64,14 @@ class SphereKernel:
         Number of columns of this spacing around the whole circle, if that is a whole number. Then exact draws cost a Fourier
         transform along longitude and one small eigenproblem per zonal wavenumber, because the covariance of any field that is
         isotropic on the sphere is block-circulant in longitude.
+    step
+        Spacing in degrees, for who compares grids.
     """
 
-    def __init__(self, latitude: Tensor, longitude: Tensor, kind: str, length: float, around: int | None = None) -> None:
-        self.kind, self.length, self.around = kind, float(length), around
+    def __init__(
+        self, latitude: Tensor, longitude: Tensor, kind: str, length: float, around: int | None = None, *, step: float = math.nan
+    ) -> None:
+        self.kind, self.length, self.around, self.step = kind, float(length), around, step
         self.shape = (len(latitude), len(longitude))
         self.size = self.shape[0] * self.shape[1]
         self._axes = (latitude.double(), longitude.double())
@@ -139,11 +144,17 @@ class SphereKernel:
                 f"(or at most {DENSE_LIMIT} cells). Interpolate to such a grid first."
             )
         everything = torch.arange(self.size)
-        return matrix_root(self.correlation(everything, everything))
+        matrix = self.correlation(everything, everything)
+        if self.size > LARGE:  # a Cholesky factor takes a tenth of the time of an eigenproblem
+            factor, failed = torch.linalg.cholesky_ex(matrix + 1e-9 * torch.eye(self.size, dtype=matrix.dtype))
+            if not int(failed):
+                root: Tensor = factor
+                return root
+        return matrix_root(matrix)
 
 
 class Nearby:
-    r"""Draws at many scattered places: drawn exactly on a rectilinear grid around them, and kriged from its nearest nodes.
+    r"""Draws at many scattered places: drawn on a grid around them (all meridians, or a region), and kriged from its nearest nodes.
 
     x_i = w_i . u + s_i e_i, with w_i the weights of simple kriging from the `NODES` nearest nodes, s_i^2 the variance they leave, and e_i
     independent. Variances are exact; covariances as nearly as kriging is (Vecchia 1988, J. R. Stat. Soc. B 50, 297-312).
@@ -171,16 +182,9 @@ class Nearby:
     def _make(self) -> tuple[SphereKernel, Tensor, Tensor, Tensor]:
         places = self.kernel._positions
         tree = cKDTree(places.numpy())
-        apart = float(np.median(tree.query(places.numpy(), k=2)[0][:, 1]))
-        latitude = torch.rad2deg(torch.asin(places[:, 2].clamp(-1, 1)))
-        low, high = float(latitude.min()), float(latitude.max())
-        step = max(math.degrees(apart) / 2, (high - low) / MOST_ROWS, 360 / MOST_COLUMNS)
-        rows = torch.arange(
-            max(low - step, -90 + step / 2), min(high + step, 90 - step / 2) + step / 2, step, dtype=torch.float64
-        )
-        around = math.ceil(360 / step)
-        turn = torch.arange(around, dtype=torch.float64) * (360 / around)
-        nodes = SphereKernel(rows, turn, self.kernel.kind, self.kernel.length, around)
+        apart = math.degrees(float(np.median(tree.query(places.numpy(), k=2)[0][:, 1]))) / 2
+        around, fine = self._around_the_globe(places, apart), self._over_a_region(places, apart)
+        nodes, places = fine if fine is not None and fine[0].step < around[0].step else around
         _, near = cKDTree(nodes._positions.numpy()).query(places.numpy(), k=NODES)
         index = torch.as_tensor(near)
         weight, left = torch.empty(index.shape, dtype=torch.float64), torch.empty(len(index), dtype=torch.float64)
@@ -193,9 +197,46 @@ class Nearby:
         if float(left.mean()) > LEFT:
             raise OptionError(
                 f"A length scale of {self.kernel.length / 1e3:g} km cannot be drawn on {self.kernel.size} cells that are not in rows and "
-                f"columns of latitude and longitude. Use a longer one, a part of the grid, or a grid with evenly spaced longitudes."
+                f"columns of latitude and longitude. Use a part of the grid, or a grid with evenly spaced longitudes: ds.genda.regrid(target)"
             )
         return nodes, index, weight, left.sqrt()
+
+    def _around_the_globe(self, places: Tensor, apart: float) -> tuple[SphereKernel, Tensor]:
+        """Return a grid on all meridians, of at least `apart` degrees, whose draws cost Fourier transforms."""
+        latitude = torch.rad2deg(torch.asin(places[:, 2].clamp(-1, 1)))
+        low, high = float(latitude.min()), float(latitude.max())
+        step = max(apart, (high - low) / MOST_ROWS, 360 / MOST_COLUMNS)
+        rows = torch.arange(
+            max(low - step, -90 + step / 2), min(high + step, 90 - step / 2) + step / 2, step, dtype=torch.float64
+        )
+        around = math.ceil(360 / step)
+        turn = torch.arange(around, dtype=torch.float64) * (360 / around)
+        return SphereKernel(rows, turn, self.kernel.kind, self.kernel.length, around, step=step), places
+
+    def _over_a_region(self, places: Tensor, apart: float) -> tuple[SphereKernel, Tensor] | None:
+        """Return a grid in coordinates whose equator and meridian cross in the middle of the places, and the places there.
+
+        Its draws cost a dense root. None where the places are not within 60 degrees of their middle.
+        """
+        middle = places.mean(0)
+        middle = middle / middle.norm()
+        if not bool((places @ middle > 0.5).all()):
+            return None
+        pole = (
+            torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+            if abs(float(middle[2])) < 0.9
+            else torch.tensor([1.0, 0.0, 0.0]).double()
+        )
+        east = torch.linalg.cross(pole, middle)
+        east = east / east.norm()
+        turned = places @ torch.stack([middle, east, torch.linalg.cross(middle, east)], 1)
+        axes = torch.rad2deg(torch.asin(turned[:, 2].clamp(-1, 1))), torch.rad2deg(torch.atan2(turned[:, 1], turned[:, 0]))
+        height, width = (float(a.max() - a.min()) for a in axes)
+        step = max(apart, math.sqrt((height + 2 * apart) * (width + 2 * apart) / MOST_NODES))
+        rows, columns = (
+            torch.arange(float(a.min()) - step, float(a.max()) + 1.5 * step, step, dtype=torch.float64) for a in axes
+        )
+        return SphereKernel(rows, columns, self.kernel.kind, self.kernel.length, step=step), turned
 
 
 def gaspari_cohn(scaled: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from xgenda import metadata, states
@@ -23,11 +25,13 @@ from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
+from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.fitting import candidates, cross_validate, fit_sample, kernel_on, read_sample, standardise
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import fit_scaling
+from xgenda.spherical import unit_vectors
 from xgenda.states import State
 
 SAMPLE_KINDS = ("localized", "eof")
@@ -363,7 +367,18 @@ def _from_function(
                     f"length_scale={{{variable!r}: {lengths[names[at[0]]]:g}}}"
                 )
         options["vertical_scale"] = float(vertical_scale)
-    shown = ", ".join(f"{n}: {lengths[n] / 1e3:g} km, {deviations[n]:g}" for n in names)
+    shown = ", ".join(
+        f"{variable}: {lengths[names[at[0]]] / 1e3:g} km, {_range([deviations[names[i]] for i in at])} {variables[at[0]].units or ''}".rstrip()
+        for variable, at, _, _ in states.columns(names)
+    ) + (f"; between levels {vertical_scale:g}" if vertical_scale is not None else "")  # fmt: skip
+    spacing = _spacing(state)
+    for variable, length in lengths.items():
+        if length < spacing / 10:
+            warnings.warn(
+                f"length_scale={length:g} for {variable!r} is in metres, and the cells of ds are about {spacing / 1e3:.3g} km apart: no cell "
+                f"knows of another. Kilometres? length_scale={1e3 * length:g}",
+                stacklevel=4,
+            )
     # what is NaN in the background is masked: land in an ocean
     metadata.check_dims(state.ds, names, state.layout)
     first = {d: 0 for d in state.ds.dims if d not in state.layout.dims}
@@ -379,6 +394,21 @@ def _from_function(
         ),
         {} if valid.all() else {"valid": torch.as_tensor(valid)},
     )  # fmt: skip
+
+
+def _spacing(state: State) -> float:
+    """Return the median distance of neighbouring cells in metres."""
+    latitude, longitude = state.grid.points()
+    if len(latitude) < 2:
+        return 0.0
+    some = np.random.default_rng(0).choice(len(latitude), min(200, len(latitude)), replace=False)
+    places = unit_vectors(latitude, longitude)
+    return float(np.median(cKDTree(places).query(places[some], k=2)[0][:, 1])) * EARTH_RADIUS
+
+
+def _range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _between_levels(names: list[str], scale: float | None) -> Tensor | None:

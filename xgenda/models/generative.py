@@ -15,6 +15,7 @@ from xgenda.curvilinear import AnyGrid
 from xgenda.errors import OptionError, check_count
 from xgenda.models.spec import ModelSpec
 from xgenda.operators import Operator
+from xgenda.states import columns
 
 if TYPE_CHECKING:
     import os
@@ -107,6 +108,19 @@ class SamplingOptions:
                 raise OptionError(f"{name}={value!r} has no effect: {why}. Leave it out.")
 
 
+def _on_levels(spec: ModelSpec) -> list[str]:
+    """Return each variable with its units, and its levels where it has some."""
+    out = []
+    for name, at, levels, kind in columns([v.name for v in spec.variables]):
+        units = spec.variables[at[0]].units or "no units"
+        unit = "Pa" if kind == "pressure" else "m"
+        out.append(
+            f"{name} [{units}]"
+            + (f" at {len(levels)} levels of {kind}, {levels[0]:g} to {levels[-1]:g} {unit}" if levels else "")
+        )
+    return out
+
+
 class GenerativeModel(ABC):
     """A prior (or a conditional model) with its description.
 
@@ -164,7 +178,7 @@ class GenerativeModel(ABC):
         spec = self.spec
         rows: dict[str, Any] = {
             "task": f"{spec.task} ({spec.kind})" + (f", x{spec.factor}" if spec.factor else ""),
-            "variables": ", ".join(f"{v.name} [{v.units or 'no units'}]" for v in spec.variables),
+            "variables": ", ".join(_on_levels(spec)),
             "grid": spec.grid.describe() if spec.grid is not None else "any",
             **({"mask": f"{100 * (1 - self.valid.mean()):.0f} % of the cells are masked"} if self.valid is not None else {}),
             **(

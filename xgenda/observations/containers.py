@@ -290,7 +290,7 @@ def _variables(container: Container, wanted: list[Wanted]) -> dict[int, str]:
     if strange or not found:
         names = [w.name for w in wanted]
         columns = [n for n in map(str, ds.variables) if n in known and n != "obs"]
-        kept = columns if container.is_frame else list(found.values())
+        kept = columns if container.is_frame else [n for n in columns if n in ds.data_vars]
         part = f"{argument}['variable'].isin({list(found.values())!r})" if container.rows else f"{kept!r}"
         hint = f" Keep what the state has: {argument}[{part}]" if found else did_you_mean((strange or [""])[0], names)
         raise ObservationError(

@@ -40,7 +40,7 @@ class ErrorCovariance:
         exp(-distance / length_scale), with the great-circle distance.
     matrix
         Covariance in the squared units of the observation, shape (n, n), over the n rows of the container (over its flat cells where it has
-        several dimensions), whatever their time.
+        several dimensions), whatever their time. Analyses of single times know of what is between those of one time only.
 
     Raises
     ------
@@ -157,27 +157,28 @@ class Correlated:
         return np.asarray((self.given.std * self.scale) ** 2 * np.exp(-distance / self.given.length_scale))
 
 
-def blocks(table: Table) -> list[np.ndarray]:
-    """Return the rows of each group whose errors may depend on each other, for rows of one analysis time."""
+def blocks(table: Table, time_index: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each group whose errors may depend on each other."""
     rows = np.flatnonzero(table.correlation >= 0)
     if not len(rows):
         return []
-    _, group = first_of_each(_block_keys(table, rows), (rows,))
+    _, group = first_of_each(_block_keys(table, rows, time_index), (rows,))
     order = np.argsort(group, kind="stable")
     return [rows[part] for part in np.split(order, np.flatnonzero(np.diff(group[order])) + 1)]
 
 
-def _block_keys(table: Table, rows: np.ndarray) -> list[np.ndarray]:
+def _block_keys(table: Table, rows: np.ndarray, time_index: np.ndarray) -> list[np.ndarray]:
     by_distance = np.array([c.given.matrix is None for c in table.correlated])[table.correlation[rows]]
     platform = np.unique(table.platform[rows].astype(str), return_inverse=True)[1]
     return [
         table.correlation[rows],
         np.where(by_distance, platform, 0),
+        np.where(by_distance, time_index[rows], 0),
         np.where(by_distance, np.nan_to_num(table.level[rows], nan=-1e30), 0.0),
     ]
 
 
-def check_blocks(table: Table, time_index: np.ndarray, used: np.ndarray, argument: str) -> None:
+def check_blocks(table: Table, time_index: np.ndarray, used: np.ndarray, argument: str, *, trajectory: bool) -> None:
     """Refuse, before anything is computed, blocks that are too large, and errors that are the same error twice.
 
     Parameters
@@ -186,11 +187,13 @@ def check_blocks(table: Table, time_index: np.ndarray, used: np.ndarray, argumen
         All observations and their analysis times.
     used
         Rows that passed all checks so far.
+    trajectory
+        Whether all times are solved together.
     """
     rows = np.flatnonzero(used & (table.correlation >= 0))
     if not len(rows):
         return
-    keys: Sequence[np.ndarray] = [*_block_keys(table, rows), time_index[rows]]
+    keys: Sequence[np.ndarray] = [*_block_keys(table, rows, time_index), *([] if trajectory else [time_index[rows]])]
     _, group = first_of_each(keys, (rows,))
     largest = int(np.bincount(group).max())
     if largest > LARGEST_BLOCK:
@@ -210,17 +213,17 @@ def check_blocks(table: Table, time_index: np.ndarray, used: np.ndarray, argumen
             )
 
 
-def whitened(table: Table, operator: LinearMap) -> tuple[LinearMap, np.ndarray, np.ndarray]:
+def whitened(table: Table, operator: LinearMap, time_index: np.ndarray) -> tuple[LinearMap, np.ndarray, np.ndarray]:
     """Return observations with independent errors that say the same of the state.
 
     With R = L L^T the rows of a block become y' = L^-1 y and H' = L^-1 H, with variance 1; rows that are independent stay as they are.
 
     Parameters
     ----------
-    table
-        Observations of one analysis time.
-    operator
-        Theirs, shape (m, cells).
+    table, operator
+        Observations that are solved together, and their operator, shape (m, cells).
+    time_index
+        Analysis time of each; errors by distance are independent between them, those of a matrix are not.
 
     Returns
     -------
@@ -234,7 +237,7 @@ def whitened(table: Table, operator: LinearMap) -> tuple[LinearMap, np.ndarray, 
     value, variance = table.value.copy(), table.error**2
     replaced: list[np.ndarray] = []
     entries = []
-    for rows in blocks(table):
+    for rows in blocks(table, time_index):
         c = table.correlated[table.correlation[rows[0]]]
         covariance = c.covariance(table.row[rows], table.latitude[rows], table.longitude[rows])
         np.fill_diagonal(covariance, 0.0)

@@ -254,7 +254,7 @@ def locate_observations(
     located = _reduced(table, index, operator, space, control)
     if trajectory and times is not None and located.table.time is not None:
         located = _along_trajectory(located, wanted, times, argument)
-    check_blocks(located.table, index, located.table.code == Quality.USED, argument)
+    check_blocks(located.table, index, located.table.code == Quality.USED, argument, trajectory=located.trajectory)
     return located
 
 

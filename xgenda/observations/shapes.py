@@ -191,7 +191,7 @@ def decoded(time: xr.DataArray, argument: str) -> xr.DataArray:
     if time.dtype.kind not in "fiu":
         raise ObservationError(
             f"{argument}: time holds {type(first).__name__} such as {str(first)!r}; make it datetime64 in UTC: "
-            f"{argument}['time'] = pandas.to_datetime({argument}['time'], utc=True)"
+            f"{argument}['time'] = pandas.to_datetime({argument}['time']{'.astype(str)' if isinstance(first, bytes) else ''}, utc=True)"
         )
     raise ObservationError(
         f"{argument}: time has dtype {time.dtype}; decode it, for example pandas.to_datetime({argument}['time'], unit='s', utc=True)"
