@@ -268,3 +268,17 @@ def test_lengths_that_differ_between_correlated_levels() -> None:
         xgenda.gaussian_prior(ds, length_scale={"t@85000Pa": 3e5, "t@50000Pa": 5e5}, std=1.0, vertical_scale=0.5)
     with pytest.raises(OptionError, match=r"std names 'tt', which ds does not have; it has t"):
         xgenda.gaussian_prior(ds, length_scale=3e5, std={"tt": 1.0})
+
+
+def test_flags_follow_the_names_of_the_state() -> None:
+    """Observations by the user's name of a variable bring its errors and flags along."""
+    prior = xgenda.gaussian_prior(flat(), length_scale=3e5, std=1.0)
+    obs = at([281.0, 290.0]).rename(columns={"t": "temperature"}).assign(temperature_qc=["1", "4"], temperature_error=0.5)
+    found = xgenda.innovations(
+        flat().rename(t="temperature"),
+        obs,
+        model=prior,
+        background_check=None,
+        quality=QualityControl(flags="argo", duplicates=False),
+    )
+    assert found.quality_code.values.tolist() == [Quality.USED, Quality.FLAGGED]

@@ -22,6 +22,7 @@ from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choi
 from xgenda.grids import ground_of
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import choose_model
+from xgenda.observations.columns import ERROR_SUFFIXES, FLAG_SUFFIXES
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, columned, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
@@ -228,12 +229,12 @@ def _rename_back(obs: Observations, variables: dict[str, str]) -> Observations:
         return [_rename_back(o, variables) for o in obs]
     if isinstance(obs, xr.DataArray) and obs.name is not None:
         obs = obs.to_dataset()
-    if isinstance(obs, xr.Dataset):
-        both = {o: n for o, n in names.items() if o in obs.data_vars and n not in obs.data_vars}
-        return obs.rename({**both, **{f"{o}_error": f"{n}_error" for o, n in both.items() if f"{o}_error" in obs}})
-    if isinstance(obs, pd.DataFrame):
-        both = {o: n for o, n in names.items() if o in obs.columns and n not in obs.columns}
-        return obs.rename(columns={**both, **{f"{o}_error": f"{n}_error" for o, n in both.items()}})
+    if isinstance(obs, (xr.Dataset, pd.DataFrame)):
+        columns = set(map(str, obs.data_vars if isinstance(obs, xr.Dataset) else obs.columns))
+        both = {o: n for o, n in names.items() if o in columns and n not in columns}
+        beside = {f"{o}_{s}": f"{n}_{s}" for o, n in both.items() for s in (*ERROR_SUFFIXES, *FLAG_SUFFIXES)}
+        given = both | {o: n for o, n in beside.items() if o in columns}
+        return obs.rename(given) if isinstance(obs, xr.Dataset) else obs.rename(columns=given)
     return obs
 
 
