@@ -169,3 +169,16 @@ def test_between_grids() -> None:
     assert out == pytest.approx(2 * y - x, abs=1e-9)  # held beyond the outermost centres
     half = Grid(GLOBE.latitude[:-1] + 2.5, GLOBE.longitude + 2.5)
     assert bilinear_between(GLOBE, half)(np.ones(GLOBE.size)) == pytest.approx(np.ones(half.size))
+
+
+def test_rows_on_valid_cells() -> None:
+    """Means over what is left, differences only where they are whole."""
+    rows = LinearMap.from_rows(
+        np.array([[0, 1, 2, 3]] * 3), np.array([[0.25] * 4, [0.7, 0.1, 0.1, 0.1], [1.0, -1.0, 0.0, 0.0]]), 4
+    )
+    valid = np.array([False, True, True, True])
+    kept, enough = rows.restricted(valid, 0.5)
+    assert enough.tolist() == [True, False, False]
+    assert kept(np.array([np.nan, 1.0, 2.0, 3.0])) == pytest.approx([2.0, 0.0, 0.0])
+    assert rows.restricted(~valid | valid, 0.5)[1].all()
+    assert rows.magnitude(np.ones(4)) == pytest.approx([1.0, 1.0, 2.0])

@@ -164,12 +164,13 @@ class LinearMap:
     def restricted(self, valid: np.ndarray, least: float) -> tuple[LinearMap, np.ndarray]:
         """Return the map on valid cells only, its rows scaled back to their sum, and which rows have at least the part `least` there.
 
-        Rows with less are empty.
+        Rows with less are empty, and so are rows with weights of both signs that are not wholly there: a part of a difference is none.
         """
         row = np.repeat(np.arange(self.shape[0]), self.lengths)
         there = valid[self.matrix.indices]
         whole, left = (np.bincount(row, w, self.shape[0]) for w in (np.abs(self.matrix.data), np.abs(self.matrix.data) * there))
-        enough = (left >= least * whole) & (whole > 0)
+        mixed = np.bincount(row, self.matrix.data < 0, self.shape[0]) > 0
+        enough = (left >= np.where(mixed, 1 - 1e-12, least) * whole) & (whole > 0)
         factor = np.divide(whole, left, out=np.zeros(self.shape[0]), where=enough)
         kept = self.matrix.copy()
         kept.data = kept.data * there * factor[row]
