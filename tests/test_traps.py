@@ -282,3 +282,16 @@ def test_flags_follow_the_names_of_the_state() -> None:
         quality=QualityControl(flags="argo", duplicates=False),
     )
     assert found.quality_code.values.tolist() == [Quality.USED, Quality.FLAGGED]
+
+
+def test_statistics_by_level_are_in_order() -> None:
+    ds = column([85000.0, 100000.0, 5000.0], [280.0, 285.0, 210.0], units="Pa")
+    obs = at([281.0, 286.0, 211.0, 283.0], pressure=[85000.0, 100000.0, 5000.0, 85000.0], station=["a", "b", "c", "d"])
+    prior = xgenda.gaussian_prior(ds, length_scale=3e5, std=2.0)
+    found = xgenda.innovations(ds, obs, model=prior, error=1.0)
+    statistics = xgenda.innovation_statistics(found, by=("variable", "level"))
+    assert statistics.level.values.tolist() == [5000.0, 85000.0, 100000.0]
+    assert statistics["variable"].values.tolist() == ["t"] * 3
+    assert statistics["count"].values.tolist() == [1, 2, 1]
+    assert statistics["mean"].values == pytest.approx([1.0, 2.0, 1.0])
+    assert xgenda.innovation_statistics(found.isel(obs=slice(0, 0))).sizes["group"] == 0

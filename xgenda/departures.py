@@ -238,8 +238,11 @@ def innovation_statistics(departures: xr.Dataset, by: str | Sequence[str] = "var
             f"by={lacking[0]!r} is no coordinate of the departures; they have {', '.join(map(str, departures.coords))}."
         )
     used = departures.isel(obs=np.flatnonzero(departures["quality_code"].values == Quality.USED))
-    columns = [used[n].values.astype(str) for n in names]
-    keys, group = np.unique(np.stack(columns, -1) if columns else np.zeros((0, 1)), axis=0, return_inverse=True)
+    each = [
+        np.unique(used[n].values if used[n].dtype.kind in "fiuM" else used[n].values.astype(str), return_inverse=True)
+        for n in names
+    ]
+    keys, group = np.unique(np.stack([place.ravel() for _, place in each], -1), axis=0, return_inverse=True)
     group = group.ravel()
     count = np.bincount(group, minlength=len(keys)).astype(float)
 
@@ -256,7 +259,9 @@ def innovation_statistics(departures: xr.Dataset, by: str | Sequence[str] = "var
         found |= {"mean_residual": mean(oa), "std_residual": np.sqrt(np.maximum(mean(oa**2) - mean(oa) ** 2, 0.0))}
         for name, product in (("estimated_error", mean(oa * ob)), ("estimated_background_error", mean((ob - oa) * ob))):
             found[name] = np.sqrt(np.where(product >= 0, product, np.nan))
-    out = xr.Dataset({k: ("group", v) for k, v in found.items()}, coords={n: ("group", keys[:, i]) for i, n in enumerate(names)})
+    out = xr.Dataset(
+        {k: ("group", v) for k, v in found.items()}, coords={n: ("group", each[i][0][keys[:, i]]) for i, n in enumerate(names)}
+    )
     return out.assign_attrs(sign="O-B: observation minus background; O-A: observation minus analysis")
 
 
