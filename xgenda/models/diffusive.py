@@ -156,7 +156,6 @@ class DiffusionModel(GenerativeModel):
             )
 
         limit = direct_limit(covariance)
-        channels = self.spec.channels
 
         def derives(span: int) -> bool:
             """Tell whether something beside the channels may be observed."""
@@ -169,25 +168,10 @@ class DiffusionModel(GenerativeModel):
             evidence = evidence_of([span], torch.zeros(1, dtype=torch.int64))
             return finer_levels(evidence.sharpness()), evidence.values.shape[1] <= limit, -1
 
-        def derived(span: int) -> FunctionEvidence:
-            """Return observations of a span through the operators."""
-            joined = observed[span]
-            mean = climatology[list(spans[span])].reshape(-1, channels, *_grid(self.spec).plane)
-
-            def observe(z: Tensor) -> Tensor:
-                states = z.reshape(len(z), len(spans[span]), channels, *_grid(self.spec).plane)
-                physical = self._physical(states * std.reshape(channels, *_grid(self.spec).plane).to(z) + mean.to(z), -3)
-                flat = extended(physical, request.operators).flatten(1)
-                return (flat[:, joined.indices.to(z.device)] * joined.weights.to(z)).sum(-1)
-
-            return FunctionEvidence(
-                observe, shape, joined.value.double().to(request.device), joined.variance.double().to(request.device)
-            )
-
         def sample(batch: list[tuple[int, int]]) -> Tensor:
             groups = sorted({s for s, _ in batch})
             evidence: Evidence = (
-                derived(batch[0][0])
+                self._through_operators(request, observed[batch[0][0]], climatology[list(spans[batch[0][0]])])
                 if kinds[batch[0][0]][2] >= 0
                 else evidence_of(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
             )
@@ -222,6 +206,20 @@ class DiffusionModel(GenerativeModel):
         z = z.reshape(len(spans), len(request.members), len(spans[0]), self.spec.channels, -1)
         z = z.transpose(1, 2).flatten(0, 1).double()  # (times, members, channels, cells)
         return self._physical(z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
+
+    def _through_operators(self, request: Request, observed: PointEvidence, climatology: Tensor) -> FunctionEvidence:
+        """Return observations of the states of some times, whose climatology (times, channels, cells) is given, through the operators."""
+        plane, device = _grid(self.spec).plane, request.device
+        std = torch.as_tensor(self.scaling.std).expand(self.spec.channels, *plane)
+        mean = climatology.reshape(len(climatology), self.spec.channels, *plane)
+
+        def observe(z: Tensor) -> Tensor:
+            physical = self._physical(z.reshape(len(z), *mean.shape) * std.to(z) + mean.to(z), -3)
+            flat = extended(physical, request.operators).flatten(1)
+            return (flat[:, observed.indices.to(device)] * observed.weights.to(z)).sum(-1)
+
+        shape = mean.shape if self.window > 1 else mean.shape[1:]
+        return FunctionEvidence(observe, shape, observed.value.double().to(device), observed.variance.double().to(device))
 
     def _physical(self, scaled: Tensor, axis: int) -> Tensor:
         """Undo the logarithms of a state whose channels are along `axis`."""
