@@ -449,3 +449,38 @@ def test_chunks_change_nothing(no_compute: None) -> None:
     assert np.array_equal(np.isnan(computed.t.isel(member=0)), np.isnan(whole.t))
     flipped = xgenda.assimilate(whole.isel(level=slice(None, None, -1)).transpose("y", "x", "level", "time"), obs, **given)
     xr.testing.assert_allclose(flipped.t.transpose(*eager.t.dims).sel(level=eager.level), eager.t)
+
+
+@pytest.mark.parametrize("kind", ["bent", "degrees Celsius", "levels", "sample"])
+def test_posterior_moments_are_those_of_many_members(kind: str, climate: xr.Dataset) -> None:
+    obs: object
+    if kind == "levels":
+        ds = columns_of([1000.0, 850.0, 500.0])
+        prior = xgenda.gaussian_prior(ds, length_scale=LENGTH, std={"t": STD, "mslp": 100.0}, vertical_scale=0.5)
+        obs = pd.DataFrame({"latitude": [2.0], "longitude": [2.0], "pressure": [70000.0], "t": [262.0]})
+    elif kind == "sample":
+        prior = xgenda.gaussian_prior(climate, covariance="eof", rank=5, inflation=1.0)
+        ds = climate.isel(time=[0, 3])
+        obs = ds.isel(latitude=[2], longitude=[3])
+    else:
+        ds = bent().where(lambda d: d.x < 7)
+        prior = xgenda.gaussian_prior(ds, length_scale=LENGTH, std=STD)
+        obs = table(ds.lat.values[3, [1, 4]], ds.lon.values[3, [1, 4]], np.array([283.0, 279.0]))
+        if kind == "degrees Celsius":
+            ds = ds.map(lambda a: (a - 273.15).assign_attrs(units="degC", standard_name="air_temperature"))
+    given = {"model": prior, "error": ERROR, "background_check": None}
+    members = xgenda.assimilate(ds, obs, members=2000, seed=0, **given)
+    moments = ds.genda.posterior_moments(obs, **given)
+    for name in members.data_vars:
+        mean, std = moments[name].sel(moment="mean", drop=True), moments[name].sel(moment="std", drop=True)
+        assert moments[name].dims == ("moment", *ds[name].dims)
+        noise = members[name].std("member") / np.sqrt(2000)
+        assert float((abs(members[name].mean("member") - mean) / noise).max()) < 5
+        assert float(abs(members[name].std("member") / std - 1).max()) < 0.12
+    lazy = ds.chunk(time=1) if "time" in ds.dims else ds.chunk()
+    xr.testing.assert_allclose(xgenda.posterior_moments(lazy, obs, **given).compute(), moments, atol=1e-5)
+
+
+def test_moments_are_for_gaussians(climate: xr.Dataset, tiny_prior) -> None:
+    with pytest.raises(OptionError, match=r"has no posterior in closed form; take the moments of members"):
+        xgenda.posterior_moments(climate, None, model=tiny_prior)

@@ -17,7 +17,7 @@ from xgenda import accessor as _accessor  # registers .genda
 
 if TYPE_CHECKING:
     from xgenda import errors, operators, tutorial
-    from xgenda.assimilation import assimilate
+    from xgenda.assimilation import assimilate, posterior_moments
     from xgenda.departures import fit_covariance, innovation_statistics, innovations
     from xgenda.downscaling import downscale
     from xgenda.models.gaussian import gaussian_prior
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 #: Public name -> module that defines it.
 _WHERE = {
     "assimilate": "xgenda.assimilation",
+    "posterior_moments": "xgenda.assimilation",
     "innovations": "xgenda.departures",
     "fit_covariance": "xgenda.departures",
     "innovation_statistics": "xgenda.departures",
@@ -67,6 +68,7 @@ __all__ = [
     "list_models",
     "load_model",
     "operators",
+    "posterior_moments",
     "quality_report",
     "regrid",
     "train",

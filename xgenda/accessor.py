@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    import pandas as pd
+
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
     from xgenda.observations.quality import QualityControl
@@ -64,6 +66,46 @@ class GendaAccessor:
             steps=steps, window=window, background_check=background_check, quality=quality,
             representativeness=representativeness, lapse_rate=lapse_rate,
             operators=operators, first_guess=first_guess, batch_size=batch_size, device=device, progress=progress,
+        )  # fmt: skip
+
+    def posterior_moments(
+        self,
+        obs: Observations,
+        *,
+        model: ModelLike = None,
+        error: ErrorLike = None,
+        window: Any = None,
+        background_check: float | str | None = "auto",
+        quality: QualityControl | None = None,
+        representativeness: float | Mapping[str, float] | None = None,
+        lapse_rate: float | Mapping[str, float] | None = None,
+        operators: Mapping[str, AnyOperator] | None = None,
+        first_guess: xr.Dataset | xr.DataArray | None = None,
+        progress: bool | None = None,
+    ) -> xr.Dataset:
+        """Return mean and standard deviation of a Gaussian posterior; see `xgenda.posterior_moments`."""
+        from xgenda.assimilation import posterior_moments
+
+        return posterior_moments(
+            self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
+            representativeness=representativeness, lapse_rate=lapse_rate, operators=operators, first_guess=first_guess,
+            progress=progress,
+        )  # fmt: skip
+
+    def fit_covariance(
+        self,
+        obs: Observations,
+        *,
+        covariance: str = "exponential",
+        window: Any = None,
+        quality: QualityControl | None = None,
+        lapse_rate: float | Mapping[str, float] | None = None,
+    ) -> pd.DataFrame:
+        """Return the errors of this background and of observations; see `xgenda.fit_covariance`."""
+        from xgenda.departures import fit_covariance
+
+        return fit_covariance(
+            self._obj, obs, covariance=covariance, window=window, quality=quality, lapse_rate=lapse_rate
         )  # fmt: skip
 
     def innovations(

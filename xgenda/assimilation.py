@@ -1,7 +1,8 @@
-"""`assimilate`: the posterior ensemble of the state, given observations."""
+"""`assimilate`: the posterior ensemble of the state, given observations; and its moments where they have a closed form."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import xarray as xr
 
 from xgenda import chunking, engine, metadata
 from xgenda.devices import resolve_device
+from xgenda.errors import OptionError
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
@@ -127,6 +129,7 @@ def assimilate(
 
     See Also
     --------
+    posterior_moments : mean and standard deviation without noise, for Gaussian priors.
     innovations : observation minus background with the quality code of every observation.
     gaussian_prior : a prior that needs no training.
 
@@ -156,54 +159,137 @@ def assimilate(
     options = setup.model.plan(asked, linear=setup.linear)
     check_trajectory(setup)
     job = setup.job(member_numbers, drawn_seed, options, device, progress)
-    if setup.located is None or not (setup.located.table.code == Quality.USED).any():
-        count = 0 if setup.located is None else len(setup.located.table)
-        warnings.warn(
-            f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons.",
-            stacklevel=2,
-        )
-    values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
-    lazy = chunking.is_chunked(setup.arrays)
-    counts, chi2 = None, None
-    if not lazy:
-        codes, chi2 = _final_codes(setup, job)
-        counts = json.dumps(count_codes(codes))
-        warn_of_departures(codes, chi2, setup.model.spec.needs_background)
-    result = setup.state.leave(_wrap(setup, values, member_numbers))
-    provenance = {
-        "model": setup.model.spec.name,
-        "model_sha256": setup.model.sha256,
+    asked_for = {
         "seed": drawn_seed,
         "guidance": _described(options.guidance, options.guidance_options),
         "likelihood": options.likelihood,
         "sampler": _described(options.sampler, options.sampler_options),
         "schedule": options.schedule,
         "steps": options.steps or None,
+        **_what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess),
+    }
+    call = f"assimilate(model={setup.model.spec.name!r}, members={members}, seed={drawn_seed}, guidance={options.guidance!r})"
+    member = xr.DataArray(np.array(member_numbers), dims="member", attrs=metadata.MEMBER_ATTRS)
+    return _analysed(setup, job, ds, member, asked_for, call)
+
+
+def posterior_moments(
+    ds: xr.Dataset | xr.DataArray,
+    obs: Observations,
+    *,
+    model: ModelLike = None,
+    error: ErrorLike = None,
+    window: Any = None,
+    background_check: float | str | None = "auto",
+    quality: QualityControl | None = None,
+    representativeness: float | Mapping[str, float] | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
+    first_guess: xr.Dataset | xr.DataArray | None = None,
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Return mean and standard deviation of the posterior of a Gaussian prior in closed form: the analysis of optimal interpolation.
+
+    What an ensemble of `assimilate` tends to with its size, without the noise of its mean.
+
+    Parameters
+    ----------
+    ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess, progress
+        As in `assimilate`; the model is one of `gaussian_prior`.
+
+    Returns
+    -------
+    xarray.Dataset
+        As that of `assimilate`, with the dimension ``moment`` ('mean', 'std') instead of ``member``.
+
+    Raises
+    ------
+    OptionError
+        If the model is no Gaussian; and what `assimilate` raises.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> background = xgenda.tutorial.open_dataset("europe-t2m-forecast")
+    >>> stations = xgenda.tutorial.open_dataset("europe-synop")[["t2m"]].isel(obs=slice(0, 200))
+    >>> prior = xgenda.gaussian_prior(background, length_scale=200e3, std=1.9)
+    >>> moments = xgenda.posterior_moments(background, stations, model=prior, error=1.0)
+    >>> bool(moments.t2m.sel(moment="std").max() <= 1.9001)
+    True
+    """
+    ds = metadata.as_dataset(ds)
+    setup = prepare(
+        ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess
+    )
+    if not setup.model.closed_form:
+        raise OptionError(
+            f"model={setup.model.spec.name!r} has no posterior in closed form; take the moments of members: "
+            f"xgenda.assimilate(...).mean('member'), or use xgenda.gaussian_prior(ds)"
+        )
+    job = setup.job((0, 1), 0, setup.model.plan(SamplingOptions(), linear=setup.linear), "cpu", progress)
+    moment = xr.DataArray(["mean", "std"], dims="moment", attrs={"long_name": "moment of the posterior"})
+    given = _what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess)
+    call = f"posterior_moments(model={setup.model.spec.name!r})"
+    return _analysed(setup, dataclasses.replace(job, moments=True), ds, moment, given, call)
+
+
+def _analysed(
+    setup: Prepared, job: engine.Job, ds: xr.Dataset, lead: xr.DataArray, asked_for: Mapping[str, object], call: str
+) -> xr.Dataset:
+    """Compute, or lay out, what `job` says and describe it; `lead` is the coordinate of the leading dimension."""
+    if setup.located is None or not (setup.located.table.code == Quality.USED).any():
+        count = 0 if setup.located is None else len(setup.located.table)
+        warnings.warn(
+            f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons.",
+            stacklevel=3,
+        )
+    values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
+    counts, chi2 = None, None
+    if not chunking.is_chunked(setup.arrays):
+        codes, chi2 = _final_codes(setup, job)
+        counts = json.dumps(count_codes(codes))
+        warn_of_departures(codes, chi2, setup.model.spec.needs_background)
+    result = setup.state.leave(_wrap(setup, values, lead))
+    provenance = {
+        "model": setup.model.spec.name,
+        "model_sha256": setup.model.sha256,
+        **asked_for,
         "background_check": "off" if setup.threshold is None else setup.threshold,
-        "lapse_rate": None if lapse_rate is None else str(lapse_rate),
-        "error": _shown(error),
-        "representativeness": _shown(representativeness),
-        "window": None if window is None else str(window),
-        "first_guess": "at the times of the observations" if first_guess is not None else None,
-        "operators": None if operators is None else ", ".join(operators),
-        "quality": None if quality is None else str(quality),
         "departure_chi2": chi2,
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
     }
-    call = f"assimilate(model={setup.model.spec.name!r}, members={members}, seed={drawn_seed}, guidance={options.guidance!r})"
     return metadata.carry_metadata(result, ds, setup.state.variables(setup.variables.values()), call=call, provenance=provenance)
 
 
+def _what_was_given(
+    error: ErrorLike,
+    window: Any,
+    quality: QualityControl | None,
+    representativeness: float | Mapping[str, float] | None,
+    lapse_rate: float | Mapping[str, float] | None,
+    operators: Mapping[str, AnyOperator] | None,
+    first_guess: object,
+) -> dict[str, str | None]:
+    """Return the options of the observations as they go into the attributes of the result."""
+    given = {
+        "error": error,
+        "representativeness": representativeness,
+        "lapse_rate": lapse_rate,
+        "window": window,
+        "quality": quality,
+    }
+    shown: dict[str, str | None] = {k: _shown(v) for k, v in given.items()}
+    shown["first_guess"] = None if first_guess is None else "at the times of the observations"
+    shown["operators"] = None if operators is None else ", ".join(operators)
+    return shown
+
+
 def _shown(given: Any) -> str | None:
-    """Return what was given as errors, where that is short."""
+    """Return an option as text where that is short, else its type."""
+    if given is None:
+        return None
     text = str(given)
-    return (
-        None
-        if given is None
-        else text
-        if len(text) <= 200 and "\n" not in text
-        else f"a {type(given).__name__}, one per observation"
-    )
+    return text if len(text) <= 200 and "\n" not in text else f"{type(given).__name__}"
 
 
 def _described(name: str, options: Mapping[str, Any]) -> str:
@@ -224,19 +310,19 @@ def _final_codes(setup: Prepared, job: engine.Job) -> tuple[np.ndarray, float | 
     return checked, departure_chi2(located.table.value - expected, located.table.error, spread, checked)
 
 
-def _wrap(setup: Prepared, values: Any, members: tuple[int, ...]) -> xr.Dataset:
+def _wrap(setup: Prepared, values: Any, lead: xr.DataArray) -> xr.Dataset:
     ds, layout, out = setup.state.ds, setup.state.layout, {}
     for c, name in enumerate(setup.variables.values()):
         array = xr.DataArray(
             values[:, :, c] if setup.time else values[0, :, c],
-            dims=([setup.time] if setup.time else []) + ["member", *layout.dims],
+            dims=([setup.time] if setup.time else []) + [lead.dims[0], *layout.dims],
         )
         order = list(setup.arrays[c].dims)
-        out[name] = array.transpose("member", *order)
+        out[name] = array.transpose(lead.dims[0], *order)
     kept = {
         str(n): v for n, v in ds.variables.items() if n not in out and (n in ds.coords or not set(layout.dims) <= set(v.dims))
     }
     kept = {n: v for n, v in kept.items() if n in ds.coords or not set(v.dims) & {layout.member}}
     result = xr.Dataset(out, coords={n: v for n, v in kept.items() if n in ds.coords})
     result = result.assign({n: v for n, v in kept.items() if n not in ds.coords})
-    return result.assign_coords(member=("member", np.array(members), metadata.MEMBER_ATTRS))
+    return result.assign_coords({str(lead.dims[0]): lead.variable})

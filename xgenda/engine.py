@@ -58,6 +58,8 @@ class Job:
         See `Request`.
     output
         Orientation and shape of the result.
+    moments
+        Whether mean and standard deviation are asked for, instead of members.
     """
 
     handle: Handle
@@ -77,6 +79,7 @@ class Job:
     check: bool
     progress: bool | None
     threads: int | None
+    moments: bool = False
     dtype: Any = np.float32
     quality: QualityControl = dataclasses.field(default_factory=QualityControl)
     operators: tuple[tuple[Operator, tuple[int, ...]], ...] = ()
@@ -93,7 +96,11 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
             request = _request(job, index, fields, device, advance)
             if job.located is not None and (job.threshold is not None or job.quality.buddy is not None or job.operators):
                 request = dataclasses.replace(request, evidence=_evidence(_recheck(job, request, index), len(index)))
-            values = model.posterior(request)
+            if job.moments:
+                values = torch.stack(model.moments(request), 1)
+                advance(total)
+            else:
+                values = model.posterior(request)
     spec = model.spec
     shape = (spec.grid or job.grid).plane
     out = values.numpy().reshape(len(index), len(job.members), spec.channels, *shape)
@@ -105,7 +112,8 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
         )
     for c, (scale, offset) in enumerate(job.factors):
         if (scale, offset) != (1.0, 0.0):
-            out[:, :, c] = (out[:, :, c] - offset) / scale
+            shift = np.array([offset, 0.0])[:, None, None] if job.moments else offset  # a standard deviation has no offset
+            out[:, :, c] = (out[:, :, c] - shift) / scale
     if model.valid is not None:
         out[:, :, ~model.valid] = np.nan
     return job.output.from_model(out).astype(job.dtype, copy=False)

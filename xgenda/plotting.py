@@ -66,7 +66,9 @@ def plot_analysis(
     MissingDependencyError
         If matplotlib is not installed.
     OptionError
-        If `ensemble` has no member dimension or no such variable, or the grids differ.
+        If `ensemble` has no member dimension or no such variable.
+    GridError
+        If the grids differ.
 
     Examples
     --------
@@ -98,8 +100,6 @@ def plot_analysis(
         instant = ensemble[layout.time].values[time]
     members = _fields(ensemble, name, layout, time)
     given = _fields(reference, metadata.match_variable(reference, name, None, "reference"), layout, time)
-    if given.shape[-2:] != members.shape[-2:]:
-        raise OptionError(f"reference has {given.shape[-2:]} cells and the ensemble {members.shape[-2:]}; both need one grid.")
     mean, single = members.mean(0), members[member]
     spread = members.std(0, ddof=1) if size > 1 else np.zeros_like(mean)
     longitude, latitude = _axes(state)

@@ -51,6 +51,8 @@ class GaussianModel(GenerativeModel):
         'anomalies' (localized), 'factor' and 'residual' (eof), in standardised units; nothing for a covariance function.
     """
 
+    closed_form = True
+
     def __init__(self, spec: ModelSpec, arrays: Mapping[str, Tensor]) -> None:
         self.spec, self.arrays = spec, {k: v for k, v in arrays.items() if k != "valid"}
         self.valid = None if "valid" not in arrays else arrays["valid"].bool().numpy()

@@ -134,12 +134,15 @@ class GenerativeModel(ABC):
         Of that file, or of the content for a model that was never saved.
     valid : numpy.ndarray or None
         Where the state is, shape (channels, rows, columns), bool: False on land in an ocean. None: everywhere.
+    closed_form : bool
+        Whether `moments` are known.
     """
 
     spec: ModelSpec
     path: Path | None = None
     sha256: str = ""
     valid: np.ndarray | None = None
+    closed_form: bool = False
 
     @abstractmethod
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
@@ -156,6 +159,10 @@ class GenerativeModel(ABC):
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
         """Return the number of units of work that `posterior` reports."""
         return times
+
+    def moments(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the posterior, each shape (t, channels, cells), where they have a closed form."""
+        raise NotImplementedError
 
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the prior, each shape (t, channels, cells), for the background check."""
