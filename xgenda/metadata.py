@@ -209,9 +209,16 @@ def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argumen
 
 
 def bounds_of(ds: xr.Dataset) -> set[str]:
-    """Return the names that bounds of coordinates have, by CF or by usage; not all need be there."""
+    """Return the names that bounds of coordinates have, by CF, or by usage and shape; not all need be there."""
     named = {str(v.attrs.get(k, v.encoding.get(k))) for v in ds.variables.values() for k in ("bounds", "climatology")}
-    return named | {f"{n}{suffix}" for n in ds.coords for suffix in ("_bnds", "_bounds", "_b")}
+    for n, coordinate in ds.coords.items():
+        for usual in (f"{n}_bnds", f"{n}_bounds", f"{n}_b"):
+            if usual in ds.variables:
+                shape = ds[usual].shape
+                pairs = len(shape) == coordinate.ndim + 1 and shape[-1] in (2, 4)
+                if pairs or shape == tuple(size + 1 for size in coordinate.shape):
+                    named.add(usual)
+    return named
 
 
 def data_variables(ds: xr.Dataset, layout: Layout) -> list[str]:
