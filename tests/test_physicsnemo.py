@@ -1,0 +1,193 @@
+"""Networks of published CorrDiff models: the same function, and files that are read without trusting them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from xgenda.errors import CheckpointError, GridError
+from xgenda.models.physicsnemo import read_mdlus
+from xgenda.networks.songunet import Attention, GroupNorm, SongUNet, positional_channels
+
+FILE = Path(__file__).parent / "data" / "corrdiff" / "diffusion_hr_mean.mdlus"
+
+
+@pytest.fixture(scope="module")
+def members() -> dict[str, bytes]:
+    with zipfile.ZipFile(FILE) as archive:
+        return {n: archive.read(n) for n in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    with np.load(FILE.with_suffix(".npz")) as data:
+        return {k: torch.as_tensor(data[k]) for k in data}
+
+
+def pack(path: Path, members: dict[str, bytes], kind: str = "zip") -> Path:
+    if kind == "tar":
+        with tarfile.open(path, "w:") as tar:
+            for name, content in reversed(members.items()):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        return path
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_published_network_is_the_same_function(
+    kind: str, members: dict[str, bytes], reference: dict[str, Any], tmp_path: Path
+) -> None:
+    net = read_mdlus(pack(tmp_path / "net.mdlus", members, kind))
+    condition = torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    for sigma in (0.05, 3.0):
+        expected = reference[f"D_sigma_{sigma}"]
+        found = net(sigma * reference["x_unit"], condition, sigma)
+        assert float((found - expected).abs().max() / expected.std()) < 1e-5
+
+
+def test_its_samples_are_the_same(reference: dict[str, Any]) -> None:
+    """Heun's method of Karras et al. (2022), algorithm 1, in single precision, from 800 to 0.002."""
+    net = read_mdlus(FILE)
+    condition = torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    steps = int(reference["num_steps"])
+    levels = (800 ** (1 / 7) + torch.arange(steps, dtype=torch.float64) / (steps - 1) * (0.002 ** (1 / 7) - 800 ** (1 / 7))) ** 7
+    levels = torch.cat([levels, torch.zeros(1)]).float()
+    x = reference["latents"] * levels[0]
+    for here, there in itertools.pairwise(levels):
+        slope = (x - net(x, condition, here)) / here
+        ahead = x + (there - here) * slope
+        if there > 0:
+            ahead = x + (there - here) * (slope + (ahead - net(ahead, condition, there)) / there) / 2
+        x = ahead
+    expected = reference["sample_heun"]
+    assert float((x - expected).abs().max() / expected.std()) < 2e-5
+
+
+class Bomb:
+    """Pickled, it runs a command when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+def state_of(members: dict[str, bytes]) -> dict[str, torch.Tensor]:
+    return torch.load(io.BytesIO(members["model.pt"]), weights_only=True)
+
+
+def saved(state: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def described(members: dict[str, bytes], **change: Any) -> bytes:
+    args = json.loads(members["args.json"])
+    args["__args__"] |= change
+    return json.dumps(args).encode()
+
+
+HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] = {
+    "a path out of the archive": (lambda m: {**m, "../evil": b""}, r"holds .*a .mdlus file holds args.json, metadata.json, model.pt"),
+    "a member too few": (lambda m: {k: v for k, v in m.items() if k != "metadata.json"}, r"a .mdlus file holds"),
+    "a giant member": (lambda m: {**m, "metadata.json": b" " * (2**20 + 1)}, r"metadata.json has 1048577 bytes, and at most 1048576 are read"),
+    "no description": (lambda m: {**m, "args.json": b"{"}, r"args.json does not describe a network"),
+    "another class": (
+        lambda m: {**m, "args.json": m["args.json"].replace(b"EDMPrecondSuperResolution", b"os.system")},
+        r"holds a 'os.system'; this version reads UNet",
+    ),
+    "another backbone": (lambda m: {**m, "args.json": described(m, model_type="DhariwalUNet")}, r"the backbone 'DhariwalUNet'"),
+    "a strange argument": (lambda m: {**m, "args.json": described(m, hook="os.system")}, r"the argument 'hook' of"),
+    "a strange value": (lambda m: {**m, "args.json": described(m, model_channels="many")}, r"args.json does not describe a network"),
+    "another size": (lambda m: {**m, "args.json": described(m, model_channels=16)}, r"0 are missing, 0 too many, \d+ of another shape"),
+    "more levels": (lambda m: {**m, "args.json": described(m, channel_mult=[1, 2, 2])}, r"the weights do not fit .* are missing"),
+    "a pickle": (lambda m: {**m, "model.pt": pickle.dumps(Bomb())}, r"model.pt is no plain state dict"),
+    "a torch file with a pickle": (lambda m: {**m, "model.pt": saved({"model": Bomb()})}, r"model.pt is no plain state dict"),
+    "weights that are no numbers": (
+        lambda m: {**m, "model.pt": saved({k: v * float("nan") for k, v in state_of(m).items()})}, r"holds values that are not finite",
+    ),
+    "weights of something else": (lambda m: {**m, "model.pt": saved({"a": torch.ones(2)})}, r"the weights do not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused(
+    change: Callable[[dict[str, bytes]], dict[str, bytes]], message: str, kind: str, members: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    file = pack(tmp_path / "net.mdlus", change(members), kind)
+    with pytest.raises(CheckpointError, match=message):
+        read_mdlus(file)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.mdlus"]
+
+
+def test_a_broken_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_mdlus(tmp_path / "none.mdlus")
+    (tmp_path / "short.mdlus").write_bytes(FILE.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"is no .mdlus archive, or truncated"):
+        read_mdlus(tmp_path / "short.mdlus")
+
+
+def test_older_names_are_understood(members: dict[str, bytes], reference: dict[str, Any], tmp_path: Path) -> None:
+    state = {
+        k.replace(".attn.norm.", ".norm2.").replace(".attn.", "."): v for k, v in state_of(members).items() if "freqs" not in k
+    }
+    state |= {"device_buffer": torch.zeros(0), "model.device_buffer": torch.zeros(0), "model.pos_embd": torch.zeros(4, 32, 32)}
+    old = read_mdlus(pack(tmp_path / "old.mdlus", {**members, "model.pt": saved(state)}))
+    condition = torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    assert torch.equal(old(reference["x_unit"], condition, 1.0), read_mdlus(FILE)(reference["x_unit"], condition, 1.0))
+
+
+def test_group_norm_by_the_unbiased_variance() -> None:
+    norm = GroupNorm(8, unbiased=True).eval()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = 3 + 2 * torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0))
+    grouped = x.reshape(2, 2, -1)
+    plain = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = plain.reshape(x.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(x), expected)
+    usual = torch.nn.functional.group_norm(x, 2, norm.weight, norm.bias, 1e-6)
+    torch.testing.assert_close(norm.train()(x), usual)
+
+
+def test_attention_by_hand() -> None:
+    attention = Attention(4, unbiased=False)
+    torch.nn.init.normal_(attention.proj.weight)
+    x = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(0))
+    qkv = attention.qkv(attention.norm(x)).reshape(2, 12, 6)
+    q, k, v = qkv[:, 0::3], qkv[:, 1::3], qkv[:, 2::3]
+    weights = torch.softmax(torch.einsum("bcq,bck->bqk", q, k) / 2.0, -1)
+    torch.testing.assert_close(attention(x), attention.proj(torch.einsum("bqk,bck->bcq", weights, v).reshape(x.shape)))
+
+
+def test_rectangular_networks_and_positions() -> None:
+    net = SongUNet(2 + 3 + 2, 2, (16, 24), width=8, multipliers=(1, 2), blocks=1, attention=(8,), grid="linear", grid_channels=2)
+    x, condition = torch.randn(2, 2, 16, 24), torch.randn(2, 3, 16, 24)
+    assert net(x, torch.zeros(2), condition).shape == (2, 2, 16, 24)
+    linear = positional_channels("linear", 2, (3, 5))
+    assert linear[0, 0].tolist() == [-1, -0.5, 0, 0.5, 1]
+    assert linear[1, :, 0].tolist() == [-1, 0, 1]
+    octave = positional_channels("sinusoidal_octave", 8, (4, 6))
+    x_axis = torch.linspace(0, 2 * torch.pi, 6)
+    torch.testing.assert_close(octave[4, 0], (2 * x_axis).sin())
+    with pytest.raises(GridError, match="multiples of 2, and the shape is 15 x 24"):
+        SongUNet(3, 2, (15, 24), width=8, multipliers=(1, 2))

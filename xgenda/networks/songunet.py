@@ -1,0 +1,270 @@
+r"""SongUNet: the U-Net of Song et al. (2021, arXiv 2011.13456, "DDPM++") in the form of Karras et al. (2022, arXiv 2206.00364, table 7).
+
+Published CorrDiff networks (Mardani et al. 2023, arXiv 2309.15214) are of this family, with the names of parameters that are used here, so that
+their state dicts load strictly. Shapes are (batch, channels, rows, columns); rows and columns must be multiples of 2^(levels - 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from xgenda.errors import GridError, check_choice
+
+EMBEDDINGS = ("positional", "fourier", "zero")
+GRIDS = ("none", "sinusoidal", "sinusoidal_octave", "linear", "learnable")
+SCALE = math.sqrt(0.5)  # of a sum of two branches of unit variance
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation; with `unbiased` by the n - 1 variance in evaluation, as the published networks are evaluated."""
+
+    def __init__(self, channels: int, unbiased: bool = False, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.groups, self.unbiased, self.eps = min(32, (channels + 3) // 4), unbiased, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each group of channels of each sample."""
+        n = x[0].numel() // self.groups
+        if not self.unbiased or self.training or n < 2:
+            return nn.functional.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        # v + eps = (n / (n - 1)) (w + eps (n - 1) / n) with w the n variance: one fused kernel and a factor
+        part = (n - 1) / n
+        return nn.functional.group_norm(x, self.groups, self.weight * math.sqrt(part), self.bias, self.eps * part)
+
+
+class Resampled(nn.Module):
+    """A convolution after a change of resolution by two: the mean of 2 x 2 cells, or each cell four times."""
+
+    def __init__(self, inside: int, outside: int, kernel: int, *, up: bool = False, down: bool = False) -> None:
+        super().__init__()
+        self.up, self.down, self.kernel = up, down, kernel
+        self.weight = nn.Parameter(torch.empty(outside, inside, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outside))
+        nn.init.xavier_uniform_(self.weight)
+        if up or down:
+            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution at the new resolution."""
+        if self.down:
+            x = nn.functional.avg_pool2d(x, 2)
+        if self.up and self.kernel == 1:  # a pointwise map and a repetition commute, and the map is cheaper before
+            return nn.functional.interpolate(nn.functional.conv2d(x, self.weight, self.bias), scale_factor=2.0)
+        if self.up:
+            x = nn.functional.interpolate(x, scale_factor=2.0)
+        return nn.functional.conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
+
+
+class Attention(nn.Module):
+    """Self-attention over all cells with one head; queries, keys and values are interleaved along the channels."""
+
+    def __init__(self, channels: int, unbiased: bool) -> None:
+        super().__init__()
+        self.norm = GroupNorm(channels, unbiased)
+        self.qkv, self.proj = Resampled(channels, 3 * channels, 1), Resampled(channels, channels, 1)
+        with torch.no_grad():
+            self.qkv.weight.mul_(math.sqrt(0.2))
+            self.proj.weight.mul_(1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what attention adds to x."""
+        batch, channels, rows, columns = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, channels, 3, rows * columns).unbind(2)
+        found = nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        out: Tensor = self.proj(found.transpose(1, 2).reshape(x.shape))
+        return out
+
+
+class Block(nn.Module):
+    """Two convolutions with the noise level in between, a skip connection, and attention where asked for."""
+
+    def __init__(
+        self, inside: int, outside: int, embedding: int, dropout: float, unbiased: bool, *, attention: bool = False, up: bool = False,
+        down: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm0, self.conv0 = GroupNorm(inside, unbiased), Resampled(inside, outside, 3, up=up, down=down)
+        self.affine = nn.Linear(embedding, outside)
+        self.norm1, self.conv1 = GroupNorm(outside, unbiased), Resampled(outside, outside, 3)
+        nn.init.xavier_uniform_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+        with torch.no_grad():
+            self.conv1.weight.mul_(1e-5)
+        self.skip = Resampled(inside, outside, 1, up=up, down=down) if up or down or inside != outside else None
+        self.attn = Attention(outside, unbiased) if attention else None
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return features of the new number of channels."""
+        silu = nn.functional.silu
+        hidden = self.conv0(silu(self.norm0(x))) + self.affine(embedding)[:, :, None, None]
+        hidden = nn.functional.dropout(silu(self.norm1(hidden)), self.dropout, self.training)
+        out: Tensor = (self.conv1(hidden) + (x if self.skip is None else self.skip(x))) * SCALE
+        return out if self.attn is None else (out + self.attn(out)) * SCALE
+
+
+class NoiseEmbedding(nn.Module):
+    """Sines and cosines of the noise label: with fixed ('positional') or random ('fourier') frequencies."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.kind, half = kind, channels // 2
+        fixed = 10000.0 ** -(torch.arange(half, dtype=torch.float32) / (half - 1))
+        self.register_buffer("freqs", fixed if kind == "positional" else 16 * torch.randn(half))
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Return (batch, channels)."""
+        assert isinstance(self.freqs, Tensor)
+        phase = label[:, None] * self.freqs * (2 * math.pi if self.kind == "fourier" else 1.0)
+        return torch.cat([phase.sin(), phase.cos()], 1)
+
+
+class SongUNet(nn.Module):
+    """A U-Net that is conditioned on a noise level, and by concatenation on anything else.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Of the state, its conditions and the positional channels together, and of the result.
+    shape
+        Rows and columns; they name parameters and fix positional channels.
+    width
+        Channels at full resolution.
+    multipliers
+        Channels of each level in units of `width`; one level for each.
+    blocks
+        Per level.
+    attention
+        Numbers of rows of the levels with attention; the deepest has it in any case.
+    embedding
+        Of the noise level: 'positional', 'fourier', or 'zero' for a network without one.
+    grid
+        Positional channels: 'none', 'sinusoidal', 'sinusoidal_octave', 'linear' or 'learnable'.
+    grid_channels
+        How many.
+    dropout
+        Probability in training.
+    unbiased
+        See `GroupNorm`.
+
+    Raises
+    ------
+    GridError
+        If the shape cannot be halved as often as there are levels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        shape: tuple[int, int],
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 4,
+        attention: Sequence[int] = (),
+        embedding: str = "positional",
+        grid: str = "none",
+        grid_channels: int = 0,
+        dropout: float = 0.13,
+        unbiased: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("embedding", embedding, EMBEDDINGS)
+        check_choice("grid", grid, GRIDS)
+        stride = 2 ** (len(multipliers) - 1)
+        if shape[0] % stride or shape[1] % stride:
+            raise GridError(
+                f"A network of {len(multipliers)} levels needs rows and columns that are multiples of {stride}, and the shape is "
+                f"{shape[0]} x {shape[1]}; crop or pad, or give fewer multipliers."
+            )
+        self.shape, self.embedding_width = tuple(shape), 4 * width
+        if embedding != "zero":
+            self.map_noise = NoiseEmbedding(width, embedding)
+            self.map_layer0, self.map_layer1 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
+        self.embedding = embedding
+        if grid == "learnable":
+            self.pos_embd: Tensor | nn.Parameter = nn.Parameter(torch.randn(grid_channels, *shape))
+        elif grid != "none":
+            self.register_buffer("pos_embd", positional_channels(grid, grid_channels, shape), persistent=False)
+        self.has_grid = grid != "none"
+
+        def block(inside: int, outside: int, **options: bool) -> Block:
+            return Block(inside, outside, 4 * width, dropout, unbiased, **options)
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        now, skips = width, [width]
+        rows = [shape[0] >> level for level in range(len(multipliers))]
+        for level, multiplier in enumerate(multipliers):
+            name = f"{rows[level]}x{rows[level]}"
+            if level == 0:
+                self.enc[f"{name}_conv"] = Resampled(in_channels, width, 3)
+            else:
+                self.enc[f"{name}_down"] = block(now, now, down=True)
+                skips.append(now)
+            for k in range(blocks):
+                self.enc[f"{name}_block{k}"] = block(now, multiplier * width, attention=rows[level] in attention)
+                now = multiplier * width
+                skips.append(now)
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            name = f"{rows[level]}x{rows[level]}"
+            if level == len(multipliers) - 1:
+                self.dec[f"{name}_in0"] = block(now, now, attention=True)
+                self.dec[f"{name}_in1"] = block(now, now)
+            else:
+                self.dec[f"{name}_up"] = block(now, now, up=True)
+            for k in range(blocks + 1):
+                last = k == blocks and rows[level] in attention
+                self.dec[f"{name}_block{k}"] = block(now + skips.pop(), multiplier * width, attention=last)
+                now = multiplier * width
+        self.dec[f"{rows[0]}x{rows[0]}_aux_norm"] = GroupNorm(now, unbiased)
+        self.dec[f"{rows[0]}x{rows[0]}_aux_conv"] = Resampled(now, out_channels, 3)
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return (batch, out_channels, rows, columns) for a state, the noise label (batch,) and conditions."""
+        parts = [x] if condition is None else [x, condition]
+        if self.has_grid:
+            assert isinstance(self.pos_embd, Tensor)
+            parts.append(self.pos_embd.to(x.dtype).expand(len(x), *self.pos_embd.shape))
+        if self.embedding == "zero":
+            embedding = torch.zeros(len(x), self.embedding_width, dtype=x.dtype, device=x.device)
+        else:
+            hidden = nn.functional.silu(self.map_layer0(self.map_noise(label).to(x.dtype)))
+            embedding = nn.functional.silu(self.map_layer1(hidden))
+        now, skips = torch.cat(parts, 1), []
+        for layer in self.enc.values():
+            now = layer(now, embedding) if isinstance(layer, Block) else layer(now)
+            skips.append(now)
+        for name, layer in self.dec.items():
+            if name.endswith("aux_norm"):
+                now = nn.functional.silu(layer(now))
+            elif name.endswith("aux_conv"):
+                now = layer(now)
+            else:
+                now = layer(torch.cat([now, skips.pop()], 1) if "_block" in name else now, embedding)
+        return now
+
+
+def positional_channels(kind: str, channels: int, shape: tuple[int, int]) -> Tensor:
+    """Return fixed channels that tell a network where it is, shape (channels, rows, columns).
+
+    Parameters
+    ----------
+    kind
+        'sinusoidal' and 'sinusoidal_octave': sines and cosines along columns and rows; 'linear': columns and rows from -1 to 1.
+    """
+    rows, columns = shape
+    if kind == "linear":
+        y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
+        return torch.stack([x, y])
+    y, x = torch.meshgrid(torch.linspace(0, 2 * math.pi, rows), torch.linspace(0, 2 * math.pi, columns), indexing="ij")
+    count = channels // 4
+    if count == 1:
+        return torch.stack([x.sin(), y.sin(), x.cos(), y.cos()])
+    exponents = torch.arange(count, dtype=torch.float32) if kind == "sinusoidal_octave" else torch.linspace(0, count, count)
+    bands = 2.0**exponents
+    return torch.cat([torch.stack([(b * x).sin(), (b * x).cos(), (b * y).sin(), (b * y).cos()]) for b in bands])
