@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from xgenda import metadata, states
-from xgenda.errors import CoordinateError, GridError, OptionError
+from xgenda.errors import CoordinateError, OptionError
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality
 from xgenda.observations.times import trajectory_weights
@@ -20,7 +20,7 @@ from xgenda.states import State
 
 def move_to_analysis_times(
     located: Located,
-    first_guess: xr.Dataset,
+    first_guess: xr.Dataset | xr.DataArray,
     state: State,
     times: xr.DataArray,
     variables: Sequence[str],
@@ -51,20 +51,14 @@ def move_to_analysis_times(
     numpy.ndarray
         What was taken, in the units of each observation.
     """
-    guess = states.enter(metadata.as_dataset(first_guess, "first_guess"), "first_guess")
-    time = guess.layout.time
-    if time is None or time not in guess.ds.dims:
+    guess = states.on_grid_of(state, metadata.as_dataset(first_guess, "first_guess"), "first_guess", "ds")
+    time, member = metadata.find_time(guess), metadata.find_member(guess)
+    if time is None or time not in guess.dims:
         raise CoordinateError("first_guess has no dimension time; give the background at several times around those of ds.")
-    if not getattr(guess.grid, "same_as", lambda _: False)(state.grid):
-        raise GridError(
-            f"first_guess is on the grid {guess.grid.describe()}, and ds on {state.grid.describe()}; both must be the same."
-        )
-    if guess.layout.member is not None:
-        raise OptionError(
-            f"first_guess has the ensemble dimension {guess.layout.member!r}; give its mean: first_guess.mean({guess.layout.member!r})"
-        )
-    variables = [states.match_channel(guess.ds, n, state.ds[n].attrs.get("standard_name"), "first_guess") for n in variables]
-    moments, stamps = located.table.time, guess.ds[time]
+    if member is not None:
+        raise OptionError(f"first_guess has the ensemble dimension {member!r}; give its mean: first_guess.mean({member!r})")
+    variables = [states.match_channel(guess, n, state.ds[n].attrs.get("standard_name"), "first_guess") for n in variables]
+    moments, stamps = located.table.time, guess[time]
     assert moments is not None
     shift, code = np.zeros(len(located.table)), located.table.code.copy()
     rows = np.flatnonzero(located.time_index >= 0)
@@ -74,14 +68,14 @@ def move_to_analysis_times(
     covered &= (at >= stamps.values.min()) & (at <= stamps.values.max())
     code[rows[~covered & (code[rows] <= Quality.PASSIVE)]] = Quality.WINDOW
     change = (seen - analysed).tocsc()
-    factors = [metadata.unit_factors_of(guess.ds[n], u) for n, u in zip(variables, units, strict=True)]
+    factors = [metadata.unit_factors_of(guess[n], u) for n, u in zip(variables, units, strict=True)]
     for t in np.flatnonzero(np.diff(change.indptr)):
         some, weight = (getattr(change, k)[change.indptr[t] : change.indptr[t + 1]] for k in ("indices", "data"))
         fields: list[Any] = []
         for name, (scale, offset) in zip(variables, factors, strict=True):
-            field = guess.ds[name].isel({time: int(t)}) if time in guess.ds[name].dims else guess.ds[name]
-            values = np.asarray(field.transpose(*guess.layout.dims).values, dtype=float)
-            fields.append(guess.orientation.to_model(values) * scale + offset)
+            field = guess[name].isel({time: int(t)}) if time in guess[name].dims else guess[name]
+            values = np.asarray(field.transpose(*state.layout.dims).values, dtype=float)
+            fields.append(state.orientation.to_model(values) * scale + offset)
         flat = extended(torch.as_tensor(np.stack(fields)), operators).numpy().ravel()
         shift[rows[some]] += weight * located.operator.select(rows[some])(flat)
     failed = ~np.isfinite(shift)

@@ -303,7 +303,7 @@ def _final_codes(setup: Prepared, job: engine.Job) -> tuple[np.ndarray, float | 
     if located is None:
         return np.zeros(0), None
     fields = [a.transpose(*([setup.time] if setup.time else []), *setup.state.layout.dims).values for a in setup.arrays]
-    mean, deviation, _ = engine.moments(job, *(f if setup.time else f[None] for f in fields))
+    mean, deviation, _ = engine.moments(dataclasses.replace(job, located=None), *(f if setup.time else f[None] for f in fields))
     checked, expected, spread = engine.background_codes(
         located, *engine.in_observation_space(job, mean, deviation), setup.threshold, setup.quality
     )

@@ -21,8 +21,8 @@ from xgenda.errors import OptionError, check_choice
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
-from xgenda.operators import AnyOperator, extended
-from xgenda.preparation import ModelLike, Prepared, at_times, departure_chi2, prepare
+from xgenda.operators import AnyOperator
+from xgenda.preparation import ModelLike, Prepared, at_times, departure_chi2, observed_state, prepare
 
 FEWEST, MOST_AT_ONCE, GROSS = 30, 1000, 5.0  # of a fit: observations, observations per time, robust standard deviations
 LENGTHS = (5e3, 5e6)  # m
@@ -96,7 +96,7 @@ def innovations(
     order = np.lexsort((located.table.row, located.table.variable, located.table.source))
     table = located.table
     names = np.array([w.name for w in setup.observable])
-    shift = setup.shift if len(setup.shift) == len(table) else np.zeros(len(table))
+    shift = setup.shift
     data = {
         "value": table.value + shift, "error": table.error, "background": background + shift, "innovation": table.value - background,
     }  # fmt: skip
@@ -153,12 +153,12 @@ def _seen(
     seen_times = np.unique(located.time_index[located.time_index >= 0])
     for times in [np.arange(len(setup.labels))] if located.trajectory else seen_times[:, None]:
         rows = np.flatnonzero(np.isin(located.time_index, times))
-        fields = [np.stack([_field(a, setup, int(t)) for t in times]) for a in setup.arrays]
+        fields = _fields(setup.arrays, setup, times)
         inside = rows[located.operator.lengths[rows] > 0]
         operator = located.operator.select(inside)
-        background[inside] = operator(_state(fields, setup))
+        background[inside] = operator(observed_state(setup, fields).ravel())
         if analysed is not None:
-            seen[inside] = operator(_state([np.stack([_field(a, setup, int(t)) for t in times]) for a in analysed], setup))
+            seen[inside] = operator(observed_state(setup, _fields(analysed, setup, times)).ravel())
         if whole is not None:
             job = at_times(whole, times)
             mean, deviation, _ = engine.moments(job, *fields)
@@ -171,16 +171,11 @@ def _seen(
     return background, spread, seen, code
 
 
-def _field(array: xr.DataArray, setup: Prepared, t: int) -> np.ndarray:
-    """Return the field of one time, rows and columns as the user has them."""
-    return np.asarray((array.isel({setup.time: t}) if setup.time else array).transpose(*setup.state.layout.dims))
-
-
-def _state(fields: list[np.ndarray], setup: Prepared) -> np.ndarray:
-    """Return the flat states of some times in model order and units; `fields` are (times, rows, columns)."""
-    scaled = [setup.state.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
-    wide: np.ndarray = extended(torch.as_tensor(np.stack(scaled, 1)), setup.operators).numpy().ravel()
-    return wide
+def _fields(arrays: Sequence[xr.DataArray], setup: Prepared, times: np.ndarray) -> list[np.ndarray]:
+    """Return each array at some times, shape (times, rows, columns) as the user has them."""
+    dims = setup.state.layout.dims
+    picked = [[a.isel({setup.time: int(t)}) if setup.time else a for t in times] for a in arrays]
+    return [np.stack([np.asarray(a.transpose(*dims)) for a in each]) for each in picked]
 
 
 def _analysed(analysis: xr.Dataset, setup: Prepared) -> list[xr.DataArray]:

@@ -93,9 +93,12 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
         model = job.handle.load()
         total = model.work(len(index), len(job.members), job.options)
         with progress_bar(total, job.progress) as advance:
-            request = _request(job, index, fields, device, advance)
-            if job.located is not None and (job.threshold is not None or job.quality.buddy is not None or job.operators):
-                request = dataclasses.replace(request, evidence=_evidence(_recheck(job, request, index), len(index)))
+            request = _request(dataclasses.replace(job, located=None), index, fields, device, advance)
+            if job.located is not None:
+                located = job.located.between(int(index[0]), int(index[0]) + len(index))
+                if job.threshold is not None or job.quality.buddy is not None or job.operators:
+                    located = _recheck(job, request, located)
+                request = dataclasses.replace(request, evidence=_evidence(located, len(index)))
             if job.moments:
                 values = torch.stack(model.moments(request), 1)
                 advance(total)
@@ -127,10 +130,8 @@ def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
     return mean, deviation, request
 
 
-def _recheck(job: Job, request: Request, index: np.ndarray) -> Located:
-    """Return the observations of the block with the codes of the background check."""
-    assert job.located is not None
-    located = job.located.between(int(index[0]), int(index[0]) + len(index))
+def _recheck(job: Job, request: Request, located: Located) -> Located:
+    """Return the observations of a block with the codes of the background check."""
     mean, deviation = job.handle.load().prior_moments(request)
     code, _, _ = background_codes(located, *in_observation_space(job, mean, deviation), job.threshold, job.quality)
     return located.with_code(code)

@@ -67,10 +67,7 @@ def read_grid(ds: xr.Dataset, argument: str = "ds") -> Horizontal:
     MissingDependencyError
         If a projection needs pyproj and it is not installed.
     """
-    names = [
-        metadata.find_coordinate(ds, key, usual)
-        for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES))
-    ]
+    names = metadata.find_positions(ds)
     if None in names:
         ds = with_positions(ds, argument)
         names = ["latitude", "longitude"]

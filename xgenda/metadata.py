@@ -108,6 +108,11 @@ def find_coordinate(ds: xr.Dataset, key: str, names: Iterable[str]) -> str | Non
     return None
 
 
+def find_positions(ds: xr.Dataset) -> list[str | None]:
+    """Return the names of latitude and longitude, None where there is none."""
+    return [find_coordinate(ds, k, names) for k, names in (("latitude", LATITUDE_NAMES), ("longitude", LONGITUDE_NAMES))]
+
+
 def find_member(ds: xr.Dataset) -> str | None:
     """Return the name of the ensemble dimension, or None."""
     for name in ds.dims:

@@ -6,12 +6,13 @@ import dataclasses
 import numbers
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 
 from xgenda import chunking, engine, metadata, states
@@ -26,7 +27,7 @@ from xgenda.observations.columns import ERROR_SUFFIXES, FLAG_SUFFIXES
 from xgenda.observations.containers import ErrorLike, Observations, Wanted
 from xgenda.observations.operators import Located, columned, locate_observations
 from xgenda.observations.quality import Quality, QualityControl
-from xgenda.operators import AnyOperator, LinearOperator, Operator
+from xgenda.operators import AnyOperator, LinearOperator, Operator, extended
 from xgenda.scaling import cycle_basis
 from xgenda.states import State
 
@@ -102,6 +103,15 @@ class Prepared:
             members=members, seed=seed, options=options, device=device,
             output=self.state.orientation, check=spec.needs_background, progress=progress, threads=None,
         )  # fmt: skip
+
+
+def observed_state(setup: Prepared, fields: Sequence[np.ndarray]) -> np.ndarray:
+    """Return what operators and interpolation see of the fields of each channel, shape (n, all channels * cells).
+
+    `fields` are (n, rows, columns), in the units and order of the user.
+    """
+    scaled = [setup.state.orientation.to_model(f).astype(float) * s + o for f, (s, o) in zip(fields, setup.factors, strict=True)]
+    return np.asarray(extended(torch.as_tensor(np.stack(scaled, 1)), setup.operators).flatten(1))
 
 
 def at_times(job: engine.Job, times: np.ndarray) -> engine.Job:
@@ -184,7 +194,7 @@ def prepare(
             raise OptionError("first_guess needs times in ds and in obs; without them leave it out.")
         if len(located.table):
             located, shift = move_to_analysis_times(
-                located, metadata.as_dataset(first_guess, "first_guess"), state, times, list(variables.values()),
+                located, first_guess, state, times, list(variables.values()),
                 [w.units for w in wanted], made,
             )  # fmt: skip
     threshold = _threshold(check, chosen)

@@ -147,7 +147,7 @@ def on_grid_of(state: State, ds: xr.Dataset, argument: str, other: str) -> xr.Da
         renamed[str(found.layout.time)] = str(state.layout.time)
     out = out.rename(renamed)
     places = {state.layout.latitude, state.layout.longitude, *state.layout.dims} & set(map(str, state.ds.coords))
-    return out.assign_coords({n: state.ds[n] for n in places})
+    return out.assign_coords({n: state.ds[n].variable for n in places})
 
 
 def enter(ds: xr.Dataset, argument: str = "ds") -> State:
@@ -159,10 +159,10 @@ def enter(ds: xr.Dataset, argument: str = "ds") -> State:
         If there are no positions, or a vertical coordinate does not say what it is.
     """
     origin = ds
-    if None in _positions(ds) and any("grid_mapping_name" in v.attrs for v in ds.variables.values()):
+    if None in metadata.find_positions(ds) and any("grid_mapping_name" in v.attrs for v in ds.variables.values()):
         ds = with_positions(ds, argument)
     # of all that is lazy, positions must be known
-    ds = ds.assign_coords({n: ds[n].compute() for n in _positions(ds) if n is not None and ds[n].chunks is not None})
+    ds = ds.assign_coords({n: ds[n].compute() for n in metadata.find_positions(ds) if n is not None and ds[n].chunks is not None})
     ds = _in_two_dimensions(ds)
     layout = metadata.find_layout(ds, argument, rectilinear=False)
     verticals: dict[str, Vertical] = {}
@@ -189,17 +189,9 @@ def _dims_used(ds: xr.Dataset) -> set[str]:
     return {str(d) for v in ds.data_vars.values() for d in v.dims}
 
 
-def _positions(ds: xr.Dataset) -> list[str | None]:
-    """Return the names of latitude and longitude."""
-    return [
-        metadata.find_coordinate(ds, key, usual)
-        for key, usual in (("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES))
-    ]
-
-
 def _in_two_dimensions(ds: xr.Dataset) -> xr.Dataset:
     """Give a set of points a second dimension of size one."""
-    names = _positions(ds)
+    names = metadata.find_positions(ds)
     if None in names:
         return ds
     across, along = ds[names[0]].dims, ds[names[1]].dims

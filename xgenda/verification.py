@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from xgenda import metadata, states
@@ -16,8 +15,8 @@ from xgenda.errors import OptionError
 from xgenda.observations.containers import ErrorLike
 from xgenda.observations.operators import locate_observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
-from xgenda.operators import AnyOperator, extended
-from xgenda.preparation import prepare
+from xgenda.operators import AnyOperator
+from xgenda.preparation import observed_state, prepare
 from xgenda.states import State
 
 #: Metric -> what to know about it; written to its attributes.
@@ -207,13 +206,11 @@ def _verify_at_points(state: State, obs: Any, options: Mapping[str, Any]) -> xr.
     for t in np.unique(located.time_index):
         rows = np.flatnonzero(located.time_index == t)
         stack = []
-        for n, (scale, offset) in zip(setup.variables.values(), setup.factors, strict=True):
+        for n in setup.variables.values():
             array = ds[n].isel({layout.time: int(t)}) if layout.time in ds[n].dims else ds[n]
             order = ([layout.member] if layout.member is not None else []) + list(layout.dims)
-            values = np.asarray(array.transpose(*order).values, dtype=float).reshape(count, *state.grid.plane)
-            stack.append(state.orientation.to_model(values) * scale + offset)
-        wide = extended(torch.as_tensor(np.stack(stack, 1)), setup.operators).flatten(1).numpy()
-        seen[:, rows] = located.operator.select(rows)(wide)
+            stack.append(np.asarray(array.transpose(*order).values, dtype=float).reshape(count, *state.grid.plane))
+        seen[:, rows] = located.operator.select(rows)(observed_state(setup, stack))
     blind = ~np.isfinite(seen).all(0)  # what no member says, such as land
     out = {}
     for i, w in enumerate(setup.observable):

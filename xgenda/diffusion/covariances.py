@@ -64,14 +64,10 @@ class SphereKernel:
         Number of columns of this spacing around the whole circle, if that is a whole number. Then exact draws cost a Fourier
         transform along longitude and one small eigenproblem per zonal wavenumber, because the covariance of any field that is
         isotropic on the sphere is block-circulant in longitude.
-    step
-        Spacing in degrees, for who compares grids.
     """
 
-    def __init__(
-        self, latitude: Tensor, longitude: Tensor, kind: str, length: float, around: int | None = None, *, step: float = math.nan
-    ) -> None:
-        self.kind, self.length, self.around, self.step = kind, float(length), around, step
+    def __init__(self, latitude: Tensor, longitude: Tensor, kind: str, length: float, around: int | None = None) -> None:
+        self.kind, self.length, self.around = kind, float(length), around
         self.shape = (len(latitude), len(longitude))
         self.size = self.shape[0] * self.shape[1]
         self._axes = (latitude.double(), longitude.double())
@@ -183,8 +179,8 @@ class Nearby:
         places = self.kernel._positions
         tree = cKDTree(places.numpy())
         apart = math.degrees(float(np.median(tree.query(places.numpy(), k=2)[0][:, 1]))) / 2
-        around, fine = self._around_the_globe(places, apart), self._over_a_region(places, apart)
-        nodes, places = fine if fine is not None and fine[0].step < around[0].step else around
+        choices = [c for c in (self._around_the_globe(places, apart), self._over_a_region(places, apart)) if c is not None]
+        _, nodes, places = min(choices, key=lambda c: c[0])
         _, near = cKDTree(nodes._positions.numpy()).query(places.numpy(), k=NODES)
         index = torch.as_tensor(near)
         weight, left = torch.empty(index.shape, dtype=torch.float64), torch.empty(len(index), dtype=torch.float64)
@@ -201,8 +197,11 @@ class Nearby:
             )
         return nodes, index, weight, left.sqrt()
 
-    def _around_the_globe(self, places: Tensor, apart: float) -> tuple[SphereKernel, Tensor]:
-        """Return a grid on all meridians, of at least `apart` degrees, whose draws cost Fourier transforms."""
+    def _around_the_globe(self, places: Tensor, apart: float) -> tuple[float, SphereKernel, Tensor]:
+        """Return the spacing in degrees (at least `apart`) of a grid on all meridians, the grid, and the places.
+
+        Its draws cost Fourier transforms.
+        """
         latitude = torch.rad2deg(torch.asin(places[:, 2].clamp(-1, 1)))
         low, high = float(latitude.min()), float(latitude.max())
         step = max(apart, (high - low) / MOST_ROWS, 360 / MOST_COLUMNS)
@@ -211,10 +210,10 @@ class Nearby:
         )
         around = math.ceil(360 / step)
         turn = torch.arange(around, dtype=torch.float64) * (360 / around)
-        return SphereKernel(rows, turn, self.kernel.kind, self.kernel.length, around, step=step), places
+        return step, SphereKernel(rows, turn, self.kernel.kind, self.kernel.length, around), places
 
-    def _over_a_region(self, places: Tensor, apart: float) -> tuple[SphereKernel, Tensor] | None:
-        """Return a grid in coordinates whose equator and meridian cross in the middle of the places, and the places there.
+    def _over_a_region(self, places: Tensor, apart: float) -> tuple[float, SphereKernel, Tensor] | None:
+        """Return the same of a grid in coordinates whose equator and meridian cross in the middle of the places, and the places there.
 
         Its draws cost a dense root. None where the places are not within 60 degrees of their middle.
         """
@@ -236,7 +235,7 @@ class Nearby:
         rows, columns = (
             torch.arange(float(a.min()) - step, float(a.max()) + 1.5 * step, step, dtype=torch.float64) for a in axes
         )
-        return SphereKernel(rows, columns, self.kernel.kind, self.kernel.length, step=step), turned
+        return step, SphereKernel(rows, columns, self.kernel.kind, self.kernel.length), turned
 
 
 def gaspari_cohn(scaled: Tensor) -> Tensor:

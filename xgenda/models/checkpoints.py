@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,6 @@ def read_model(path: Path, sha256: str) -> GenerativeModel:
 
 def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     """Read description and tensors, checked."""
-    import torch
     from safetensors import safe_open
 
     try:
@@ -90,9 +90,7 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         ) from problem
     if "xgenda" not in header:
         raise CheckpointError(f"{path} is a safetensors file, but no xgenda model: its header has no 'xgenda' entry.")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite.")
+    check_finite(path, tensors)
     try:
         data = json.loads(header["xgenda"])
     except json.JSONDecodeError as problem:
@@ -116,6 +114,13 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         return ModelSpec.from_dict(data, scaling), tensors
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise CheckpointError(f"{path}: the model description cannot be read: {problem}") from problem
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite.")
 
 
 def content_hash(model: GenerativeModel) -> str:

@@ -373,7 +373,9 @@ def _from_function(
         f"{variable}: {lengths[names[at[0]]] / 1e3:g} km, {_range([deviations[names[i]] for i in at])} {variables[at[0]].units or ''}".rstrip()
         for variable, at, _, _ in states.columns(names)
     ) + (f"; between levels {vertical_scale:g}" if vertical_scale is not None else "")  # fmt: skip
-    spacing = _spacing(state)
+    # half of n cells cannot be further apart than this from their nearest: their caps would not fit on the sphere
+    farthest = 4 * EARTH_RADIUS * np.arcsin(np.sqrt(min(1.0, 2 / state.grid.size)))
+    spacing = _spacing(state) if min(lengths.values()) < farthest / 10 else 0.0
     for variable, length in lengths.items():
         if length < spacing / 10:
             warnings.warn(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xgenda.errors import CheckpointError
+from xgenda.models.checkpoints import check_finite
 from xgenda.networks.songunet import SongUNet
 
 MEMBERS = ("args.json", "metadata.json", "model.pt")
@@ -132,9 +133,7 @@ def read_mdlus(path: str | os.PathLike[str]) -> Preconditioned | Regression:
             f"{file}: the weights do not fit a {kind}: {len(lacking)} are missing, {len(stray)} too many, {len(wrong)} of another shape; "
             f"it {first}."
         )
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{file}: tensor {name!r} holds values that are not finite.")
+    check_finite(file, weights)
     net.load_state_dict(weights, strict=True)
     return net.eval().requires_grad_(False)
 

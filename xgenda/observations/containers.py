@@ -37,7 +37,7 @@ from xgenda.observations.correlations import Correlated, ErrorCovariance
 from xgenda.observations.levels import LEVEL_NAMES, is_level, read_levels
 from xgenda.observations.quality import Quality, QualityControl, gross_bounds, is_missing
 from xgenda.observations.shapes import Cells, Container, decoded, open_container
-from xgenda.observations.table import Table, Wanted, empty_table, first_channels, joined, per_variable
+from xgenda.observations.table import Table, Wanted, check_names, empty_table, first_channels, joined, per_variable
 
 __all__ = ["ErrorLike", "Observations", "Table", "Wanted", "first_channels", "per_variable", "read_observations"]
 
@@ -101,16 +101,9 @@ def read_observations(
     if several and len(error) != len(items):  # type: ignore[arg-type]
         raise ObservationError(f"error has {len(error)} entries and {argument} has {len(items)}; give one for each source.")  # type: ignore[arg-type]
     errors: list[Any] = list(error) if several else [error] * len(items)  # type: ignore[arg-type]
-    known = [w.name for w in wanted]
-    for name, given in [(f"error[{i}]" if several else "error", e) for i, e in enumerate(errors)] + [
-        ("representativeness", representativeness)
-    ]:
-        for key in given if isinstance(given, Mapping) else ():
-            if key not in known:
-                raise ObservationError(
-                    f"{name} names {key!r}, which is no variable of the state; it has {', '.join(map(repr, known))}."
-                    + did_you_mean(key, known)
-                )
+    for i, given in enumerate(errors):
+        check_names(f"error[{i}]" if several else "error", given, wanted)
+    check_names("representativeness", representativeness, wanted)
     control = quality or QualityControl()
     tables = [
         _read_one(open_container(item, name), wanted, given, i, control, period)

@@ -17,13 +17,14 @@ import xarray as xr
 
 from xgenda import states
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import ObservationError, did_you_mean
+from xgenda.errors import ObservationError
 from xgenda.maps import LinearMap
 from xgenda.observations.containers import ErrorLike, Observations, Table, Wanted, first_channels, per_variable, read_observations
 from xgenda.observations.correlations import check_blocks
 from xgenda.observations.grouping import first_of_each
 from xgenda.observations.quality import Quality, QualityControl, boxes, superob
-from xgenda.observations.times import assign_times, mean_times, period_of, ticks, trajectory_weights
+from xgenda.observations.table import check_names
+from xgenda.observations.times import assign_times, bracket, mean_times, period_of, ticks, trajectory_weights
 from xgenda.weights import interpolation
 
 #: Part of an observation's weight that must lie on valid cells.
@@ -175,10 +176,7 @@ class Space:
                 continue
             slack = SLACK * np.diff(axis).min()
             inside[rows] = (place >= axis[0] - slack) & (place <= axis[-1] + slack)
-            safe = np.clip(np.where(inside[rows], place, axis[0]), axis[0], axis[-1])
-            lower[rows] = np.clip(np.searchsorted(axis, safe, side="right") - 1, 0, len(axis) - 2)
-            below, above = axis[lower[rows]], axis[lower[rows] + 1]
-            part[rows] = (safe - below) / (above - below)
+            lower[rows], part[rows] = bracket(axis, np.where(inside[rows], place, axis[0]))
         return lower, part, inside
 
 
@@ -295,12 +293,7 @@ def _at_the_ground(
 ) -> Table:
     rates = per_variable(lapse_rate, wanted)
     known = np.isfinite(above)
-    for key in lapse_rate if isinstance(lapse_rate, Mapping) else ():
-        if key not in [w.name for w in wanted]:
-            names = [w.name for w in wanted]
-            raise ObservationError(
-                f"lapse_rate names {key!r}, which is no variable of the state; it has {', '.join(map(repr, names))}.{did_you_mean(key, names)}"
-            )
+    check_names("lapse_rate", lapse_rate, wanted)
     if not isinstance(lapse_rate, Mapping):  # a number is meant for temperatures
         others = [w.name for v, w in enumerate(wanted) if not _is_temperature(w) and bool((table.variable == v).any())]
         if others:

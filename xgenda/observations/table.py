@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from xgenda.errors import ObservationError, did_you_mean
 from xgenda.maps import LinearMap
 from xgenda.observations.correlations import Correlated
 
@@ -43,6 +44,16 @@ def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:
         if w.of is not None:
             first[i] = first[names.index(w.of)]
     return first
+
+
+def check_names(argument: str, given: object, wanted: Sequence[Wanted]) -> None:
+    """Refuse a mapping that names what is no variable of the state."""
+    known = [w.name for w in wanted]
+    for key in given if isinstance(given, Mapping) else ():
+        if key not in known:
+            raise ObservationError(
+                f"{argument} names {key!r}, which is no variable of the state; it has {', '.join(map(repr, known))}.{did_you_mean(key, known)}"
+            )
 
 
 def per_variable(given: float | Mapping[str, float], wanted: Sequence[Wanted]) -> np.ndarray:

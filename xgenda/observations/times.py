@@ -110,7 +110,7 @@ def trajectory_weights(
     start = end - (0 if period is None else period / tick)
     rows = np.arange(len(end))
     instant = end == start
-    lower, part = _bracket(axis, end)
+    lower, part = bracket(axis, end)
     row, column = [rows[instant], rows[instant]], [lower[instant], np.minimum(lower[instant] + 1, len(axis) - 1)]
     weight = [1.0 - part[instant], part[instant]]
     mean = rows[~instant]
@@ -125,7 +125,7 @@ def trajectory_weights(
     return out, np.maximum(axis[0] - start, 0.0) * tick
 
 
-def _bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the state before each value, and the part of the way to the next one."""
     if len(axis) == 1:
         return np.zeros(len(values), dtype=np.int64), np.zeros(len(values))
@@ -136,7 +136,7 @@ def _bracket(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _integral(axis: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return the weights of the states in the integral of the trajectory from its first state to each value, shape (m, times)."""
-    lower, part = _bracket(axis, values)
+    lower, part = bracket(axis, values)
     step = np.diff(axis) if len(axis) > 1 else np.ones(1)
     whole = np.zeros((len(axis), len(axis)))  # up to each state, by trapezoids
     for j in range(1, len(axis)):
