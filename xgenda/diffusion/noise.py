@@ -6,10 +6,14 @@ Each sample owns a generator on the CPU, so chunks, batch sizes, order, worker c
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from xgenda.errors import GridError, check_count
 
 
 def seed_for(seed: int, label: str, member: int) -> int:
@@ -58,3 +62,86 @@ class LabelledNoise:
             return self._stream.normal(*shape, dtype=dtype)
         drawn = self._stream.normal(*shape[1:], dtype=dtype)
         return drawn.reshape(-1, *shape)
+
+
+class PlaneNoise:
+    """Noise by coordinate: what a sample gets at a cell depends on its key, the number of the draw and the place of the cell, and nothing else.
+
+    The plane is cut into fixed blocks with a generator each, so that a window of it, such as a dask block with its halo, gets exactly the
+    cells that the whole plane would have.
+
+    Parameters
+    ----------
+    keys
+        (seed, time label, member number) of each sample.
+    shape
+        Rows and columns of the plane.
+    corner
+        First row and column of the window. Columns may lie outside of the plane: it wraps around.
+    size
+        Rows and columns of the window; up to the end of the plane if None.
+    block
+        Rows and columns of a block. Another number is other noise.
+
+    Raises
+    ------
+    GridError
+        If rows of the window lie outside of the plane, or it has more columns than the plane.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[tuple[int, str, int]],
+        shape: tuple[int, int],
+        corner: tuple[int, int] = (0, 0),
+        size: tuple[int, int] | None = None,
+        block: int = 64,
+    ) -> None:
+        self.size = (shape[0] - corner[0], shape[1] - corner[1]) if size is None else size
+        self._block, self._count = check_count("block", block), len(keys)
+        rows, columns = corner[0], corner[1] % shape[1]
+        if rows < 0 or min(self.size) < 1 or rows + self.size[0] > shape[0] or self.size[1] > shape[1]:
+            raise GridError(f"A window of {self.size} cells from {corner} on does not fit a plane of {shape}.")
+        # where the window wraps it has two parts
+        self._row_pieces = _pieces(rows, self.size[0], 0, block)
+        first = min(self.size[1], shape[1] - columns)
+        self._column_pieces = _pieces(columns, first, 0, block) + _pieces(0, self.size[1] - first, first, block)
+        blocks = [sorted({p[0] for p in pieces}) for pieces in (self._row_pieces, self._column_pieces)]
+        # torch's generators on the CPU keep 32 bits of their seed, too few for that many blocks
+        self._generators = [
+            {place: np.random.Generator(np.random.SFC64(_wide_seed(key, place))) for place in itertools.product(*blocks)}
+            for key in keys
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._count
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw the next standard normal numbers of every sample, shape (samples, *shape), on the CPU; `shape` ends with the window's size."""
+        if tuple(shape[-2:]) != tuple(self.size):
+            raise GridError(f"The window has {self.size} cells, and noise for {tuple(shape[-2:])} was asked for.")
+        out = np.empty((self._count, *shape), np.float64 if dtype == torch.float64 else np.float32)
+        for plane, generators in zip(out, self._generators, strict=True):
+            for (i, j), generator in generators.items():
+                # whole blocks, also at the edge of the window: the generator is then where it would be in any other window
+                drawn = generator.standard_normal((*shape[:-2], self._block, self._block), dtype=out.dtype.type)
+                for row, from_rows, to_rows in self._row_pieces:
+                    for column, from_columns, to_columns in self._column_pieces:
+                        if (row, column) == (i, j):
+                            plane[..., to_rows, to_columns] = drawn[..., from_rows, from_columns]
+        return torch.from_numpy(out).to(dtype)
+
+
+def _pieces(start: int, length: int, offset: int, block: int) -> list[tuple[int, slice, slice]]:
+    """Return the blocks of a run of cells: number, cells within the block, cells within the window, which start at `offset`."""
+    out = []
+    for k in range(start // block, -(-(start + length) // block) if length else 0):
+        low, high = max(start, k * block), min(start + length, (k + 1) * block)
+        out.append((k, slice(low - k * block, high - k * block), slice(offset + low - start, offset + high - start)))
+    return out
+
+
+def _wide_seed(key: tuple[int, str, int], block: tuple[int, int]) -> int:
+    digest = hashlib.blake2b("|".join(map(str, (*key, *block))).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")

@@ -121,13 +121,29 @@ class UNet(nn.Module):
         for parameter in self.last.conv.parameters():
             parameter.mul_(weight)
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return F, of the shape of `x` (batch, channels, ny, nx); `label` (batch,), `condition` (batch, c, ny, nx)."""
+    def position_channels(self) -> Tensor | None:
+        """Return the channels that tell the network where it is, shape (P, ny, nx), or None where it has none."""
+        return self.position
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        """Return F, of the shape of `x` (batch, channels, ny, nx).
+
+        Parameters
+        ----------
+        x
+            State.
+        label
+            Of the noise, shape (batch,).
+        condition
+            Shape (batch, c, ny, nx).
+        position
+            Instead of the network's own positional channels, shape (batch, P, ny, nx): those of tiles of its domain.
+        """
         angles = label[:, None] * self.frequencies
         embedding = self.embed(torch.cat([angles.cos(), angles.sin()], -1))
         parts = [x] if condition is None else [x, condition]
         if self.position is not None:
-            parts.append(self.position.expand(len(x), -1, -1, -1))
+            parts.append((self.position if position is None else position).expand(len(x), -1, -1, -1))
         h, size = torch.cat(parts, 1), x.shape[-2:]
         bottom, right = (-size[0]) % self.stride, (-size[1]) % self.stride
         if (right and self.periodic) or (bottom and self.periodic == "both"):  # what is appended would lie between neighbours
