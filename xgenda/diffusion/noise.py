@@ -6,7 +6,6 @@ Each sample owns a generator on the CPU, so chunks, batch sizes, order, worker c
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,11 +104,16 @@ class PlaneNoise:
         # where the window wraps it has two parts
         self._row_pieces = _pieces(rows, self.size[0], 0, block)
         first = min(self.size[1], shape[1] - columns)
-        self._column_pieces = _pieces(columns, first, 0, block) + _pieces(0, self.size[1] - first, first, block)
-        blocks = [sorted({p[0] for p in pieces}) for pieces in (self._row_pieces, self._column_pieces)]
+        self._column_pieces = _pieces(columns, first, 0, block)
+        for k, runs in _pieces(0, self.size[1] - first, first, block).items():
+            self._column_pieces[k] = self._column_pieces.get(k, []) + runs
         # torch's generators on the CPU keep 32 bits of their seed, too few for that many blocks
         self._generators = [
-            {place: np.random.Generator(np.random.SFC64(_wide_seed(key, place))) for place in itertools.product(*blocks)}
+            {
+                (i, j): np.random.Generator(np.random.SFC64(_wide_seed(key, (i, j))))
+                for i in self._row_pieces
+                for j in self._column_pieces
+            }
             for key in keys
         ]
 
@@ -126,19 +130,18 @@ class PlaneNoise:
             for (i, j), generator in generators.items():
                 # whole blocks, also at the edge of the window: the generator is then where it would be in any other window
                 drawn = generator.standard_normal((*shape[:-2], self._block, self._block), dtype=out.dtype.type)
-                for row, from_rows, to_rows in self._row_pieces:
-                    for column, from_columns, to_columns in self._column_pieces:
-                        if (row, column) == (i, j):
-                            plane[..., to_rows, to_columns] = drawn[..., from_rows, from_columns]
+                for from_rows, to_rows in self._row_pieces[i]:
+                    for from_columns, to_columns in self._column_pieces[j]:
+                        plane[..., to_rows, to_columns] = drawn[..., from_rows, from_columns]
         return torch.from_numpy(out).to(dtype)
 
 
-def _pieces(start: int, length: int, offset: int, block: int) -> list[tuple[int, slice, slice]]:
-    """Return the blocks of a run of cells: number, cells within the block, cells within the window, which start at `offset`."""
-    out = []
+def _pieces(start: int, length: int, offset: int, block: int) -> dict[int, list[tuple[slice, slice]]]:
+    """Return the blocks of a run of cells: their cells, and those of the window, where the run starts at `offset`."""
+    out = {}
     for k in range(start // block, -(-(start + length) // block) if length else 0):
         low, high = max(start, k * block), min(start + length, (k + 1) * block)
-        out.append((k, slice(low - k * block, high - k * block), slice(offset + low - start, offset + high - start)))
+        out[k] = [(slice(low - k * block, high - k * block), slice(offset + low - start, offset + high - start))]
     return out
 
 
