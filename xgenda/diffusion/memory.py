@@ -1,0 +1,192 @@
+r"""How much memory sampling takes, found without running it.
+
+A call is replayed on tensors that have shapes and no values, and every allocation and release of storage is followed. The libraries that
+convolve on a CPU allocate more than what they return: they copy input, output and weights into the layout of their kernels. That is
+counted as one more copy of each while a convolution runs. What a GPU library takes as workspace is not known here and not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from xgenda.diffusion.denoisers import EDMDenoiser
+from xgenda.diffusion.samplers import _STEPPERS, sampler_options
+from xgenda.diffusion.tiles import TiledNetwork, Tiling
+from xgenda.errors import check_choice
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Follow the storage of all tensors that are made while it is entered.
+
+    Attributes
+    ----------
+    peak
+        Most bytes that were alive at once, without `given`.
+    given
+        Bytes of tensors that were there before and were used: weights and arguments.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.given = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it allocates."""
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for tensor in inputs:
+            self.given += self._follow(tensor, alive=False)
+        out = func(*args, **(kwargs or {}))
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.live += sum(self._follow(t, alive=True) for t in outputs)
+        scratch = 0
+        if func is torch.ops.aten.convolution.default and outputs[0].device.type == "cpu":
+            scratch = sum(_size(t) for t in (*inputs, *outputs))
+        self.peak = max(self.peak, self.live + scratch)
+        return out
+
+    def _follow(self, tensor: Tensor, alive: bool) -> int:
+        """Return the bytes of a storage that is seen for the first time, and be told when it goes."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return 0
+        size = self._known[key] = storage.nbytes()
+        weakref.finalize(storage, self._release, key, size if alive else 0)
+        return size
+
+    def _release(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def peak_memory(function: Callable[..., Any], *shapes: tuple[int, ...] | None) -> tuple[int, int]:
+    """Return the most bytes that a call has alive at once, and the bytes of weights and arguments that it uses besides.
+
+    Parameters
+    ----------
+    function
+        Any function of tensors without gradients, such as a network. It is called with float32 tensors that have no values.
+    shapes
+        Of its arguments; None is passed on.
+    """
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = [None if s is None else torch.empty(s) for s in shapes]
+        with MemoryTracker() as tracker:
+            function(*arguments)
+            return tracker.peak, tracker.given
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes of tiled sampling at its peak.
+
+    Parameters
+    ----------
+    weights
+        Of the network.
+    network
+        One network call: activations, and the copies that convolutions make.
+    fields
+        Of the whole domain: state, slopes, condition, sums.
+    """
+
+    weights: int
+    network: int
+    fields: int
+
+    @property
+    def peak(self) -> int:
+        """All of them."""
+        return self.weights + self.network + self.fields
+
+
+def plan_memory(
+    network: nn.Module,
+    tiling: Tiling,
+    channels: int,
+    condition_channels: int = 0,
+    *,
+    samples: int = 1,
+    batch: int = 1,
+    sampler: str = "heun",
+    whole_condition: bool | slice = False,
+) -> MemoryPlan:
+    """Predict the memory that tiled sampling takes, on a CPU within about a tenth of what is measured.
+
+    Parameters
+    ----------
+    network
+        F(x, label, condition).
+    tiling
+        Of the domain.
+    channels, condition_channels
+        Of the state and of its condition.
+    samples
+        Sampled at once.
+    batch
+        Tiles in one network call.
+    sampler
+        As in `xgenda.diffusion.samplers`.
+    whole_condition
+        As in `TiledNetwork`.
+    """
+    check_choice("sampler", sampler, _STEPPERS)
+    one = _OneTile(**{f.name: getattr(tiling, f.name) for f in dataclasses.fields(tiling)})
+    one.prepare()
+    denoiser = EDMDenoiser(TiledNetwork(network, one, batch, whole_condition))
+
+    def sample(start: Tensor, condition: Tensor | None) -> Tensor:
+        x = start = start.double()  # the first state is kept by whoever gave it
+        # as many steps as a multistep sampler remembers; what noise costs comes and goes between network calls
+        stepper = _STEPPERS[sampler](
+            lambda y, sigma: denoiser(y, sigma, condition), [8.0] * 4, lambda: torch.empty_like(start), sampler_options(sampler)
+        )
+        for level in (8.0, 4.0, 2.0):
+            x = stepper.step(0, x, level, level / 2)
+        return x
+
+    conditioned = (samples, condition_channels, *tiling.shape) if condition_channels else None
+    whole, given = peak_memory(sample, (samples, channels, *tiling.shape), conditioned)
+    inner = condition_channels * (2 if whole_condition is True else 1)
+    if isinstance(whole_condition, slice):
+        inner += len(range(condition_channels)[whole_condition])
+    count = min(batch, samples * len(tiling.places))
+    position = one_position(network, count, tiling.tile)
+    call, _ = peak_memory(
+        network, (count, channels, *tiling.tile), (count,), (count, inner, *tiling.tile) if inner else None, *position
+    )
+    weights = sum(_size(t) for t in (*network.parameters(), *network.buffers()))
+    return MemoryPlan(weights, call, whole + given - weights - call)
+
+
+def one_position(network: nn.Module, count: int, tile: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Return the shape of the positions of some tiles, or nothing for a network without them."""
+    get = getattr(network, "position_channels", None)
+    own = None if get is None else get()
+    return [] if own is None else [(count, len(own), *tile)]
+
+
+class _OneTile(Tiling):
+    """The first tile alone: all network calls take the same memory."""
+
+    def prepare(self) -> None:
+        for axis in self.axes:
+            assert axis.segments  # with values, before there are none
+        object.__setattr__(self, "places", self.places[:1])
