@@ -191,3 +191,33 @@ def test_rectangular_networks_and_positions() -> None:
     torch.testing.assert_close(octave[4, 0], (2 * x_axis).sin())
     with pytest.raises(GridError, match="multiples of 2, and the shape is 15 x 24"):
         SongUNet(3, 2, (15, 24), width=8, multipliers=(1, 2))
+
+
+def test_tiles_bring_their_own_positions() -> None:
+    net = SongUNet(2 + 2, 2, (16, 24), width=8, multipliers=(1, 2), blocks=1, grid="linear", grid_channels=2).eval()
+    whole = net.position_channels()
+    assert whole is not None
+    assert whole.shape == (2, 16, 24)
+    x, label = torch.randn(3, 2, 16, 24), torch.zeros(3)
+    torch.testing.assert_close(net(x, label, position=whole.expand(3, -1, -1, -1)), net(x, label), rtol=0, atol=0)
+    corners = torch.stack([whole[:, :8, :8], whole[:, 8:, 16:], whole[:, 4:12, 8:16]])
+    found = net(x[..., :8, :8], label, position=corners)
+    for k in range(3):
+        torch.testing.assert_close(found[k : k + 1], net(x[k : k + 1, :, :8, :8], label[:1], position=corners[k : k + 1]))
+    assert not torch.allclose(found[0], net(x[..., :8, :8], label, position=corners[1:2])[0])
+    with pytest.raises(
+        GridError, match=r"the places of 16 x 24 cells, and the state has 8 x 8; give .* shape \(batch, 2, 8, 8\)"
+    ):
+        net(x[..., :8, :8], label)
+    with pytest.raises(GridError, match=r"multiples of 2, and the state has 7 x 8"):
+        net(x[..., :7, :8], label, position=corners[..., :7, :])
+    assert SongUNet(2, 2, (8, 8), width=8, multipliers=(1, 2), blocks=1).position_channels() is None
+
+
+def test_the_output_can_be_scaled() -> None:
+    net = SongUNet(2, 2, (8, 8), width=8, multipliers=(1,), blocks=1).eval()
+    torch.nn.init.normal_(list(net.dec.values())[-1].bias)
+    x, label = torch.randn(1, 2, 8, 8), torch.zeros(1)
+    before = net(x, label)
+    net.scale_output(0.5)
+    torch.testing.assert_close(net(x, label), before / 2)

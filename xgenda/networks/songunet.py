@@ -176,13 +176,13 @@ class SongUNet(nn.Module):
         super().__init__()
         check_choice("embedding", embedding, EMBEDDINGS)
         check_choice("grid", grid, GRIDS)
-        stride = 2 ** (len(multipliers) - 1)
+        self.stride = stride = 2 ** (len(multipliers) - 1)
         if shape[0] % stride or shape[1] % stride:
             raise GridError(
                 f"A network of {len(multipliers)} levels needs rows and columns that are multiples of {stride}, and the shape is "
                 f"{shape[0]} x {shape[1]}; crop or pad, or give fewer multipliers."
             )
-        self.shape, self.embedding_width = tuple(shape), 4 * width
+        self.shape, self.embedding_width = (int(shape[0]), int(shape[1])), 4 * width
         if embedding != "zero":
             self.map_noise = NoiseEmbedding(width, embedding)
             self.map_layer0, self.map_layer1 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
@@ -224,12 +224,47 @@ class SongUNet(nn.Module):
         self.dec[f"{rows[0]}x{rows[0]}_aux_norm"] = GroupNorm(now, unbiased)
         self.dec[f"{rows[0]}x{rows[0]}_aux_conv"] = Resampled(now, out_channels, 3)
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return (batch, out_channels, rows, columns) for a state, the noise label (batch,) and conditions."""
+    def position_channels(self) -> Tensor | None:
+        """Return the channels that tell the network where it is, shape (P, rows, columns), or None where it has none."""
+        return self.pos_embd if self.has_grid else None
+
+    @torch.no_grad()
+    def scale_output(self, weight: float) -> None:
+        """Multiply everything that the network returns by a number."""
+        *_, last = self.dec.values()
+        for parameter in last.parameters():
+            parameter.mul_(weight)
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        """Return F.
+
+        Parameters
+        ----------
+        x
+            State, shape (batch, channels, rows, columns).
+        label
+            Of the noise, shape (batch,).
+        condition
+            Shape (batch, channels, rows, columns).
+        position
+            Instead of the network's own positional channels, shape (batch, P, rows, columns): those of tiles of a larger domain. Rows and
+            columns may then be any multiples of the stride.
+
+        Returns
+        -------
+        Tensor
+            Shape (batch, out_channels, rows, columns).
+
+        Raises
+        ------
+        GridError
+            If rows and columns do not fit the network.
+        """
+        self._check_shape(x, position)
         parts = [x] if condition is None else [x, condition]
-        if self.has_grid:
-            assert isinstance(self.pos_embd, Tensor)
-            parts.append(self.pos_embd.to(x.dtype).expand(len(x), *self.pos_embd.shape))
+        own = self.position_channels()
+        if own is not None:
+            parts.append((own if position is None else position).to(x.dtype).expand(len(x), -1, -1, -1))
         if self.embedding == "zero":
             embedding = torch.zeros(len(x), self.embedding_width, dtype=x.dtype, device=x.device)
         else:
@@ -247,6 +282,18 @@ class SongUNet(nn.Module):
             else:
                 now = layer(torch.cat([now, skips.pop()], 1) if "_block" in name else now, embedding)
         return now
+
+    def _check_shape(self, x: Tensor, position: Tensor | None) -> None:
+        rows, columns = x.shape[-2:]
+        if self.has_grid and position is None and (rows, columns) != self.shape:
+            raise GridError(
+                f"This network knows the places of {self.shape[0]} x {self.shape[1]} cells, and the state has {rows} x {columns}; give their "
+                f"positional channels as position, shape (batch, {len(self.pos_embd)}, {rows}, {columns})."
+            )
+        if rows % self.stride or columns % self.stride:
+            raise GridError(
+                f"This network needs rows and columns that are multiples of {self.stride}, and the state has {rows} x {columns}; pad it."
+            )
 
 
 def positional_channels(kind: str, channels: int, shape: tuple[int, int]) -> Tensor:
