@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from xgenda.errors import CheckpointError, GridError
-from xgenda.models.physicsnemo import read_mdlus
+from xgenda.diffusion.denoisers import EDMDenoiser
+from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsError
+from xgenda.models.physicsnemo import read_mdlus, write_mdlus
 from xgenda.networks.songunet import Attention, GroupNorm, SongUNet, positional_channels
+from xgenda.networks.unet import UNet
 
 FILE = Path(__file__).parent / "data" / "corrdiff" / "diffusion_hr_mean.mdlus"
 
@@ -79,6 +81,88 @@ def test_its_samples_are_the_same(reference: dict[str, Any]) -> None:
     assert float((x - expected).abs().max() / expected.std()) < 2e-5
 
 
+RELATIVES = ("diffusion_lead", "regression_lead", "stormcast_diffusion", "stormcast_regression", "diffusion_nested")
+
+
+def call(net: Any, case: dict[str, Any]) -> torch.Tensor:
+    where = {"lead": case["lead"]} if "lead" in case else {}
+    found = net(case["condition"], **where) if "x" not in case else net(case["x"], case["condition"], case["sigma"], **where)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def load_case(name: str) -> dict[str, Any]:
+    with np.load(FILE.with_name(f"{name}.npz")) as data:
+        return {k: torch.as_tensor(data[k]) for k in data}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_are_the_same_functions(name: str) -> None:
+    """Lead times, classes, StormCast, nested modules; a noise level for each sample."""
+    case = load_case(name)
+    found = call(read_mdlus(FILE.with_name(f"{name}.mdlus")), case)
+    assert float((found - case["output"]).abs().max() / case["output"].std()) < 1e-5
+
+
+@pytest.mark.parametrize("name", [FILE.stem, *RELATIVES])
+def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
+    net = read_mdlus(FILE.with_name(f"{name}.mdlus"))
+    first = write_mdlus(net, tmp_path / "first.mdlus")
+    again = read_mdlus(first)
+    assert write_mdlus(again, tmp_path / "second.mdlus").read_bytes() == first.read_bytes()
+    assert {k: v.tolist() for k, v in again.state_dict().items()} == {k: v.tolist() for k, v in net.state_dict().items()}
+    assert type(again) is type(net)
+    if name in RELATIVES:
+        case = load_case(name)
+        assert torch.equal(call(again, case), call(net, case))
+    with pytest.raises(OutputExistsError, match="overwrite=True"):
+        write_mdlus(net, first)
+    assert write_mdlus(net, first, overwrite=True) == first
+    with zipfile.ZipFile(first) as archive:
+        assert sorted(archive.namelist()) == ["args.json", "metadata.json", "model.pt"]
+        assert all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+
+
+def test_older_networks_scale_their_condition(members: dict[str, bytes], reference: dict[str, Any], tmp_path: Path) -> None:
+    args = members["args.json"].replace(b"EDMPrecondSuperResolution", b"EDMPrecondSR").replace(b"physicsnemo.", b"modulus.")
+    old, new = read_mdlus(pack(tmp_path / "old.mdlus", {**members, "args.json": args})), read_mdlus(FILE)
+    condition = torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    scaled = condition / np.hypot(3.0, 0.5)
+    torch.testing.assert_close(old(reference["x_unit"], condition, 3.0), new(reference["x_unit"], scaled, 3.0))
+    again = read_mdlus(write_mdlus(old, tmp_path / "again.mdlus"))
+    assert torch.equal(again(reference["x_unit"], condition, 3.0), old(reference["x_unit"], condition, 3.0))
+
+
+def test_what_the_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "net.mdlus"
+    net = SongUNet(2, 2, (8, 8), width=8, multipliers=(1,), blocks=1)
+    with pytest.raises(CheckpointError, match="make it with unbiased=True"):
+        write_mdlus(EDMDenoiser(net), target)
+    with pytest.raises(CheckpointError, match="no place for a Gaussian anchor"):
+        write_mdlus(EDMDenoiser(net, feeds_state=True), target)
+    with pytest.raises(CheckpointError, match="holds a SongUNet, not a UNet"):
+        write_mdlus(EDMDenoiser(UNet(1, width=8)), target)
+    with pytest.raises(CheckpointError, match=r"ends in .mdlus; got 'net.pt'"):
+        write_mdlus(EDMDenoiser(net), tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="mkdir -p"):
+        write_mdlus(EDMDenoiser(net), tmp_path / "none" / "net.mdlus")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lead_times_are_checked() -> None:
+    net = SongUNet(2 + 3, 2, (8, 8), width=8, multipliers=(1,), blocks=1, lead_times=2, lead_channels=3).eval()
+    x, label = torch.randn(2, 2, 8, 8), torch.zeros(2)
+    with pytest.raises(OptionError, match=r"lead=None is not accepted; this network knows the lead times 0 to 1"):
+        net(x, label)
+    with pytest.raises(OptionError, match="lead=2 is"):
+        net(x, label, lead=torch.tensor([0, 2]))
+    first, second = net.position_channels(0), net.position_channels(1)
+    assert first is not None
+    assert second is not None
+    given = net(x, label, position=torch.stack([first, second]))
+    assert torch.equal(given, net(x, label, lead=torch.tensor([0, 1])))
+
+
 class Bomb:
     """Pickled, it runs a command when it is loaded."""
 
@@ -111,9 +195,31 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] =
         lambda m: {**m, "args.json": m["args.json"].replace(b"EDMPrecondSuperResolution", b"os.system")},
         r"holds a 'os.system'; this version reads UNet",
     ),
-    "another backbone": (lambda m: {**m, "args.json": described(m, model_type="DhariwalUNet")}, r"the backbone 'DhariwalUNet'"),
+    "another backbone": (lambda m: {**m, "args.json": described(m, model_type="DhariwalUNet")}, r"the backbone 'DhariwalUNet' of"),
     "a strange argument": (lambda m: {**m, "args.json": described(m, hook="os.system")}, r"the argument 'hook' of"),
-    "a strange value": (lambda m: {**m, "args.json": described(m, model_channels="many")}, r"args.json does not describe a network"),
+    "a width in words": (lambda m: {**m, "args.json": described(m, model_channels="many")}, r"model_channels='many' of .* an integer from 4 to"),
+    "a negative width": (lambda m: {**m, "args.json": described(m, model_channels=-8)}, r"model_channels='-8' of .* is not accepted"),
+    "a width that is true": (lambda m: {**m, "args.json": described(m, model_channels=True)}, r"model_channels='True' of .* is not accepted"),
+    "a shape in words": (lambda m: {**m, "args.json": described(m, img_resolution="32")}, r"img_resolution='32' of .* one or two integers"),
+    "a shape of three": (lambda m: {**m, "args.json": described(m, img_resolution=[1, 2, 3])}, r"img_resolution=.* one or two integers"),
+    "levels of mappings": (lambda m: {**m, "args.json": described(m, channel_mult=[{}, {}])}, r"channel_mult=.* 1 to 8 integers"),
+    "no levels": (lambda m: {**m, "args.json": described(m, channel_mult=[])}, r"channel_mult=.* 1 to 8 integers"),
+    "a sigma that is infinite": (lambda m: {**m, "args.json": described(m, sigma_data=float("inf"))}, r"sigma_data='inf' of .* a number from"),
+    "the largest network": (
+        lambda m: {**m, "args.json": described(m, model_channels=4096, channel_mult=[64] * 4, num_blocks=32)}, r"the weights do not fit",
+    ),
+    "a giant grid": (
+        lambda m: {**m, "args.json": described(m, img_resolution=2**15, N_grid_channels=1024)}, r"positional or probability channels are out of",
+    ),
+    "a grid of three": (lambda m: {**m, "args.json": described(m, N_grid_channels=3)}, r"A sinusoidal grid has a multiple of four channels"),
+    "channels that are left out": (
+        lambda m: {**m, "args.json": m["args.json"].replace(b'"img_out_channels": 2, ', b"")}, r"resolution, channels or backbone are missing",
+    ),
+    "another encoder": (lambda m: {**m, "args.json": described(m, encoder_type="residual")}, r"encoder_type='residual' of .* reads 'standard'"),
+    "a description that is deep": (lambda m: {**m, "args.json": b"[" * 100000}, r"args.json does not describe a network"),
+    "a lead time that has no channels": (
+        lambda m: {**m, "args.json": described(m, model_type="SongUNetPosLtEmbd")}, r"lead_time_channels is missing",
+    ),
     "another size": (lambda m: {**m, "args.json": described(m, model_channels=16)}, r"0 are missing, 0 too many, \d+ of another shape"),
     "more levels": (lambda m: {**m, "args.json": described(m, channel_mult=[1, 2, 2])}, r"the weights do not fit .* are missing"),
     "a pickle": (lambda m: {**m, "model.pt": pickle.dumps(Bomb())}, r"model.pt is no plain state dict"),
@@ -188,7 +294,12 @@ def test_rectangular_networks_and_positions() -> None:
     assert linear[1, :, 0].tolist() == [-1, 0, 1]
     octave = positional_channels("sinusoidal_octave", 8, (4, 6))
     x_axis = torch.linspace(0, 2 * torch.pi, 6)
+    y_axis = torch.linspace(0, 2 * torch.pi, 4)
     torch.testing.assert_close(octave[4, 0], (2 * x_axis).sin())
+    torch.testing.assert_close(octave[5, :, 0], (2 * y_axis).sin())
+    torch.testing.assert_close(octave[6, 0], (2 * x_axis).cos())
+    legacy = positional_channels("sinusoidal", 8, (4, 6))
+    torch.testing.assert_close(legacy[4, 0], (4 * x_axis).sin())
     with pytest.raises(GridError, match="multiples of 2, and the shape is 15 x 24"):
         SongUNet(3, 2, (15, 24), width=8, multipliers=(1, 2))
 
@@ -206,7 +317,7 @@ def test_tiles_bring_their_own_positions() -> None:
         torch.testing.assert_close(found[k : k + 1], net(x[k : k + 1, :, :8, :8], label[:1], position=corners[k : k + 1]))
     assert not torch.allclose(found[0], net(x[..., :8, :8], label, position=corners[1:2])[0])
     with pytest.raises(
-        GridError, match=r"the places of 16 x 24 cells, and the state has 8 x 8; give .* shape \(batch, 2, 8, 8\)"
+        GridError, match=r"the places of 16 x 24 cells, and the state has 8 x 8; give position, shape \(batch, P, 8, 8\)"
     ):
         net(x[..., :8, :8], label)
     with pytest.raises(GridError, match=r"multiples of 2, and the state has 7 x 8"):

@@ -1,6 +1,6 @@
 r"""Denoisers D(x; sigma) ~ E[x0 | x = x0 + sigma e]: the one internal form of every diffusion prior.
 
-States are standardised, shape (batch, channels, ny, nx); sigma is one number for the whole batch.
+States are standardised, shape (batch, channels, ny, nx); sigma is one number for the whole batch, or without an anchor shape (batch,).
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class NoisePredictor:
 class EDMDenoiser(nn.Module):
     r"""EDM preconditioning of a network F (Karras et al. 2022, arXiv 2206.00364, eq. 7), with an optional Gaussian anchor.
 
-    Without an anchor, with data of standard deviation s_d = 1:
-    D = x / (sigma^2 + 1) + sigma / sqrt(sigma^2 + 1) F(x / sqrt(sigma^2 + 1), ln(sigma) / 4).
+    Without an anchor, with data of standard deviation s_d and t = sqrt(sigma^2 + s_d^2):
+    D = (s_d / t)^2 x + sigma s_d / t F(x / t, ln(sigma) / 4).
 
-    That skip connection is the denoiser of white unit-variance data. With an anchor N(0, S) it becomes the denoiser of S, and the
+    That skip connection is the denoiser of white data of this variance. With an anchor N(0, S) it becomes the denoiser of S, and the
     output of the network is scaled by the standard deviation that S leaves at this noise level, C = (S^-1 + sigma^-2 I)^-1:
 
         D = G + sqrt(diag C) F(z, ln(sigma) / 4),   G = S (S + sigma^2 I)^-1 x,   z = (x - G) / sqrt(sigma^2 - diag C).
@@ -94,6 +94,10 @@ class EDMDenoiser(nn.Module):
         Whether the network gets the bounded G.
     sigma_range
         Lowest and highest noise level of the training, if known.
+    sigma_data
+        s_d, where there is no anchor.
+    scale_condition
+        Whether the condition is divided by t too, as in the oldest published networks; without an anchor only.
     """
 
     def __init__(
@@ -102,35 +106,59 @@ class EDMDenoiser(nn.Module):
         anchor: Anchor | None = None,
         feeds_state: bool = False,
         sigma_range: tuple[float, float] | None = None,
+        sigma_data: float = 1.0,
+        scale_condition: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.anchor, self.feeds_state, self.sigma_range = network, anchor, feeds_state, sigma_range
+        self.sigma_data, self.scale_condition = sigma_data, scale_condition
 
-    def forward(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> Tensor:
-        """Return the denoised state."""
-        skip, correction = self.parts(x, sigma, condition)
+    def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None, **where: Tensor | None) -> Tensor:
+        """Return the denoised state; `where` goes to the network, as positions of tiles do."""
+        skip, correction = self.parts(x, sigma, condition, **where)
         return skip + correction
 
-    def parts(self, x: Tensor, sigma: float, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def parts(
+        self, x: Tensor, sigma: Tensor | float, condition: Tensor | None = None, **where: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return what the Gaussian (or the skip connection) says and what the network adds to it."""
-        skip, scale, inner, state = precondition(self.anchor, x, sigma)
+        skip, scale, inner, state = precondition(self.anchor, x, sigma, self.sigma_data)
+        if condition is not None and self.scale_condition:
+            condition = condition / _total(condition, sigma, self.sigma_data)
         parts = [c.float() for c in (condition, state if self.feeds_state else None) if c is not None]
         # below its training the network is asked as at its lowest level: the Gaussian, or the skip, has the rest, which is exact there
-        label = torch.full((len(x),), math.log(max(sigma, self.sigma_range[0] if self.sigma_range else 0.0)) / 4, device=x.device)
+        lowest = self.sigma_range[0] if self.sigma_range else 0.0
+        if isinstance(sigma, Tensor):
+            label = (sigma.to(x.device, torch.float32).clamp(min=lowest).log() / 4).expand(len(x))
+        else:
+            label = torch.full((len(x),), math.log(max(sigma, lowest)) / 4, device=x.device)
         # the network in its own precision; the state may have a higher one
-        found: Tensor = self.network(inner.float(), label, torch.cat(parts, 1) if parts else None).to(x.dtype)
+        found: Tensor = self.network(inner.float(), label, torch.cat(parts, 1) if parts else None, **where).to(x.dtype)
         return skip, scale * found
 
 
-def precondition(anchor: Anchor | None, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
+def precondition(
+    anchor: Anchor | None, x: Tensor, sigma: Tensor | float, sigma_data: float = 1.0
+) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
     """Return skip, scale, input of the network, and the bounded state: D = skip + scale F(input, ..., state)."""
     if anchor is None:
-        total = math.sqrt(sigma**2 + 1)
-        return x / total**2, sigma / total, x / total, None
-    given = anchor.given_noise(sigma)
+        total = _total(x, sigma, sigma_data)
+        return x * sigma_data**2 / total**2, _level(x, sigma) * sigma_data / total, x / total, None
+    given = anchor.given_noise(float(sigma))
     clean = given.shrink(x.reshape(len(x), -1)).reshape(x.shape)
     scale_in, scale_out = (s.to(x).reshape(x.shape[1:]) for s in anchor_scales(given))
     return clean, scale_out, (x - clean) / scale_in, clean / (1 + (clean / STATE_BOUND) ** 2).sqrt()
+
+
+def _level(x: Tensor, sigma: Tensor | float) -> Tensor | float:
+    """Return noise levels that multiply a batch of states."""
+    return sigma.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(sigma, Tensor) else sigma
+
+
+def _total(x: Tensor, sigma: Tensor | float, sigma_data: float) -> Tensor | float:
+    """Return the standard deviation of noisy data."""
+    level = _level(x, sigma)
+    return (level**2 + sigma_data**2).sqrt() if isinstance(level, Tensor) else math.hypot(level, sigma_data)
 
 
 def anchor_scales(given: Conditional) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from xgenda.errors import GridError, check_choice
+from xgenda.errors import GridError, OptionError, check_choice
 
 EMBEDDINGS = ("positional", "fourier", "zero")
 GRIDS = ("none", "sinusoidal", "sinusoidal_octave", "linear", "learnable")
@@ -24,6 +24,8 @@ class GroupNorm(nn.Module):
 
     def __init__(self, channels: int, unbiased: bool = False, eps: float = 1e-6) -> None:
         super().__init__()
+        if channels % min(32, (channels + 3) // 4):
+            raise OptionError(f"{channels} channels cannot be normalised in groups of 4; choose a width that is a multiple of 4.")
         self.groups, self.unbiased, self.eps = min(32, (channels + 3) // 4), unbiased, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
@@ -140,7 +142,7 @@ class SongUNet(nn.Module):
     blocks
         Per level.
     attention
-        Numbers of rows of the levels with attention; the deepest has it in any case.
+        Numbers of rows of the levels with attention.
     embedding
         Of the noise level: 'positional', 'fourier', or 'zero' for a network without one.
     grid
@@ -151,6 +153,16 @@ class SongUNet(nn.Module):
         Probability in training.
     unbiased
         See `GroupNorm`.
+    lead_times
+        Number of lead times that have positional channels of their own, learned; 0 for a network that knows none.
+    lead_channels
+        How many channels for each.
+    probabilities
+        Channels of the result that are probabilities of classes, which exclude each other: logits in training, a softmax in evaluation.
+    additive
+        Whether a learned field is added to the features of the first convolution (StormCast).
+    bottleneck
+        Whether the deepest level has attention in any case.
 
     Raises
     ------
@@ -172,8 +184,14 @@ class SongUNet(nn.Module):
         grid_channels: int = 0,
         dropout: float = 0.13,
         unbiased: bool = False,
+        lead_times: int = 0,
+        lead_channels: int = 0,
+        probabilities: Sequence[int] = (),
+        additive: bool = False,
+        bottleneck: bool = True,
     ) -> None:
         super().__init__()
+        self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         check_choice("embedding", embedding, EMBEDDINGS)
         check_choice("grid", grid, GRIDS)
         self.stride = stride = 2 ** (len(multipliers) - 1)
@@ -192,6 +210,14 @@ class SongUNet(nn.Module):
         elif grid != "none":
             self.register_buffer("pos_embd", positional_channels(grid, grid_channels, shape), persistent=False)
         self.has_grid = grid != "none"
+        if lead_times:
+            self.lt_embd = nn.Parameter(torch.randn(lead_times, lead_channels, *shape))
+        self.probabilities = list(probabilities)
+        if probabilities:
+            self.scalar = nn.Parameter(torch.ones(1, len(self.probabilities), 1, 1))
+        if additive:
+            self.spatial_emb = nn.Parameter(0.02 * torch.randn(1, width, *shape))
+        self.lead_times, self.additive = lead_times, additive
 
         def block(inside: int, outside: int, **options: bool) -> Block:
             return Block(inside, outside, 4 * width, dropout, unbiased, **options)
@@ -213,7 +239,7 @@ class SongUNet(nn.Module):
         for level, multiplier in reversed(list(enumerate(multipliers))):
             name = f"{rows[level]}x{rows[level]}"
             if level == len(multipliers) - 1:
-                self.dec[f"{name}_in0"] = block(now, now, attention=True)
+                self.dec[f"{name}_in0"] = block(now, now, attention=bottleneck)
                 self.dec[f"{name}_in1"] = block(now, now)
             else:
                 self.dec[f"{name}_up"] = block(now, now, up=True)
@@ -224,9 +250,14 @@ class SongUNet(nn.Module):
         self.dec[f"{rows[0]}x{rows[0]}_aux_norm"] = GroupNorm(now, unbiased)
         self.dec[f"{rows[0]}x{rows[0]}_aux_conv"] = Resampled(now, out_channels, 3)
 
-    def position_channels(self) -> Tensor | None:
-        """Return the channels that tell the network where it is, shape (P, rows, columns), or None where it has none."""
-        return self.pos_embd if self.has_grid else None
+    def position_channels(self, lead: int | None = None) -> Tensor | None:
+        """Return the channels that tell the network where (and at which lead time) it is, shape (P, rows, columns), or None."""
+        parts = [self.pos_embd] if self.has_grid else []
+        if self.lead_times:
+            if lead is None or not 0 <= lead < self.lead_times:
+                raise OptionError(f"lead={lead!r} is not accepted; this network knows the lead times 0 to {self.lead_times - 1}.")
+            parts.append(self.lt_embd[lead])
+        return torch.cat(parts) if parts else None
 
     @torch.no_grad()
     def scale_output(self, weight: float) -> None:
@@ -235,7 +266,14 @@ class SongUNet(nn.Module):
         for parameter in last.parameters():
             parameter.mul_(weight)
 
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        label: Tensor,
+        condition: Tensor | None = None,
+        position: Tensor | None = None,
+        lead: Tensor | None = None,
+    ) -> Tensor:
         """Return F.
 
         Parameters
@@ -247,8 +285,10 @@ class SongUNet(nn.Module):
         condition
             Shape (batch, channels, rows, columns).
         position
-            Instead of the network's own positional channels, shape (batch, P, rows, columns): those of tiles of a larger domain. Rows and
-            columns may then be any multiples of the stride.
+            Instead of the network's own positional channels, shape (batch, P, rows, columns): those of tiles of a larger domain, with those
+            of the lead time last. Rows and columns may then be any multiples of the stride.
+        lead
+            Indices of lead times, shape (batch,), for a network that knows them.
 
         Returns
         -------
@@ -259,20 +299,30 @@ class SongUNet(nn.Module):
         ------
         GridError
             If rows and columns do not fit the network.
+        OptionError
+            If there is no such lead time.
         """
         self._check_shape(x, position)
         parts = [x] if condition is None else [x, condition]
-        own = self.position_channels()
-        if own is not None:
-            parts.append((own if position is None else position).to(x.dtype).expand(len(x), -1, -1, -1))
+        if position is not None:
+            parts.append(position)
+        elif self.lead_times:
+            leads = [None] * len(x) if lead is None else lead.tolist()
+            parts.append(torch.stack([t for k in leads if (t := self.position_channels(k)) is not None]))
+        elif self.has_grid:
+            parts.append(self.pos_embd)
+        now = torch.cat([p.to(x.dtype).expand(len(x), -1, -1, -1) for p in parts], 1)
         if self.embedding == "zero":
             embedding = torch.zeros(len(x), self.embedding_width, dtype=x.dtype, device=x.device)
         else:
             hidden = nn.functional.silu(self.map_layer0(self.map_noise(label).to(x.dtype)))
             embedding = nn.functional.silu(self.map_layer1(hidden))
-        now, skips = torch.cat(parts, 1), []
+        skips: list[Tensor] = []
         for layer in self.enc.values():
-            now = layer(now, embedding) if isinstance(layer, Block) else layer(now)
+            if isinstance(layer, Block):
+                now = layer(now, embedding)
+            else:
+                now = layer(now) + self.spatial_emb if self.additive else layer(now)
             skips.append(now)
         for name, layer in self.dec.items():
             if name.endswith("aux_norm"):
@@ -281,14 +331,20 @@ class SongUNet(nn.Module):
                 now = layer(now)
             else:
                 now = layer(torch.cat([now, skips.pop()], 1) if "_block" in name else now, embedding)
+        if self.probabilities:
+            logits = now[:, self.probabilities] * self.scalar
+            now = now.index_copy(
+                1, torch.tensor(self.probabilities, device=now.device), logits if self.training else logits.softmax(1)
+            )
         return now
 
     def _check_shape(self, x: Tensor, position: Tensor | None) -> None:
         rows, columns = x.shape[-2:]
-        if self.has_grid and position is None and (rows, columns) != self.shape:
+        placed = (self.has_grid or self.lead_times) and position is None
+        if (placed or self.additive) and (rows, columns) != self.shape:
+            remedy = "crop or pad it" if self.additive else f"give position, shape (batch, P, {rows}, {columns}), for these cells"
             raise GridError(
-                f"This network knows the places of {self.shape[0]} x {self.shape[1]} cells, and the state has {rows} x {columns}; give their "
-                f"positional channels as position, shape (batch, {len(self.pos_embd)}, {rows}, {columns})."
+                f"This network knows the places of {self.shape[0]} x {self.shape[1]} cells, and the state has {rows} x {columns}; {remedy}."
             )
         if rows % self.stride or columns % self.stride:
             raise GridError(
@@ -305,13 +361,15 @@ def positional_channels(kind: str, channels: int, shape: tuple[int, int]) -> Ten
         'sinusoidal' and 'sinusoidal_octave': sines and cosines along columns and rows; 'linear': columns and rows from -1 to 1.
     """
     rows, columns = shape
+    if channels < 1 or (channels != 2 if kind == "linear" else channels % 4):
+        raise OptionError(
+            f"A {kind} grid has {'two channels' if kind == 'linear' else 'a multiple of four channels'}, not {channels}."
+        )
     if kind == "linear":
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
         return torch.stack([x, y])
-    y, x = torch.meshgrid(torch.linspace(0, 2 * math.pi, rows), torch.linspace(0, 2 * math.pi, columns), indexing="ij")
+    angles = (torch.linspace(0, 2 * math.pi, n, dtype=torch.float64) for n in (rows, columns))
+    y, x = torch.meshgrid(*angles, indexing="ij")
     count = channels // 4
-    if count == 1:
-        return torch.stack([x.sin(), y.sin(), x.cos(), y.cos()])
     exponents = torch.arange(count, dtype=torch.float32) if kind == "sinusoidal_octave" else torch.linspace(0, count, count)
-    bands = 2.0**exponents
-    return torch.cat([torch.stack([(b * x).sin(), (b * x).cos(), (b * y).sin(), (b * y).cos()]) for b in bands])
+    return torch.cat([torch.stack([(b * x).sin(), (b * y).sin(), (b * x).cos(), (b * y).cos()]) for b in 2.0**exponents]).float()
