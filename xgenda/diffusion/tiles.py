@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,9 @@ class Tiling:
     multiple
         Corners are multiples of this many cells, except that the last ones end with the domain. With the stride of the network its
         coarser levels have the same cells in every tile.
+    margin
+        Rows and columns at the inner edges of tiles that count for nothing, less than half of the overlap. With the reach of a network
+        that is local, the blend is what the network gives for the whole domain.
     boundary
         Rows and columns, or None. If given, tiles lie as in the published multi-diffusion of CorrDiff: from ``-boundary`` on, every
         ``tile - overlap - boundary`` cells; what is outside of the domain is its reflection, and overlaps are plain means.
@@ -85,10 +89,11 @@ class Tiling:
     overlap: tuple[int, int] = (0, 0)
     periodic: bool = False
     multiple: int = 1
+    margin: tuple[int, int] = (0, 0)
     boundary: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("shape", 1), ("tile", 1), ("overlap", 0), ("boundary", 0)):
+        for name, least in (("shape", 1), ("tile", 1), ("overlap", 0), ("margin", 0), ("boundary", 0)):
             found = getattr(self, name)
             if found is None:
                 continue
@@ -98,6 +103,12 @@ class Tiling:
         check_count("multiple", self.multiple)
         if self.periodic and self.boundary is not None:
             raise OptionError("boundary= pads by reflection, which a periodic domain has no use for; leave one of the two out.")
+        if any(self.margin) and (
+            self.boundary is not None or any(m and 2 * m >= o for m, o in zip(self.margin, self.overlap, strict=True))
+        ):
+            raise OptionError(
+                f"margin={self.margin} needs an overlap of more than twice as much, and no boundary=; found {self}."
+            )
         if self.boundary is None:
             object.__setattr__(self, "tile", tuple(min(t, n) for t, n in zip(self.tile, self.shape, strict=True)))
         for axis, (n, tile, step) in enumerate(zip(self.shape, self.tile, self._steps, strict=True)):
@@ -162,7 +173,10 @@ class Tiling:
             cells, raw = _reflected(position, n), ((position >= 0) & (position < n)).double()
         else:
             corners = _corners(n, tile, step, self.multiple, wraps)
-            cells, raw = (torch.tensor(corners)[:, None] + torch.arange(tile)) % n, _ramps(corners, n, tile, wraps)
+            cells, raw = (
+                (torch.tensor(corners)[:, None] + torch.arange(tile)) % n,
+                _ramps(corners, n, tile, wraps, self.margin[k]),
+            )
         total = torch.zeros(n, dtype=torch.float64).index_add_(0, cells.flatten(), raw.flatten())
         return Axis(tuple(corners), cells, raw / total[cells])
 
@@ -180,7 +194,7 @@ def _corners(n: int, tile: int, step: int, multiple: int, wraps: bool) -> list[i
     return [min(multiple * (i * units // gaps), n - tile) for i in range(gaps + 1)]
 
 
-def _ramps(corners: Sequence[int], n: int, tile: int, wraps: bool) -> Tensor:
+def _ramps(corners: Sequence[int], n: int, tile: int, wraps: bool, margin: int) -> Tensor:
     """Return windows that fall to zero as a raised cosine over what each tile shares with its neighbours."""
     cells = torch.arange(tile, dtype=torch.float64) + 0.5
     out = torch.ones(len(corners), tile, dtype=torch.float64)
@@ -190,7 +204,7 @@ def _ramps(corners: Sequence[int], n: int, tile: int, wraps: bool) -> Tensor:
     for i, (here, there) in enumerate(zip(corners, following, strict=False)):
         shared = here + tile - there
         if shared > 0:
-            ramp = torch.sin((math.pi / 2 * cells / shared).clamp(max=math.pi / 2)).square()
+            ramp = torch.sin(math.pi / 2 * ((cells - margin) / (shared - 2 * margin)).clamp(0, 1)).square()
             out[(i + 1) % len(corners)] *= ramp
             out[i] *= ramp.flip(0)
     return out
@@ -201,6 +215,79 @@ def _reflected(position: Tensor, n: int) -> Tensor:
     period = max(2 * (n - 1), 1)
     folded = position % period
     return torch.minimum(folded, period - folded) if n > 1 else torch.zeros_like(position)
+
+
+def decorrelation_length(residual: Tensor, level: float = 0.05) -> tuple[float, float]:
+    """Return the distances in cells, along rows and along columns, at which the correlation of residuals has gone.
+
+    Parameters
+    ----------
+    residual
+        What diffusion has to add to the mean, shape (n, channels, rows, columns), with a mean of zero.
+    level
+        Correlation that counts as none.
+
+    Returns
+    -------
+    tuple of float
+        Of the channel that is correlated farthest; the size of the axis where the correlation never falls below `level`.
+    """
+    return _length_along(residual, -2, level), _length_along(residual, -1, level)
+
+
+def _length_along(residual: Tensor, axis: int, level: float) -> float:
+    n, other = residual.shape[axis], -3 - axis
+    products = torch.zeros(residual.shape[1], n, dtype=torch.float64)
+    for fields in residual:  # one at a time: transforms are twice as long as the fields
+        power = torch.fft.rfft(fields.double(), 2 * n, axis).abs().square().mean(other)
+        products += torch.fft.irfft(power, 2 * n, -1)[..., :n]
+    covariance = products / (n - torch.arange(n))
+    correlation = covariance / covariance[:, :1].clamp(min=torch.finfo(torch.float64).tiny)
+    longest = 0.0
+    for line in correlation.tolist():
+        k = next((k for k, c in enumerate(line) if c < level), None)
+        if k is None:
+            return float(n)
+        # a channel of zeros has no correlation at all
+        longest = max(longest, k - (level - line[k]) / (line[k - 1] - line[k]) if k else 0.0)
+    return longest
+
+
+def suggest_tile(
+    residual: Tensor, stride: int = 8, largest: tuple[int, int] = (448, 448)
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Suggest a tile and an overlap from data: a tile of twice the decorrelation length, an overlap of half of it.
+
+    Parameters
+    ----------
+    residual
+        As in `decorrelation_length`.
+    stride
+        Of the network; tiles and overlaps are multiples of it.
+    largest
+        Rows and columns that fit in memory; a domain that is no larger, and a multiple of the stride, is one tile.
+
+    Returns
+    -------
+    tuple of tuple of int
+        Tile and overlap, rows and columns.
+    """
+    tile, overlap = [], []
+    for n, most, length in zip(residual.shape[-2:], largest, decorrelation_length(residual), strict=True):
+        if n <= max(most, stride) and (n % stride == 0 or n < stride):
+            tile.append(n)
+            overlap.append(0)
+            continue
+        limit = max(min(most, n) // stride, 1)
+        tile.append(stride * max(1, min(math.ceil(2 * length / stride), limit)))
+        overlap.append(stride * min(math.ceil(length / 2 / stride), tile[-1] // stride // 2))
+        if length > tile[-1]:
+            warnings.warn(
+                f"The residuals are correlated over {length:.0f} cells, and a tile has {tile[-1]}: what is farther apart than a tile is "
+                f"related through the overlaps alone. Give a larger `largest`, or a condition that explains the large scales.",
+                stacklevel=2,
+            )
+    return (tile[0], tile[1]), (overlap[0], overlap[1])
 
 
 class TiledNetwork(nn.Module):
