@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xgenda.observations.correlations import ErrorCovariance
     from xgenda.observations.quality import QualityControl, quality_report
     from xgenda.regridding import Regridder, regrid
+    from xgenda.training.downscalers import calibrate
     from xgenda.training.loop import train
     from xgenda.verification import verify
 
@@ -37,6 +38,7 @@ _WHERE = {
     "innovations": "xgenda.departures",
     "fit_covariance": "xgenda.departures",
     "innovation_statistics": "xgenda.departures",
+    "calibrate": "xgenda.training.downscalers",
     "downscale": "xgenda.downscaling",
     "train": "xgenda.training.loop",
     "verify": "xgenda.verification",
@@ -59,6 +61,7 @@ __all__ = [
     "Regridder",
     "__version__",
     "assimilate",
+    "calibrate",
     "downscale",
     "errors",
     "fit_covariance",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from xgenda.downscaling import Pair
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
     from xgenda.observations.quality import QualityControl
@@ -135,13 +136,18 @@ class GendaAccessor:
         self,
         *,
         model: ModelLike = None,
-        target: xr.Dataset | None = None,
+        target: xr.Dataset | xr.DataArray | None = None,
         members: int = 16,
         seed: int | None = None,
+        stage: str = "all",
         sampler: str = "auto",
         sampler_options: Mapping[str, Any] | None = None,
         schedule: str = "auto",
         steps: int | None = None,
+        tile: Pair | str | None = "auto",
+        overlap: Pair | None = None,
+        chunks: Pair | None = None,
+        error: float | Mapping[str, float] | None = None,
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
@@ -150,8 +156,9 @@ class GendaAccessor:
         from xgenda.downscaling import downscale
 
         return downscale(
-            self._obj, model=model, target=target, members=members, seed=seed, sampler=sampler, sampler_options=sampler_options,
-            schedule=schedule, steps=steps, batch_size=batch_size, device=device, progress=progress,
+            self._obj, model=model, target=target, members=members, seed=seed, stage=stage, sampler=sampler,
+            sampler_options=sampler_options, schedule=schedule, steps=steps, tile=tile, overlap=overlap, chunks=chunks, error=error,
+            batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def regrid(

@@ -42,6 +42,7 @@ def lay(
     horizontal: tuple[str, str],
     output: tuple[int, int, int, int],
     dtype: np.dtype[Any],
+    windows: tuple[int, int] | None = None,
 ) -> Any:
     """Apply `function` block by block along time.
 
@@ -49,7 +50,7 @@ def lay(
     ----------
     function
         ``function(index, *fields, payload=...)``: `index` (t,) are positions along the whole time axis, fields are (t, ny, nx);
-        returns (t, *output).
+        returns (t, *output). With `windows`, ``payload.on(rows, columns)`` is the payload for these rows and columns of the result.
     payload
         Passed on; one shared task where the arrays are chunked.
     arrays
@@ -60,6 +61,8 @@ def lay(
         Sizes of the trailing axes of the result: members, variables, rows, columns.
     dtype
         Of the result, which `function` returns.
+    windows
+        Rows and columns of a chunk of the result, which is then lazy whatever the input; None for whole fields.
 
     Returns
     -------
@@ -69,22 +72,39 @@ def lay(
     ordered = [a.transpose(*([time] if time else []), *horizontal) for a in arrays]
     plain = [a.data if time else a.data[None] for a in ordered]
     length = plain[0].shape[0]
-    if not is_chunked(arrays):
+    if not is_chunked(arrays) and windows is None:
         return function(np.arange(length), *plain, payload=payload)
     import dask.array as da
     from dask.delayed import delayed
 
-    chunks = next(a.chunks[0] for a in plain if hasattr(a, "chunks"))
+    chunks = next((a.chunks[0] for a in plain if hasattr(a, "chunks")), (1,) * length)
     blocks = [da.asarray(a).rechunk((chunks, -1, -1)) for a in plain]
     index = da.arange(length, chunks=(chunks,), dtype=np.int64)
     shared = delayed(payload, pure=True, traverse=False)
     operands: list[Any] = [index, "t"]
     for block in blocks:
         operands += [block, "tyx"]
+    new_axes = dict(zip("mvrc", output, strict=True))
+    if windows is not None:
+        for axis, size in zip("rc", windows, strict=True):
+            operands += [da.arange(new_axes.pop(axis), chunks=size, dtype=np.int64), axis]
+        function = _on_window(function)
     return da.blockwise(
         function, "tmvrc", *operands, payload=shared, dtype=dtype, concatenate=True,
-        new_axes=dict(zip("mvrc", output, strict=True)), meta=np.empty((0,) * 5, dtype=dtype),
+        new_axes=new_axes, meta=np.empty((0,) * 5, dtype=dtype),
     )  # fmt: skip
+
+
+class _on_window:
+    """A function whose last two operands are the rows and columns of its window."""
+
+    def __init__(self, function: Callable[..., np.ndarray]) -> None:
+        self.function = function
+
+    def __call__(self, index: np.ndarray, *operands: np.ndarray, payload: Any) -> np.ndarray:
+        """Call the function for a window."""
+        *fields, rows, columns = operands
+        return self.function(index, *fields, payload=payload.on(rows, columns))
 
 
 def lay_fields(

@@ -260,6 +260,14 @@ def training_years() -> xr.Dataset:
     return joined
 
 
+def validation_years() -> xr.Dataset:
+    """Return the fields between those to fit to and those to score with, 2040 to 2059 of scenario A1B: to calibrate with."""
+    ds = tutorial.open_dataset("a1b-north-america")[["air_temperature"]]
+    year = ds["time"].dt.year
+    chosen: xr.Dataset = ds.sel(time=(year > LAST_TRAINING_YEAR) & (year < FIRST_TEST_YEAR))
+    return chosen
+
+
 def withheld_years(every: int = 1, scenario: str = "a1b") -> xr.Dataset:
     """Return the fields to score with: 2060 to 2099 of a scenario, or every so manyth of them."""
     ds = tutorial.open_dataset(f"{scenario}-north-america")[["air_temperature"]]

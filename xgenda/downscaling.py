@@ -3,61 +3,92 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from xgenda import chunking, engine, metadata
+from xgenda import chunking, engine, metadata, operators, states
+from xgenda.assimilation import assimilate
+from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of, resolve_device
-from xgenda.errors import GridError, ModelNotFoundError, OptionError
-from xgenda.grids import Grid, Orientation, grid_of, rectilinear
+from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_count
+from xgenda.grids import Grid, Orientation, rectilinear
+from xgenda.models.conditions import Conditions, lead_times, neighbours, planes_of
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
+from xgenda.models.spec import ModelSpec
+from xgenda.models.templates import coordinates_of, empty
+from xgenda.regridding import Regridder
 from xgenda.scaling import cycle_basis
+
+Pair = int | tuple[int, int] | Mapping[str, int]
+SHARE_OF_SPREAD = (
+    0.02  # of the climatological standard deviation: the error of coarse values that an unconditional prior takes them to have
+)
 
 
 def downscale(
     ds: xr.Dataset | xr.DataArray,
     *,
     model: GenerativeModel | str | os.PathLike[str] | None = None,
-    target: xr.Dataset | None = None,
+    target: xr.Dataset | xr.DataArray | None = None,
     members: int = 16,
     seed: int | None = None,
+    stage: str = "all",
     sampler: str = "auto",
     sampler_options: Mapping[str, Any] | None = None,
     schedule: str = "auto",
     steps: int | None = None,
+    tile: Pair | str | None = "auto",
+    overlap: Pair | None = None,
+    chunks: Pair | None = None,
+    error: float | Mapping[str, float] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
 ) -> xr.Dataset:
-    """Return an ensemble of fine fields whose block means are the coarse ones.
+    """Return an ensemble of the fine fields behind coarse ones.
 
     Chunked input (dask, along time) gives a lazy result, unchunked input an eager one, with the same numbers.
 
     Parameters
     ----------
     ds
-        Coarse fields, on the block means of the model's grid: ``fine.coarsen(latitude=4, longitude=4).mean()`` for a factor of 4.
-        Dimensions in any order and direction.
+        The coarse fields that the model takes, on its input grid, in any order, direction and compatible units; ``print(model)`` says which.
+        Where the model takes neighbouring times, they must be there; where it takes the lead time, a coordinate with standard_name
+        ``forecast_period``. For an unconditional prior: any coarse fields of its variables within its grid.
     model
-        A `GenerativeModel` for 'downscale', a registered name, or a path. None takes the one registered model that fits.
+        A `GenerativeModel` for 'downscale', a registered name, or a path. None takes the one registered model that fits. An
+        unconditional prior downscales without ever having seen a coarse field: these are taken as observations of means over its cells.
     target
-        A Dataset on the fine grid, as a check that the model's grid is the one meant; by default the model's.
+        A Dataset on the fine grid, whose coordinates and order the result takes; by default the model's.
     members, seed, sampler, sampler_options, schedule, steps, batch_size, device, progress
-        As in `xgenda.assimilate`.
+        As in `xgenda.assimilate`. ``sampler_options={"churn": 40}`` makes 'heun' stochastic.
+    stage
+        'all', or 'mean' for the mean of the first stage alone, a single field without ``member``.
+    tile, overlap
+        Rows and columns of the parts in which the network sees the fine grid, and of what they share, blended at every call: a number of
+        cells, a pair, or a mapping. 'auto': as in the training. None: the whole grid at once.
+    chunks
+        Rows and columns of the chunks of a lazy result, for domains that do not fit into memory. Each chunk is sampled on its own, with a halo
+        and random numbers that belong to the cells, so that what is sampled on both sides of a border is nearly the same.
+    error
+        For an unconditional prior: the standard deviation of the error of the coarse values, a number or a mapping per variable; by default a
+        fiftieth of the climatological standard deviation.
 
     Returns
     -------
     xarray.Dataset
         The variables of the model with the leading dimension ``member`` on the fine grid, in the direction, longitude
-        convention and units of `ds`. Every member has the block means of its input, to rounding.
+        convention and units of `ds`; variables that `ds` has not are in the units of the model. Where the model keeps the means of
+        blocks, every member has those of its input, to rounding.
 
     Raises
     ------
-    GridError, OptionError, ChunkingError, ModelNotFoundError, UnitsError
+    GridError, OptionError, CoordinateError, ChunkingError, ModelNotFoundError, UnitsError
         Before anything is computed.
     StateError
         If `ds` holds NaN, fill values, or a mean that suggests other units; for chunked input when it is computed.
@@ -65,6 +96,7 @@ def downscale(
     References
     ----------
     Mardani, M. et al. (2023), Residual corrective diffusion modeling for km-scale atmospheric downscaling, arXiv:2309.15214.
+    Bar-Tal, O. et al. (2023), MultiDiffusion: fusing diffusion paths for controlled image generation, arXiv:2302.08113, for `tile`.
 
     Examples
     --------
@@ -78,77 +110,216 @@ def downscale(
     ds = metadata.as_dataset(ds)
     numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
-    layout = metadata.find_layout(ds)
+    state = states.enter(ds)
+    layout = state.layout
     if layout.member is not None:
         raise OptionError(
             f"ds has the ensemble dimension {layout.member!r}; downscale one member at a time: ds.isel({layout.member}=0)"
         )
-    grid, orientation = grid_of(ds, layout)
-    time = layout.time if layout.time in ds.dims else None
-    if time is not None and ds.sizes[time] == 0:
+    time = layout.time if layout.time in state.ds.dims else None
+    if time is not None and state.ds.sizes[time] == 0:
         raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
-    chosen = choose_model(model, ds, layout, grid, task="downscale")
-    spec = chosen.spec
-    if spec.task != "downscale" or spec.grid is None or spec.factor is None:
+    chosen = choose_model(model, state.ds, layout, state.grid, task="downscale")
+    asked = SamplingOptions(
+        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {}), tile=tile,
+        overlap=overlap, stage=stage,
+    )  # fmt: skip
+    if chosen.spec.task == "prior":
+        for argument, found, default in (
+            ("tile", tile, "auto"),
+            ("overlap", overlap, None),
+            ("chunks", chunks, None),
+            ("stage", stage, "all"),
+        ):
+            if found != default:
+                raise OptionError(f"{argument}={found!r} has no effect with an unconditional prior; leave it out.")
+        return _from_prior(
+            state, chosen, target, error, members=members, seed=drawn_seed, sampler=sampler, sampler_options=sampler_options,
+            schedule=schedule, steps=steps, batch_size=batch_size, device=device, progress=progress,
+        )  # fmt: skip
+    if error is not None:
+        raise OptionError(
+            f"error={error!r} belongs to unconditional priors; model={chosen.spec.name!r} was trained on coarse fields."
+        )
+    spec, inputs = chosen.spec, chosen.spec.inputs
+    if spec.task != "downscale" or spec.grid is None or inputs is None:
         raise ModelNotFoundError(
             f"model={spec.name!r} is for {spec.task!r}; train one for this: xgenda.train(fine, task='downscale', factor=4)"
         )
-    target_grid = rectilinear(spec.grid, f"model={spec.name!r}")
-    coarse = target_grid.coarsened(spec.factor)
-    if not coarse.same_as(grid):
-        ny, nx = target_grid.shape
-        raise GridError(
-            f"model={spec.name!r} needs the {spec.factor}x{spec.factor} block means of its grid: {coarse.describe()}; ds has "
-            f"{grid.describe()}. From fine data type fine.isel(latitude=slice(0, {ny}), longitude=slice(0, {nx}))"
-            f".coarsen(latitude={spec.factor}, longitude={spec.factor}).mean()"
-        )
-    if target is not None and not grid_of(metadata.as_dataset(target, "target"), None, "target")[0].same_as(spec.grid):
-        raise GridError(
-            f"target is not on the grid of model={spec.name!r}, {spec.grid.describe()}; leave out target to get that grid."
-        )
-    variables = [metadata.match_variable(ds, v.name, v.standard_name) for v in spec.variables]
-    metadata.check_dims(ds, variables, layout)
-    arrays = [ds[n] if time is None or time in ds[n].dims else ds[n].expand_dims({time: ds[time]}) for n in variables]
-    chunking.check_core_chunks(arrays, layout.dims)
-    factors = tuple(metadata.unit_factors_of(ds[n], v.units) for n, v in zip(variables, spec.variables, strict=True))
-    times = ds[layout.time] if layout.time is not None else None
+    _check_input_grid(spec, inputs, state.grid)
+    variables = [states.match_channel(state.ds, v.name, v.standard_name) for v in inputs.variables]
+    metadata.check_dims(state.ds, variables, layout)
+    kept, places = _times(state.ds, layout.time, inputs)
+    arrays = _inputs(state.ds, variables, time, places)
+    chunking.check_core_chunks(arrays, layout.dims, why="each field is needed whole")
+    factors = tuple(metadata.unit_factors_of(state.ds[n], v.units) for n, v in zip(variables, inputs.variables, strict=True))
+    times = None if layout.time is None else state.ds[layout.time]
+    if times is not None and time is not None:
+        times = times.isel({time: kept})
     labels = metadata.time_labels(times)
     metadata.check_unique_times(labels)
-    options = chosen.plan(
-        SamplingOptions(
-            sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {})
-        )
+    options = chosen.plan(asked)
+    if options.stage == "mean":
+        numbers = (0,)
+    windows = None if chunks is None else _chunks(chosen, chunks)
+    outputs = _outputs(state.ds, spec, inputs, variables)
+    order, dims, coordinates = _axes(spec, state, target, layout.dims)
+    basis = np.stack([_basis(state.ds, layout.time, inputs.scaling.cycle, p) for p in places.T], 1)
+    lead = (
+        None
+        if inputs.lead_time is None
+        else lead_times(state.ds, layout.time, places.shape[0] if time is None else state.ds.sizes[time])
     )
-    fine, latitude, longitude = _fine_axes(
-        target_grid, orientation, np.asarray(ds[layout.longitude].values, dtype=float), spec.factor
-    )
+    lead = lead if lead is None or time is None else lead[kept]
+    conditions = engine.InputTimes(basis, planes_of(times, inputs.cycle, lead, inputs.lead_time, len(labels)))
     job = engine.Job(
-        handle=handle_of(chosen), grid=grid, orientation=orientation, factors=factors, names=tuple(variables), labels=labels,
+        handle=handle_of(chosen), grid=state.grid, orientation=state.orientation, factors=factors * len(inputs.offsets),
+        names=tuple(variables) * len(inputs.offsets), labels=labels,
         basis=cycle_basis(times, "none" if spec.scaling is None else spec.scaling.cycle, len(labels)), located=None, threshold=None,
-        members=numbers, seed=drawn_seed, options=options, device=device, output=fine, check=True, progress=progress, threads=None,
+        members=numbers, seed=drawn_seed, options=options, device=device, output=order, check=True, progress=progress, threads=None,
+        conditions=conditions, outputs=tuple(f for _, f in outputs),
     )  # fmt: skip
-    values = engine.lay(job, arrays, layout, time, target_grid.shape)
-    out = {}
-    for c, name in enumerate(variables):
-        dims = ([time] if time else []) + ["member", *layout.dims]
-        array = xr.DataArray(values[:, :, c] if time else values[0, :, c], dims=dims)
-        out[name] = array.transpose("member", *arrays[c].dims)
-    coords: dict[Any, Any] = {n: v for n, v in ds.coords.items() if not set(layout.dims) & set(v.dims)}
-    coords |= {n: (d, v) for n, d, v in zip((layout.latitude, layout.longitude), layout.dims, (latitude, longitude), strict=True)}
-    result = xr.Dataset(out, coords=coords).assign_coords(member=("member", np.array(numbers), metadata.MEMBER_ATTRS))
+    values = engine.lay(job, arrays, layout, time, spec.grid.plane, windows)
+    if windows is not None:
+        values = values[..., np.argsort(order.rows), :][..., np.argsort(order.columns)]
+    result = _assemble(values, state.ds, outputs, spec, time, dims, arrays[0].dims, layout.dims, coordinates, kept)
+    if options.stage == "mean":
+        result = result.isel(member=0, drop=True)
+    else:
+        result = result.assign_coords(member=("member", np.array(numbers), metadata.MEMBER_ATTRS))
     provenance = {
         "model": spec.name, "model_sha256": chosen.sha256, "seed": drawn_seed, "sampler": options.sampler, "steps": options.steps,
+        "stage": options.stage, "tile": options.tile, "overlap": options.overlap, "chunks": windows,
     }  # fmt: skip
     call = f"downscale(model={spec.name!r}, members={members}, seed={drawn_seed})"
-    return metadata.carry_metadata(result, ds, variables, call=call, provenance=provenance)
+    known = [n for n, _ in outputs if n in state.ds]
+    out = metadata.carry_metadata(result, state.ds, known, call=call, provenance=provenance)
+    if any(n in state.verticals for n in state.variables(known)):
+        out = state.leave(out).assign_coords(coordinates)
+    return out
 
 
-def _fine_axes(grid: Grid, coarse: Orientation, longitude: np.ndarray, factor: int) -> tuple[Orientation, np.ndarray, np.ndarray]:
+# -- what goes in ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_input_grid(spec: ModelSpec, inputs: Conditions, grid: AnyGrid) -> None:
+    if inputs.grid.same_as(grid):
+        return
+    advice = "Bring ds there: ds.genda.regrid(model.template(inputs=True), method='conservative')"
+    if spec.factor is not None and isinstance(spec.grid, Grid):
+        ny, nx = spec.grid.shape
+        advice = (
+            f"These are the {spec.factor}x{spec.factor} block means of its grid. From fine data type fine.isel(latitude=slice(0, {ny}), "
+            f"longitude=slice(0, {nx})).coarsen(latitude={spec.factor}, longitude={spec.factor}).mean()"
+        )
+    raise GridError(f"model={spec.name!r} takes fields on the grid {inputs.grid.describe()}; ds has {grid.describe()}. {advice}")
+
+
+def _times(ds: xr.Dataset, time: str | None, inputs: Conditions) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the times that have all their neighbours, and of these neighbours, shape (t, offsets)."""
+    count = 1 if time is None or time not in ds.dims else ds.sizes[time]
+    if inputs.offsets == (0,):
+        return np.arange(count), np.arange(count)[:, None]
+    if time is None or time not in ds.dims:
+        raise CoordinateError(
+            f"The model takes the times {inputs.offsets} times {inputs.spacing:g} s around each, and ds has no dimension of time."
+        )
+    values = ds[time].values
+    places = neighbours(values, values, inputs.offsets, inputs.spacing)
+    whole = (places >= 0).all(1)
+    if not whole.any():
+        raise CoordinateError(
+            f"The model takes the times {', '.join(f'{o * inputs.spacing / 3600:+g} h' for o in inputs.offsets if inputs.spacing)} around "
+            f"each, and no time of ds has all of them. Give a series with such steps."
+        )
+    if not whole.all():
+        warnings.warn(
+            f"{int((~whole).sum())} of {count} times have no neighbours in ds, which the model takes, and are left out of the result.",
+            stacklevel=3,
+        )
+    kept = np.flatnonzero(whole)
+    return kept, places[kept]
+
+
+def _inputs(ds: xr.Dataset, variables: list[str], time: str | None, places: np.ndarray) -> list[xr.DataArray]:
+    """Return the fields of each time and its neighbours, offset by offset."""
+    out = []
+    for place in places.T:
+        for name in variables:
+            array = ds[name]
+            if time is not None:
+                array = array if time in array.dims else array.expand_dims({time: ds[time]})
+                if len(place) != array.sizes[time] or (place != np.arange(len(place))).any():
+                    array = array.isel({time: place})
+            out.append(array)
+    return out
+
+
+def _basis(ds: xr.Dataset, time: str | None, cycle: str, place: np.ndarray) -> np.ndarray:
+    times = None if time is None else ds[time]
+    basis = cycle_basis(times, cycle, len(place) if times is None else max(times.size, 1))
+    return np.asarray(basis[place])
+
+
+# -- what comes out -------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(model: GenerativeModel, chunks: Any) -> tuple[int, int]:
+    from xgenda.models.corrective import CorrectiveModel
+
+    values = (
+        (chunks, chunks) if isinstance(chunks, int) else tuple(chunks.values()) if isinstance(chunks, Mapping) else tuple(chunks)
+    )
+    if len(values) != 2 or not isinstance(model, CorrectiveModel):
+        raise OptionError(
+            f"chunks={chunks!r} is not accepted; give rows and columns of the fine grid, for example chunks=(256, 256), and a diffusion model."
+        )
+    rows, columns = (min(check_count("chunks", n), whole) for n, whole in zip(values, model.grid.plane, strict=True))
+    model.check_windows((rows, columns))
+    return rows, columns
+
+
+def _outputs(ds: xr.Dataset, spec: ModelSpec, inputs: Conditions, variables: list[str]) -> list[tuple[str, tuple[float, float]]]:
+    """Return the name of each fine variable and the factors from the user's units, where `ds` has it, to the model's."""
+    known = {v.name: n for v, n in zip(inputs.variables, variables, strict=True)}
+    return [
+        (known[v.name], metadata.unit_factors_of(ds[known[v.name]], v.units)) if v.name in known else (v.name, (1.0, 0.0))
+        for v in spec.variables
+    ]
+
+
+def _axes(
+    spec: ModelSpec, state: states.State, target: Any, dims: tuple[str, str]
+) -> tuple[Orientation, tuple[str, str], dict[str, Any]]:
+    """Return the order of the fine result, its dimensions and its horizontal coordinates."""
+    grid = spec.grid
+    assert grid is not None
+    if target is not None:
+        wanted = states.enter(metadata.as_dataset(target, "target"), "target")
+        if not wanted.grid.same_as(grid):
+            raise GridError(
+                f"target is not on the grid of model={spec.name!r}, {grid.describe()}; leave out target to get that grid."
+            )
+        coords = {str(n): c.variable for n, c in wanted.ds.coords.items() if c.dims and set(c.dims) <= set(wanted.layout.dims)}
+        return wanted.orientation, wanted.layout.dims, coords
+    if isinstance(grid, Grid) and isinstance(state.grid, Grid):
+        east = np.asarray(state.ds[state.layout.longitude].values, dtype=float)
+        found = _like_blocks if spec.factor is not None else _like_coarse
+        order, latitude, longitude = found(spec, state, east)
+        names = (state.layout.latitude, state.layout.longitude)
+        return order, dims, {n: ((d,), v) for n, d, v in zip(names, dims, (latitude, longitude), strict=True)}
+    ny, nx = grid.plane
+    own, coords = coordinates_of(grid, spec.options.get("target"))
+    return Orientation(np.arange(ny), np.arange(nx)), own, coords
+
+
+def _like_blocks(spec: ModelSpec, state: states.State, east: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
     """Return how the fine result is stored and its coordinates: every block of fine cells where its coarse cell was."""
+    grid, coarse, factor = rectilinear(spec.grid, spec.name), state.orientation, int(spec.factor or 1)
     rows, columns = _refined(coarse.rows, factor), _refined(coarse.columns, factor)
-    turns = np.round((longitude[coarse.columns] - grid.coarsened(factor).longitude) / 360.0)
-    east = grid.longitude + 360.0 * np.repeat(turns, factor)
-    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], east[columns]
+    turns = np.round((east[coarse.columns] - grid.coarsened(factor).longitude) / 360.0)
+    longitude = grid.longitude + 360.0 * np.repeat(turns, factor)
+    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
 
 
 def _refined(order: np.ndarray, factor: int) -> np.ndarray:
@@ -157,3 +328,97 @@ def _refined(order: np.ndarray, factor: int) -> np.ndarray:
     backwards = len(place) > 1 and np.median(np.diff(place)) < 0
     within = np.arange(factor)[::-1] if backwards else np.arange(factor)
     return np.asarray((place[:, None] * factor + within).ravel())
+
+
+def _like_coarse(spec: ModelSpec, state: states.State, east: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
+    """Return how the fine result is stored: in the direction and the longitude convention of the coarse fields."""
+    grid = rectilinear(spec.grid, spec.name)
+    rows, columns = np.arange(grid.shape[0]), np.arange(grid.shape[1])
+    if len(state.orientation.rows) > 1 and state.orientation.rows[0] > state.orientation.rows[1]:
+        rows = rows[::-1]
+    start = east.min() - 180.0 / max(len(east), 1) if grid.periodic else (east.min() + east.max()) / 2 - 180.0
+    longitude = (grid.longitude - start) % 360.0 + start
+    columns = np.argsort(longitude, kind="stable") if grid.periodic else columns
+    if len(east) > 1 and np.median(np.diff(east)) < 0:
+        columns = columns[::-1]
+    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
+
+
+def _assemble(
+    values: Any, ds: xr.Dataset, outputs: list[tuple[str, tuple[float, float]]], spec: ModelSpec, time: str | None, dims: tuple[str, str],
+    given: tuple[Any, ...], before: tuple[str, str], coordinates: dict[str, Any], kept: np.ndarray,
+) -> xr.Dataset:  # fmt: skip
+    """Return the Dataset: dimensions in the order of the input, with the fine ones in place of the coarse ones."""
+    renamed = dict(zip(before, dims, strict=True))
+    order = ["member", *(renamed.get(str(d), d) for d in given)]
+    out = {}
+    for c, ((name, _), v) in enumerate(zip(outputs, spec.variables, strict=True)):
+        array = xr.DataArray(values[:, :, c] if time else values[0, :, c], dims=([time] if time else []) + ["member", *dims])
+        attrs = {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a}
+        out[name] = array.transpose(*order).assign_attrs(attrs)
+    coords: dict[Any, Any] = {n: c for n, c in ds.coords.items() if not set(before) & set(c.dims)}
+    if time is not None and len(kept) < ds.sizes[time]:
+        coords = {n: c.isel({time: kept}) if time in c.dims else c for n, c in coords.items()}
+    return xr.Dataset(out, coords=coords | coordinates)
+
+
+# -- without a downscaler -------------------------------------------------------------------------------------------------------
+
+
+def _from_prior(
+    state: states.State, model: GenerativeModel, target: Any, error: Any, *, members: int, seed: int, **options: Any
+) -> xr.Dataset:
+    """Assimilate coarse fields as observations of means over the cells of an unconditional prior."""
+    spec = model.spec
+    if spec.grid is None or spec.scaling is None:
+        raise ModelNotFoundError(
+            f"model={spec.name!r} has no grid of its own, and a prior that downscales needs one: train it on fine fields, xgenda.train(fine)"
+        )
+    there = [v for v in spec.variables if any(v.name == str(n) or v.standard_name == state.ds[n].attrs.get("standard_name", object())
+                                              for n in state.ds.data_vars)]  # fmt: skip
+    if not there:
+        raise OptionError(f"ds has none of the variables of model={spec.name!r}: {', '.join(v.name for v in spec.variables)}.")
+    time = None if state.layout.time is None else state.ds[state.layout.time]
+    fine = empty(spec.grid, spec.variables, time, spec.options.get("target"))
+    if target is not None:
+        wanted = metadata.as_dataset(target, "target")
+        if not states.enter(wanted, "target").grid.same_as(spec.grid):
+            raise GridError(
+                f"target is not on the grid of model={spec.name!r}, {spec.grid.describe()}; leave out target to get that grid."
+            )
+    factor = _nested(spec.grid, state.grid)
+    names = [states.match_channel(state.ds, v.name, v.standard_name) for v in there]
+    coarse = state.ds[names].rename({n: f"coarse_{v.name}" for n, v in zip(names, there, strict=True)})
+    maps: dict[str, Any] = {}
+    for v in there:
+        maps[f"coarse_{v.name}"] = (
+            operators.coarsened(v.name, factor=factor)
+            if factor is not None
+            else operators.regridded(v.name, Regridder(fine, coarse, method="conservative"))
+        )
+    given = {f"coarse_{k}": e for k, e in error.items()} if isinstance(error, Mapping) else error if error is not None else {
+        f"coarse_{v.name}": SHARE_OF_SPREAD * _typical(spec, c) for c, v in enumerate(spec.variables) if v in there
+    }  # fmt: skip
+    out = assimilate(
+        fine, coarse, model=model, error=given, members=members, seed=seed, operators=maps, background_check=None, **options
+    )  # fmt: skip
+    return out
+
+
+def _nested(fine: AnyGrid, coarse: AnyGrid) -> int | None:
+    """Return the factor by which coarse cells are blocks of fine ones, or None where they are not."""
+    if not isinstance(fine, Grid) or not isinstance(coarse, Grid):
+        return None
+    factor, left = divmod(fine.shape[0], coarse.shape[0])
+    if left or factor < 2 or coarse.shape[1] * factor != fine.shape[1]:
+        return None
+    return factor if fine.coarsened(factor).same_as(coarse) else None
+
+
+def _typical(spec: ModelSpec, channel: int) -> float:
+    """Return the climatological standard deviation of a channel in its units."""
+    assert spec.scaling is not None
+    std = float(np.mean(spec.scaling.std[channel]))
+    if spec.scaling.transforms[channel] == "log":
+        return std * float(np.exp(spec.scaling.mean[0, channel].mean()))
+    return std

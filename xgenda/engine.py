@@ -26,6 +26,7 @@ from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
 from xgenda.operators import Operator, extended, extended_deviation
+from xgenda.scaling import Scaling
 
 IMPLAUSIBLE = 20.0  # standard deviations from the training climate: surely other units or a fill value
 
@@ -60,6 +61,12 @@ class Job:
         Orientation and shape of the result.
     moments
         Whether mean and standard deviation are asked for, instead of members.
+    conditions
+        For downscaling: what the inputs need beside their values.
+    outputs
+        (scale, offset) per variable of the result, as `factors`; None where these are the same variables.
+    window
+        See `Request`.
     """
 
     handle: Handle
@@ -83,6 +90,29 @@ class Job:
     dtype: Any = np.float32
     quality: QualityControl = dataclasses.field(default_factory=QualityControl)
     operators: tuple[tuple[Operator, tuple[int, ...]], ...] = ()
+    conditions: InputTimes | None = None
+    outputs: tuple[tuple[float, float], ...] | None = None
+    window: tuple[np.ndarray, np.ndarray] | None = None
+
+    def on(self, rows: np.ndarray, columns: np.ndarray) -> Job:
+        """Return the job for some rows and columns of the model's grid."""
+        return dataclasses.replace(self, window=(rows, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class InputTimes:
+    """What the inputs of a downscaling model need beside their values, along the times.
+
+    Attributes
+    ----------
+    basis
+        Climatology basis of each time and its neighbours, shape (t, offsets, k).
+    planes
+        Inputs that are the same everywhere, shape (t, planes).
+    """
+
+    basis: np.ndarray
+    planes: np.ndarray
 
 
 def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
@@ -105,7 +135,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
             else:
                 values = model.posterior(request)
     spec = model.spec
-    shape = (spec.grid or job.grid).plane
+    shape = (spec.grid or job.grid).plane if job.window is None else (len(job.window[0]), len(job.window[1]))
     out = values.numpy().reshape(len(index), len(job.members), spec.channels, *shape)
     if not np.isfinite(out).all():
         raise StateError(
@@ -113,13 +143,17 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
             f"with guidance={job.options.guidance!r}. Use guidance='anchor' where the model has a Gaussian, "
             f"more steps, or larger observation errors."
         )
-    for c, (scale, offset) in enumerate(job.factors):
+    if spec.scaling is not None and not job.moments:
+        out = spec.scaling.clipped(out, 2)
+    for c, (scale, offset) in enumerate(job.factors if job.outputs is None else job.outputs):
         if (scale, offset) != (1.0, 0.0):
             shift = np.array([offset, 0.0])[:, None, None] if job.moments else offset  # a standard deviation has no offset
             out[:, :, c] = (out[:, :, c] - shift) / scale
     if model.valid is not None:
         out[:, :, ~model.valid] = np.nan
-    return job.output.from_model(out).astype(job.dtype, copy=False)
+    if job.window is None:
+        out = job.output.from_model(out)
+    return out.astype(job.dtype, copy=False)
 
 
 def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
@@ -197,24 +231,34 @@ def _request(
         grid = model.spec.grid or job.grid
         mean = model.spec.scaling.climatology(job.basis[index])
         climatology = torch.as_tensor(np.broadcast_to(mean, (len(index), model.spec.channels, *grid.plane)).copy()).flatten(2)
+    standardised = planes = None
+    inputs = model.spec.inputs
+    if inputs is not None and job.conditions is not None:
+        parts = values.reshape(len(index), len(inputs.offsets), len(inputs.variables), *values.shape[2:])
+        basis = job.conditions.basis[index]
+        z = np.stack([inputs.scaling.forward(parts[:, o], basis[:, o]) for o in range(parts.shape[1])], 1)
+        standardised = torch.as_tensor(z.reshape(values.shape)).flatten(2)
+        planes = torch.as_tensor(job.conditions.planes[index])
     if job.check:
-        _check_plausible(job, values, model.spec)
+        described = model.spec if inputs is None else inputs
+        _check_plausible(job, values, described.scaling, [v.units for v in described.variables])
     located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
     return Request(
         job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(located, len(index)),
-        [str(job.labels[i]) for i in index], job.members, job.seed, job.options, device, advance, job.operators,
+        [str(job.labels[i]) for i in index], job.members, job.seed, job.options, device, advance, job.operators, standardised, planes,
+        job.window,
     )  # fmt: skip
 
 
-def _check_plausible(job: Job, values: np.ndarray, spec: Any) -> None:
-    if spec.scaling is None or not spec.scaling.is_affine:
+def _check_plausible(job: Job, values: np.ndarray, scaling: Scaling | None, units: list[str | None]) -> None:
+    if scaling is None or not scaling.is_affine:
         return
-    mean, std = spec.scaling.mean[0].mean((1, 2)), spec.scaling.std.mean((1, 2)) + spec.scaling.mean[0].std((1, 2))
-    for c, name in enumerate(job.names):
+    mean, std = scaling.mean[0].mean((1, 2)), scaling.std.mean((1, 2)) + scaling.mean[0].std((1, 2))
+    for c, name in enumerate(job.names[: len(units)]):  # neighbouring times come after the first
         found = float(values[:, c].mean())
         if abs(found - mean[c]) > IMPLAUSIBLE * std[c]:
             raise StateError(
-                f"ds[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {mean[c]:.5g} {spec.variables[c].units or ''}. "
+                f"ds[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {mean[c]:.5g} {units[c] or ''}. "
                 f"Other units? Set the true ones: ds[{name!r}].attrs['units'] = 'degC'"
             )
 
@@ -229,16 +273,22 @@ def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
     return [PointEvidence(*map(torch.as_tensor, (o.indices, o.weights, value, variance))) for o, value, variance in found]
 
 
-def lay(job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int]) -> Any:
-    """Lay `run` over the blocks; returns (t, members, variables, rows, columns), a numpy or dask array."""
-    lazy = chunking.is_chunked(arrays)
+def lay(
+    job: Job, arrays: list[xr.DataArray], layout: metadata.Layout, time: str | None, shape: tuple[int, int],
+    windows: tuple[int, int] | None = None,
+) -> Any:  # fmt: skip
+    """Lay `run` over the blocks; returns (t, members, variables, rows, columns), a numpy or dask array.
+
+    With `windows`, rows and columns of a chunk, it is a dask array in model order.
+    """
+    lazy = chunking.is_chunked(arrays) or windows is not None
     dtype = np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind == "f"))
     job = dataclasses.replace(job, dtype=dtype)
     if lazy:
         job = dataclasses.replace(job, progress=False, threads=1)
     return chunking.lay(
         run, job, arrays, time=time, horizontal=layout.dims,
-        output=(len(job.members), len(arrays), *shape), dtype=dtype,
+        output=(len(job.members), len(arrays) if job.outputs is None else len(job.outputs), *shape), dtype=dtype, windows=windows,
     )  # fmt: skip
 
 

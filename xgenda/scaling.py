@@ -10,7 +10,8 @@ samples that fall on one day is mostly noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -41,6 +42,8 @@ class Scaling:
         One of 'none', 'log' per channel.
     offsets
         Per channel, in the units of the variable: log(x + offset).
+    bounds
+        Lowest and highest value per channel, in the units of the variable, infinite where there is none; see `clipped`.
     """
 
     mean: np.ndarray
@@ -48,12 +51,14 @@ class Scaling:
     cycle: Cycle = "none"
     transforms: tuple[str, ...] = ()
     offsets: tuple[float, ...] = ()
+    bounds: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in the defaults for the transforms."""
         channels = self.mean.shape[1]
         object.__setattr__(self, "transforms", self.transforms or ("none",) * channels)
         object.__setattr__(self, "offsets", self.offsets or (0.0,) * channels)
+        object.__setattr__(self, "bounds", self.bounds or ((-math.inf, math.inf),) * channels)
 
     @property
     def is_affine(self) -> bool:
@@ -76,6 +81,20 @@ class Scaling:
                 out[:, c] = np.exp(out[:, c]) - offset
         return np.asarray(out)
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether any channel has a bound."""
+        return any(math.isfinite(b) for pair in self.bounds for b in pair)
+
+    def clipped(self, values: np.ndarray, axis: int) -> np.ndarray:
+        """Return physical values within the bounds of their channels, which are along `axis`."""
+        if not self.is_bounded:
+            return values
+        low, high = np.array(self.bounds).reshape(-1, 2).T
+        shape = [1] * values.ndim
+        shape[axis] = len(self.bounds)
+        return np.asarray(np.clip(values, low.reshape(shape), high.reshape(shape)).astype(values.dtype, copy=False))
+
     def transform(self, values: np.ndarray) -> np.ndarray:
         """Apply the transforms only, to an array (t, channels, ny, nx)."""
         out = np.array(values, dtype=np.float64)
@@ -91,18 +110,18 @@ class Scaling:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options, without the arrays, as JSON-serialisable values."""
-        return {"cycle": self.cycle, "transforms": list(self.transforms), "offsets": list(self.offsets)}
+        bounds = [[b if math.isfinite(b) else None for b in pair] for pair in self.bounds]
+        return {"cycle": self.cycle, "transforms": list(self.transforms), "offsets": list(self.offsets), "bounds": bounds}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> Scaling:
-        """Join the options written by `to_dict` and the two arrays."""
-        return cls(
-            mean,
-            std,
-            cast("Cycle", check_choice("cycle", data["cycle"], CYCLES)),
-            tuple(data["transforms"]),
-            tuple(data["offsets"]),
+        """Join the options written by `to_dict` and the two arrays; the first files have no bounds."""
+        bounds = tuple(
+            (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+            for low, high in data.get("bounds", ())
         )
+        cycle = cast("Cycle", check_choice("cycle", data["cycle"], CYCLES))
+        return cls(mean, std, cycle, tuple(data["transforms"]), tuple(data["offsets"]), bounds)
 
 
 def cycle_basis(time: xr.DataArray | None, cycle: str, size: int = 1) -> np.ndarray:
@@ -138,6 +157,7 @@ def fit_scaling(
     cycle: str = "none",
     transform: str | Mapping[str, str] = "none",
     offset: float | Mapping[str, float] = 1e-3,
+    bounds: Mapping[str, Sequence[float | None]] | None = None,
     pointwise_std: bool = False,
     homogeneous: bool = False,
     valid: np.ndarray | None = None,
@@ -158,6 +178,8 @@ def fit_scaling(
         'none' or 'log', for all or per variable.
     offset
         Offset of the logarithm in the units of the variable, for all or per variable.
+    bounds
+        Lowest and highest value per variable, None where there is none; a logarithm bounds its variable by zero.
     pointwise_std
         One standard deviation per cell instead of one per variable.
     homogeneous
@@ -196,4 +218,23 @@ def fit_scaling(
     for c, name in enumerate(names):
         if (std[c] <= rounding[c]).any():
             raise StateError(f"ds[{name!r}] does not vary, so it cannot be standardised; drop it: ds.drop_vars({name!r})")
-    return Scaling(mean, std, cast("Cycle", cycle), tuple(per), tuple(offsets))
+    limits = tuple(_bounds_of(n, values[:, c], per[c], (bounds or {}).get(n)) for c, n in enumerate(names))
+    return Scaling(mean, std, cast("Cycle", cycle), tuple(per), tuple(offsets), limits)
+
+
+def _bounds_of(name: str, values: np.ndarray, transform: str, given: Sequence[float | None] | None) -> tuple[float, float]:
+    """Return the bounds of a variable, which its fields must keep to."""
+    if given is None:  # what has a logarithm has no negative values, which exp(z) - offset can be
+        return (0.0, math.inf) if transform == "log" and values.min() >= 0 else (-math.inf, math.inf)
+    pair = tuple(given)
+    if len(pair) != 2 or any(b is not None and not math.isfinite(b) for b in pair) or (None not in pair and pair[0] >= pair[1]):  # type: ignore[operator]
+        raise OptionError(
+            f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"
+        )
+    low, high = (-math.inf if pair[0] is None else float(pair[0])), (math.inf if pair[1] is None else float(pair[1]))
+    if values.min() < low or values.max() > high:
+        raise StateError(
+            f"ds[{name!r}] ranges from {values.min():.6g} to {values.max():.6g}, outside of its bounds {given!r}. Clip it: "
+            f"ds.assign({name}=ds[{name!r}].clip({pair[0]}, {pair[1]})), or give wider bounds."
+        )
+    return low, high

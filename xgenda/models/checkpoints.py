@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xgenda.errors import CheckpointError
 from xgenda.files import aside, check_output
+from xgenda.models.conditions import Conditions
 from xgenda.models.spec import ModelSpec
 from xgenda.models.store import sha256_of
 from xgenda.scaling import Scaling
@@ -36,10 +37,9 @@ def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrit
         )
     check_output(target, "model.save", overwrite=overwrite, error=CheckpointError)
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.tensors().items()}
-    scaling = model.spec.scaling
-    if scaling is not None:
-        tensors["scaling.mean"] = torch.as_tensor(scaling.mean, dtype=torch.float32)
-        tensors["scaling.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
+    for prefix, scaling in _scalings(model.spec):
+        tensors[f"{prefix}.mean"] = torch.as_tensor(scaling.mean, dtype=torch.float32)
+        tensors[f"{prefix}.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
     with aside(target) as partial:
         # one entry only: safetensors writes several in random order, and equal models would have different checksums
         save_file(tensors, partial, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
@@ -58,6 +58,8 @@ def read_model(path: Path, sha256: str) -> GenerativeModel:
     spec, tensors = read_tensors(path)
     if spec.kind == "gaussian":
         from xgenda.models.gaussian import GaussianModel as reader
+    elif spec.kind != "diffusion":
+        from xgenda.models.classical import ClassicalModel as reader  # type: ignore[assignment]
     elif spec.task == "downscale":
         from xgenda.models.corrective import CorrectiveModel as reader  # type: ignore[assignment]
     else:
@@ -100,18 +102,21 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     found = data.pop("format", header.get("format"))  # beside the description in the first files
     if str(found) != str(FORMAT):
         raise CheckpointError(f"{path} has format {found}; this version reads {FORMAT}. Update xgenda.")
-    scaling = None
-    if data.get("scaling") is not None:
+    data.setdefault("inputs", None)  # which the first files of priors do not have
+    parts: dict[str, Any] = {"scaling": None, "inputs": None}
+    for prefix, reader in (("scaling", Scaling.from_dict), ("inputs", Conditions.from_dict)):
+        if data.get(prefix) is None:
+            continue
         try:
-            mean, std = (tensors.pop(f"scaling.{k}").double().numpy() for k in ("mean", "std"))
+            mean, std = (tensors.pop(f"{prefix}.{k}").double().numpy() for k in ("mean", "std"))
         except KeyError as problem:
             raise CheckpointError(f"{path}: the tensor {problem} is missing.") from problem
         try:
-            scaling = Scaling.from_dict(data["scaling"], mean, std)
+            parts[prefix] = reader(data[prefix], mean, std)
         except (KeyError, TypeError, ValueError) as problem:
-            raise CheckpointError(f"{path}: the scaling cannot be read: {problem}") from problem
+            raise CheckpointError(f"{path}: the {prefix} cannot be read: {problem}") from problem
     try:
-        return ModelSpec.from_dict(data, scaling), tensors
+        return ModelSpec.from_dict(data, **parts), tensors
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise CheckpointError(f"{path}: the model description cannot be read: {problem}") from problem
 
@@ -129,6 +134,12 @@ def content_hash(model: GenerativeModel) -> str:
     tensors = dict(model.tensors())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    if model.spec.scaling is not None:
-        digest.update(model.spec.scaling.mean.tobytes() + model.spec.scaling.std.tobytes())
+    for _, scaling in _scalings(model.spec):
+        digest.update(scaling.mean.tobytes() + scaling.std.tobytes())
     return digest.hexdigest()
+
+
+def _scalings(spec: ModelSpec) -> list[tuple[str, Scaling]]:
+    """Return the scalings whose arrays are stored, by the prefix of their tensors."""
+    found = (("scaling", spec.scaling), ("inputs", None if spec.inputs is None else spec.inputs.scaling))
+    return [(name, scaling) for name, scaling in found if scaling is not None]

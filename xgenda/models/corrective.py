@@ -1,237 +1,446 @@
 r"""`CorrectiveModel`: downscaling by a regression of the mean and a diffusion of the residual.
 
-After CorrDiff (Mardani et al. 2023, arXiv 2309.15214), with a linear conditional mean underneath the regression network:
+After CorrDiff (Mardani et al. 2023, arXiv 2309.15214), with a linear mean underneath the regression network:
 
-    x = K c + s R(c, K c) + r,     r ~ diffusion given (c, K c, R),     every block mean of x equal to its input.
+    m = K c + s R(f, K c),     x = m + u r,     r ~ diffusion given (m, f),
 
-K = S B^T (B S B^T)^-1 is the conditional mean of a Gaussian with localised sample covariance S given its block means B x.
+with c the coarse fields, f these interpolated to the fine grid and whatever else the model takes (`Features`), K a `LinearMean`, R a network
+whose output is in units of s, and u the standard deviation of the residual; everything standardised. Published networks have K = 0,
+s = 1 and u = 1. Where the coarse cells are blocks of fine ones, every block mean of x can be made that of c, at every call of the denoiser.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from xgenda.diffusion.anchors import anchor_tensors, read_anchor
 from xgenda.diffusion.batches import in_batches
-from xgenda.diffusion.covariances import DENSE_LIMIT
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.noise import NoiseStream
+from xgenda.diffusion.noise import PlaneNoise
 from xgenda.diffusion.samplers import SAMPLERS, integrate, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
+from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.errors import OptionError, check_choice, check_count
-from xgenda.grids import Grid, rectilinear
-from xgenda.maps import bilinear_between, block_mean
-from xgenda.models.diffusive import BATCH, SIGMA_MIN, STEPS, build_network
-from xgenda.models.fitting import kernel_on
+from xgenda.grids import rectilinear
+from xgenda.models.blocks import Blocks
+from xgenda.models.calibration import Calibration
+from xgenda.models.diffusive import BATCH, STEPS, build_network
+from xgenda.models.features import Features
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
+from xgenda.models.means import LinearMean, Place
 from xgenda.models.spec import ModelSpec
 
-RADII_KM = (500.0, 1000.0, 1500.0, 2000.0, 3000.0, 4000.0, 6000.0, 10000.0)
-NUGGET = 1e-6
+STAGES = ("all", "mean")
 
 
-@dataclass(frozen=True, eq=False)
-class CoarseMap:
-    """K: from coarse anomalies (channels * coarse cells) to fine ones, shape (fine, coarse); and the block means B, shape (coarse, fine)."""
+@dataclass(frozen=True)
+class Conserved:
+    """Which channels keep the means of their blocks, and the inputs that say what these are.
 
-    matrix: Tensor
-    blocks: Tensor
-
-    def apply(self, fine: Tensor) -> Tensor:
-        """Return K B x for fine anomalies (batch, n)."""
-        return self.from_coarse(fine @ self.blocks.T)
-
-    def from_coarse(self, coarse: Tensor) -> Tensor:
-        """Return K c for coarse anomalies (batch, m)."""
-        return coarse @ self.matrix.T
-
-
-def conditional_map(
-    z: np.ndarray, grid: Grid, channels: int, factor: int, fold: np.ndarray
-) -> tuple[CoarseMap, list[CoarseMap], str]:
-    """Fit K, and one per block of times without it; the radius of the taper is the one that predicts withheld blocks best.
-
-    Too large a state for a dense covariance gets bilinear interpolation instead.
+    Attributes
+    ----------
+    weights
+        'cells' for plain means, 'areas'.
+    channels, inputs
+        Pairs of fine channels and coarse inputs, in the same units.
     """
-    mean = torch.as_tensor(block_mean(grid, factor).matrix.toarray())
-    blocks = torch.block_diag(*[mean] * channels)
-    if grid.size * channels > DENSE_LIMIT:
-        up = bilinear_between(grid.coarsened(factor), grid).matrix.toarray()
-        plain = CoarseMap(torch.block_diag(*[torch.as_tensor(up)] * channels), blocks)
-        return plain, [plain] * (int(fold.max()) + 1), "bilinear"
-    cells = torch.arange(grid.size)
-    kernels = {r: kernel_on(grid, "gaspari-cohn", r * 1e3).correlation(cells, cells).repeat(channels, channels) for r in RADII_KM}
-    values = torch.as_tensor(z)
-    loss = dict.fromkeys(RADII_KM, 0.0)
-    crossed: dict[float, list[CoarseMap]] = {r: [] for r in RADII_KM}
-    for k in range(int(fold.max()) + 1):
-        inside = torch.as_tensor(fold != k)
-        anomaly = values[inside] - values[inside].mean(0)
-        sample = anomaly.T @ anomaly / (len(anomaly) - 1)
-        for radius, taper in kernels.items():
-            crossed[radius].append(_map_of(sample * taper, blocks))
-            test = values[~inside]
-            loss[radius] += float((crossed[radius][-1].apply(test) - test).square().sum())
-    best = min(loss, key=lambda r: loss[r])
-    anomaly = values - values.mean(0)
-    final = _map_of(anomaly.T @ anomaly / (len(anomaly) - 1) * kernels[best], blocks)
-    return final, crossed[best], f"localised covariance, radius {best:g} km"
 
-
-def _map_of(covariance: Tensor, blocks: Tensor) -> CoarseMap:
-    cross = covariance @ blocks.T
-    inner = blocks @ cross
-    inner = inner + NUGGET * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
-    return CoarseMap(torch.linalg.solve(inner, cross.T).T, blocks)
-
-
-def project_block_means(fields: Tensor, factor: int) -> Tensor:
-    """Return the block means of fields (batch, channels, ny, nx), spread over their blocks."""
-    return spread_blocks(functional.avg_pool2d(fields, factor), factor)
-
-
-def spread_blocks(coarse: Tensor, factor: int) -> Tensor:
-    """Repeat each coarse cell over its block."""
-    return coarse.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    weights: str
+    channels: tuple[int, ...]
+    inputs: tuple[int, ...]
 
 
 class CorrectiveModel(GenerativeModel):
-    """Fine ensembles from block means.
+    """Fine ensembles from coarse fields.
 
     Parameters
     ----------
     spec
-        ``options``: 'network', 'regression', 'sigma_max', and 'unit', the standard deviation of the residual in standardised units.
-    linear
+        With grid, scaling and inputs. ``options``: 'network' and 'regression' (arguments, or None), 'sigma_min', 'sigma_max', 'sigma_data',
+        'unit' (standard deviation of the residual in standardised units), 'mean_condition' (whether the diffusion gets the mean),
+        'conserve' and 'calibration' (None, or what `Conserved` and `Calibration` take), 'tile' and 'overlap' (rows and columns, where
+        the model was trained on parts of its grid), 'halo' (cells around a part that is sampled on its own).
+    mean
         K.
     regression
-        R, whose output is in units of `spread`; None where it did not beat K alone on the validation block.
+        R; None where it did not beat K alone on the validation block.
     spread
-        Standard deviation of what K leaves, shape (channels, ny, nx), standardised.
+        s, shape (channels, rows or 1, columns or 1), standardised.
     denoiser
         Of the residual in units of 'unit'.
+    statics
+        Fields that never change, standardised, shape (statics, rows, columns).
     """
 
     def __init__(
-        self, spec: ModelSpec, linear: CoarseMap, regression: nn.Module | None, spread: Tensor, denoiser: EDMDenoiser
-    ) -> None:
-        if spec.grid is None or spec.scaling is None or spec.factor is None:
-            raise OptionError("A downscaling model needs a grid, a scaling and a factor.")
-        self.spec, self.linear, self.spread = spec, linear, spread.float()
-        self.grid, self.scaling, self.factor = rectilinear(spec.grid, spec.name), spec.scaling, spec.factor
+        self, spec: ModelSpec, mean: LinearMean, regression: nn.Module | None, spread: Tensor, denoiser: EDMDenoiser,
+        statics: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if spec.grid is None or spec.scaling is None or spec.inputs is None:
+            raise OptionError("A downscaling model needs a grid, a scaling and inputs.")
+        self.spec, self.mean, self.spread, self.statics = spec, mean, spread.float(), statics
+        self.grid, self.scaling, self.inputs = spec.grid, spec.scaling, spec.inputs
         self.regression = None if regression is None else regression.eval().requires_grad_(False)
         self.denoiser = denoiser.eval().requires_grad_(False)
-        self.sigma_max, self.unit = float(spec.options["sigma_max"]), float(spec.options["unit"])
+        self.features = Features(spec.inputs, spec.grid, statics)
+        options = spec.options
+        self.sigma_min, self.sigma_max, self.unit = (float(options[k]) for k in ("sigma_min", "sigma_max", "unit"))
+        self.mean_condition = bool(options["mean_condition"])
+        given = options["calibration"]
+        self.calibration = None if given is None else Calibration(tuple(given["widths"]), tuple(map(tuple, given["factors"])))
+        given = options["conserve"]
+        self.conserved = None if given is None else Conserved(given["weights"], tuple(given["channels"]), tuple(given["inputs"]))
+        self.blocks = None
+        if self.conserved is not None:
+            self.blocks = Blocks(rectilinear(spec.grid, spec.name), check_count("factor", spec.factor, 2), self.conserved.weights)
+
+    # -- options --------------------------------------------------------------------------------------------------------------
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options; there is nothing to guide."""
-        asked.refuse_all_but(("sampler", "steps", "schedule", "sampler_options"), "a downscaler is not guided by observations")
+        accepted = ("sampler", "steps", "schedule", "sampler_options", "tile", "overlap", "stage")
+        asked.refuse_all_but(accepted, "a downscaler is not guided by observations")
         check_choice("sampler", asked.sampler, ("auto", *SAMPLERS))
         check_choice("schedule", asked.schedule, ("auto", *SCHEDULES))
-        sampler = "heun" if asked.sampler == "auto" else asked.sampler
+        check_choice("stage", asked.stage, STAGES)
+        sampler = str(self.spec.options.get("sampler", "heun")) if asked.sampler == "auto" else asked.sampler
+        tile, overlap = self._tiling(asked.tile, asked.overlap)
+        steps = int(self.spec.options.get("steps", STEPS)) if asked.steps is None else check_count("steps", asked.steps, 2)
         return SamplingOptions(
-            "none", sampler,
-            STEPS if asked.steps is None else check_count("steps", asked.steps, 2),
-            BATCH if asked.batch_size is None else check_count("batch_size", asked.batch_size),
+            "none", sampler, steps, BATCH if asked.batch_size is None else check_count("batch_size", asked.batch_size),
             "karras" if asked.schedule == "auto" else asked.schedule,
-            sampler_options=sampler_options(sampler, asked.sampler_options),
+            sampler_options=sampler_options(sampler, asked.sampler_options), tile=tile, overlap=overlap, stage=asked.stage,
         )  # fmt: skip
+
+    def _tiling(self, tile: Any, overlap: Any) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        """Return tile and overlap, those of the training for 'auto'; None for the whole grid."""
+        own = self.spec.options.get("tile")
+        if tile in ("auto", None):
+            if overlap is not None and own is None:
+                raise OptionError(f"overlap={overlap!r} needs a tile; pass it too, for example tile=64.")
+            if tile is None or own is None:
+                return None, None
+            tile = tuple(own)
+        found = _pair("tile", tile, 1)
+        stride = int(getattr(self.denoiser.network, "stride", 1))
+        if any(t % stride for t in found) and found != self.grid.plane:
+            raise OptionError(
+                f"tile={tile!r} is not accepted; rows and columns must be multiples of {stride}, such as tile={8 * stride}."
+            )
+        if overlap is None:
+            overlap = self.spec.options.get("overlap") or tuple(min(t // 4, t - 1) for t in found)
+        shared = _pair("overlap", overlap, 0)
+        Tiling(self.grid.plane, found, shared)  # refuses what does not go together
+        return found, shared
 
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
         """Return the number of sampler steps of all samples."""
-        return times * members * int(options.steps or STEPS)
+        return times if options.stage == "mean" else times * members * int(options.steps or STEPS)
 
-    def mean(self, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean (batch, channels, ny, nx) for standardised coarse fields (batch, channels, cy, cx), and the condition."""
-        shape = (len(coarse), self.spec.channels, *self.grid.shape)
-        linear = self.linear.from_coarse(coarse.flatten(1).double()).reshape(shape).float()
-        condition = torch.cat([spread_blocks(coarse.float(), self.factor), linear], 1)
-        correction = torch.zeros(shape)
-        if self.regression is not None:
-            correction = self.regression(correction, torch.zeros(len(coarse)), condition) * self.spread
-            correction = correction - project_block_means(correction, self.factor)
-        return linear + correction, torch.cat([condition, correction / self.unit], 1)
+    @property
+    def halo(self) -> int:
+        """Cells around a window that are sampled with it, a multiple of the factor of the blocks."""
+        least = max(int(self.spec.options.get("halo", 32)), 0 if self.calibration is None else self.calibration.reach)
+        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self._stride)
+        return -(-least // step) * step
+
+    @property
+    def _stride(self) -> int:
+        return int(getattr(self.denoiser.network, "stride", 1))
+
+    def check_windows(self, chunks: tuple[int, int]) -> None:
+        """Refuse windows that the model cannot be sampled on.
+
+        Raises
+        ------
+        OptionError
+            If a Gaussian ties all cells together, or windows cut blocks whose means are kept.
+        """
+        if self.denoiser.anchor is not None:
+            raise OptionError(
+                f"model={self.spec.name!r} has a Gaussian of the whole grid, so that its grid cannot be cut into chunks; leave out chunks, "
+                f"or train without: xgenda.train(..., anchor=None)"
+            )
+        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self._stride)
+        for n, whole in zip(chunks, self.grid.plane, strict=True):
+            if n % step and n < whole:
+                raise OptionError(
+                    f"chunks of {n} cells are not accepted; they must be multiples of {step} here, such as {8 * step}."
+                )
+
+    # -- sampling -------------------------------------------------------------------------------------------------------------
 
     def posterior(self, request: Request) -> Tensor:
         """Sample in micro-batches of (time, member); `request.fields` are the coarse fields."""
-        options, shape = request.options, (self.spec.channels, *self.grid.shape)
+        inner, outer, trim = self._windows(request.window)
+        count = 1 if request.options.stage == "mean" else len(request.members)
+        size = (len(inner[0]), len(inner[1]))
+        out = torch.empty(len(request.labels), count, self.spec.channels, *size, dtype=torch.float64)
+        for part, residual in self._sampled(request, outer):
+            z = part.mean[:, None]
+            if residual is not None:
+                z = z + self.unit * (residual if self.calibration is None else self.calibration(residual))
+            out[part.rows] = part.physical(z)[..., trim[0], trim[1]]
+        return out.flatten(-2)
+
+    def residuals(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return the standardised mean (t, channels, rows, columns), and what members add to it before any calibration, (t, members, ...)."""
+        found = [(p.mean, r) for p, r in self._sampled(request, self.features.everywhere()) if r is not None]
+        return torch.cat([m for m, _ in found]), self.unit * torch.cat([r for _, r in found])
+
+    def _sampled(self, request: Request, outer: Place) -> Iterator[tuple[_Part, Tensor | None]]:
+        """Yield some times after the other: what their samples share, and the residuals of all members in their unit."""
+        options, members = request.options, len(request.members)
+        assert options.batch_size is not None
+        times, together = len(request.labels), max(1, options.batch_size // members)
+        with torch.no_grad():
+            regression = None if self.regression is None else self._placed(self.regression, outer, options, request.device)
+            denoiser = None if options.stage == "mean" else self._denoiser(outer, options, request.device)
+            for start in range(0, times, together):
+                part = _Part(self, request, list(range(start, min(start + together, times))), outer, regression)
+                if denoiser is None:
+                    request.advance(len(part.rows))
+                    yield part, None
+                    continue
+                shape = (self.spec.channels, len(outer[0]), len(outer[1]))
+                drawn = self._residuals(request, part, denoiser, shape, outer)
+                yield part, drawn.reshape(len(part.rows), members, *shape)
+
+    def _residuals(self, request: Request, part: _Part, denoiser: EDMDenoiser, shape: tuple[int, ...], outer: Place) -> Tensor:
+        options = request.options
         assert options.steps is not None
         assert options.batch_size is not None
-        levels = noise_levels(options.schedule, options.steps, SIGMA_MIN, self.sigma_max)
-        assert request.climatology is not None
-        times = len(request.labels)
-        climatology = request.climatology.reshape(times, *shape)
-        std = torch.as_tensor(self.scaling.std)
-        coarse_shape = (times, self.spec.channels, *self.grid.coarsened(self.factor).shape)
-        coarse = (request.fields.reshape(coarse_shape) - functional.avg_pool2d(climatology, self.factor)) / std
-        with torch.no_grad():
-            parts = [self.mean(c) for c in coarse.split(64)]
-        mean, condition = (torch.cat(p) for p in zip(*parts, strict=True))
-        pairs = [(t, m) for t in range(times) for m in request.members]
-        denoiser = self.denoiser.to(request.device)
+        levels = noise_levels(options.schedule, options.steps, self.sigma_min, self.sigma_max)
+        condition = part.condition
 
         def sample(batch: list[tuple[int, int]]) -> Tensor:
-            rows = torch.tensor([t for t, _ in batch])
-            given = condition[rows].to(request.device)
-            noise = NoiseStream([(request.seed, request.labels[t], m) for t, m in batch])
+            given = condition[[t for t, _ in batch]].to(request.device)
+            noise = plane_noise([(request.seed, request.labels[part.rows[t]], m) for t, m in batch], self.grid.plane, outer)
             x = self.sigma_max * noise.normal(*shape).double().to(request.device)
-            with torch.no_grad():
-                x = integrate(
-                    lambda y, sigma: denoiser(y, sigma, given),
-                    x,
-                    levels,
-                    options.sampler,
-                    noise,
-                    lambda: request.advance(len(batch)),
-                    **options.sampler_options,
-                )
-            return x.cpu()
 
-        residual = in_batches(sample, pairs, options.batch_size).double() * self.unit
-        residual = residual - project_block_means(residual, self.factor)
-        rows = torch.tensor([t for t, _ in pairs])
-        fine = mean[rows].double() + residual
-        # the linear part conserves up to its nugget; this makes it exact
-        fine = fine + spread_blocks(coarse[rows] - functional.avg_pool2d(fine, self.factor), self.factor)
-        out = fine * std + climatology[rows]
-        return out.reshape(times, len(request.members), self.spec.channels, -1)
+            def denoise(x: Tensor, sigma: float) -> Tensor:
+                return part.conserving(denoiser(x, sigma, given), [t for t, _ in batch])
+
+            return integrate(
+                denoise, x, levels, options.sampler, noise, lambda: request.advance(len(batch)), **options.sampler_options
+            ).cpu()
+
+        return in_batches(sample, [(t, m) for t in range(len(part.rows)) for m in request.members], options.batch_size)
+
+    def _denoiser(self, place: Place, options: SamplingOptions, device: torch.device) -> EDMDenoiser:
+        own, network = self.denoiser, self._placed(self.denoiser.network, place, options, device)
+        return EDMDenoiser(network, own.anchor, own.feeds_state, own.sigma_range, own.sigma_data, own.scale_condition).to(device)
+
+    def _placed(self, network: nn.Module, place: Place, options: SamplingOptions, device: torch.device) -> nn.Module:
+        """Return a network on a window of the grid, in tiles where asked for."""
+        size = (len(place[0]), len(place[1]))
+        whole = size == self.grid.plane
+        tiled = options.tile is not None and (options.tile[0] < size[0] or options.tile[1] < size[1])
+        if not whole or tiled:
+            network = _without_wrap(network)
+        if not whole:
+            network = OnWindow(network, place)
+        if tiled:
+            assert options.tile is not None
+            wraps = whole and bool(self.grid.periodic)
+            tiling = Tiling(size, options.tile, options.overlap or (0, 0), periodic=wraps, multiple=self._stride)
+            network = TiledNetwork(network, tiling, whole_condition=bool(self.spec.options.get("whole_condition", False)))
+        return network.to(device)
+
+    def _windows(self, window: Place | None) -> tuple[Place, Place, tuple[slice, slice]]:
+        """Return a window, the window with its halo, and where the first lies in the second."""
+        whole = self.features.everywhere()
+        if window is None or all(len(a) == len(b) for a, b in zip(window, whole, strict=True)):
+            return whole, whole, (slice(None), slice(None))
+        outer, trim = [], []
+        for axis, (cells, n) in enumerate(zip(window, self.grid.plane, strict=True)):
+            first, count, halo = int(cells[0]), len(cells), self.halo
+            wraps = axis == 1 and bool(self.grid.periodic) and count + 2 * halo <= n
+            before = halo if wraps else min(halo, first)
+            after = halo if wraps else min(halo, n - first - count)
+            if count == n:
+                before = after = 0
+            outer.append(np.arange(first - before, first + count + after) % n)
+            trim.append(slice(before, before + count))
+        return window, (outer[0], outer[1]), (trim[0], trim[1])
+
+    # -- storage --------------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return networks, linear map, spread and anchor."""
+        """Return networks, linear mean, spread, statics and anchor."""
         out: dict[str, Tensor] = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         if self.regression is not None:
             out |= {f"regression.{k}": v for k, v in self.regression.state_dict().items()}
-        return out | {"linear": self.linear.matrix.float(), "spread": self.spread} | anchor_tensors(self.denoiser.anchor)
+        if self.statics is not None:
+            out["statics"] = self.statics.float()
+        return out | {"spread": self.spread} | self.mean.tensors() | anchor_tensors(self.denoiser.anchor)
 
     @classmethod
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> CorrectiveModel:
         """Rebuild the model; the tensors must be exactly those that it stores."""
-        anchor = read_anchor(tensors)
-        matrix, spread = tensors.pop("linear").double(), tensors.pop("spread")
+        if spec.grid is None:
+            raise KeyError("grid")
+        anchor, spread, statics = read_anchor(tensors), tensors.pop("spread"), tensors.pop("statics", None)
+        mean = LinearMean.from_tensors((spec.channels, *spec.grid.plane), tensors)
         networks: list[Any] = []
         for part in ("network", "regression"):
-            if spec.options[part] is None:
+            arguments = spec.options[part]
+            if arguments is None:
                 networks.append(None)
                 continue
-            built = build_network(spec.options[part])
-            built.load_state_dict(
-                {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}, strict=True
-            )
+            built = build_network(arguments)
+            own = {k.removeprefix(f"{part}."): tensors.pop(k) for k in list(tensors) if k.startswith(f"{part}.")}
+            built.load_state_dict(own, strict=True)
             networks.append(built)
-        stray = [k for k in tensors if not k.startswith(("network.", "regression."))]
-        if stray or spec.grid is None or spec.factor is None:
-            raise KeyError(f"unexpected tensors {stray}")
-        blocks = torch.as_tensor(block_mean(rectilinear(spec.grid, spec.name), spec.factor).matrix.toarray())
-        return cls(
-            spec,
-            CoarseMap(matrix, torch.block_diag(*[blocks] * spec.channels)),
-            networks[1],
-            spread,
-            EDMDenoiser(networks[0], anchor),
+        if tensors:
+            raise KeyError(f"unexpected tensors {sorted(tensors)}")
+        options = spec.options
+        denoiser = EDMDenoiser(
+            networks[0],
+            anchor,
+            sigma_data=float(options["sigma_data"]),
+            scale_condition=bool(options.get("scale_condition", False)),
         )
+        return cls(spec, mean, networks[1], spread, denoiser, statics)
+
+
+class _Part:
+    """What the samples of some times share: mean and condition on a window, and the means of its blocks."""
+
+    def __init__(
+        self, model: CorrectiveModel, request: Request, rows: list[int], place: Place, regression: nn.Module | None
+    ) -> None:
+        assert request.standardised is not None
+        assert request.planes is not None
+        assert request.climatology is not None
+        self.model, self.rows = model, rows
+        shape = (model.spec.channels, *model.grid.plane)
+        here = tuple(torch.as_tensor(p) for p in place)
+        self.climatology = request.climatology[rows].reshape(-1, *shape)[:, :, here[0][:, None], here[1]].double()
+        self.std = torch.as_tensor(model.scaling.std)
+        if self.std.shape[-1] > 1:
+            self.std = self.std[:, here[0][:, None], here[1]]
+        coarse = request.standardised[rows]
+        interpolated = model.features.interpolated(coarse, place)
+        features = model.features.of(interpolated, request.planes[rows], place)
+        self._blocks(request, place)
+        mean = model.mean.at(coarse, interpolated, place)
+        if regression is not None:
+            given = features if model.mean.is_zero else torch.cat([features, mean.float()], 1)
+            spread = model.spread
+            if spread.shape[-1] > 1:
+                spread = spread[:, here[0][:, None], here[1]]
+            device = request.device
+            # one time after the other: the mean is computed once, and its network may be large
+            found = [
+                regression(torch.zeros_like(mean[:1]).float().to(device), torch.zeros(1, device=device), g[None].to(device)).cpu()
+                for g in given
+            ]
+            mean = mean + torch.cat(found).double() * spread
+        self.mean = self._kept(mean, list(range(len(rows))))
+        self.condition = torch.cat([self.mean.float(), features], 1) if model.mean_condition else features
+
+    def _blocks(self, request: Request, place: Place) -> None:
+        self.blocks, conserved = self.model.blocks, self.model.conserved
+        if self.blocks is None or conserved is None:
+            return
+        cells = self.model.inputs.grid.plane
+        means = request.fields[self.rows].reshape(len(self.rows), -1, *cells)[:, list(conserved.inputs)]
+        factor = self.blocks.factor
+        rows, columns = (torch.as_tensor(p[::factor] // factor) for p in place)
+        self.means = means.index_select(2, rows).index_select(3, columns)
+        self.blocks = self.blocks.on(place)
+        self.channels = list(conserved.channels)
+        self.bounds = tuple(self.model.scaling.bounds[c] for c in self.channels)
+
+    def physical(self, z: Tensor) -> Tensor:
+        """Return standardised fields (times, members, channels, rows, columns) in physical units, with the block means of their input."""
+        scaling = self.model.scaling
+        out = z * self.std + self.climatology[:, None]
+        for c, (name, offset) in enumerate(zip(scaling.transforms, scaling.offsets, strict=True)):
+            if name == "log":
+                out[:, :, c] = out[:, :, c].exp() - offset
+        out = torch.as_tensor(scaling.clipped(out.numpy(), 2))
+        if self.blocks is not None:
+            out[:, :, self.channels] = self.blocks.conserve(out[:, :, self.channels], self.means[:, None], self.bounds)
+        return out
+
+    def _kept(self, z: Tensor, rows: list[int]) -> Tensor:
+        """Return standardised fields (batch, channels, rows, columns) of these times, changed as little as their block means need."""
+        if self.blocks is None:
+            return z
+        scaling, out = self.model.scaling, z.clone()
+        for i, c in enumerate(self.channels):
+            std = self.std[c].to(z)
+            climatology, means = self.climatology[rows, c].to(z), self.means[rows, i].to(z)
+            low = self.bounds[i][0]
+            if scaling.transforms[c] == "none" and low == -np.inf:
+                out[:, c] = z[:, c] + (self.blocks.added(z[:, c] * std + climatology, means) - z[:, c] * std - climatology) / std
+                continue
+            offset, log = scaling.offsets[c], scaling.transforms[c] == "log"
+            value = z[:, c] * std + climatology
+            value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(min=low)
+            value = self.blocks.scaled(value, means, torch.as_tensor(low).to(z))
+            out[:, c] = ((value + offset).log() if log else value) / std - climatology / std
+        return out
+
+    def conserving(self, residual: Tensor, rows: list[int]) -> Tensor:
+        """Return the estimate of a residual in its units, as the nearest one with the right block means."""
+        if self.blocks is None:
+            return residual
+        mean = self.mean[rows].to(residual)
+        return (self._kept(mean + self.model.unit * residual, rows) - mean) / self.model.unit
+
+
+LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is noise on its way
+
+
+class OnWindow(nn.Module):
+    """A network on a window of its grid: it gets the positions of the window."""
+
+    def __init__(self, network: nn.Module, place: Place) -> None:
+        super().__init__()
+        self.network, self.stride = network, int(getattr(network, "stride", 1))
+        self.rows, self.columns = (torch.as_tensor(p) for p in place)
+
+    def position_channels(self) -> Tensor | None:
+        """Return the positions of the window, shape (P, rows, columns), or None."""
+        own: Tensor | None = self.network.position_channels()  # type: ignore[operator]
+        return None if own is None else own.index_select(1, self.rows.to(own.device)).index_select(2, self.columns.to(own.device))
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        """Return F on the window."""
+        if position is None and (own := self.position_channels()) is not None:
+            position = own[None].expand(len(x), -1, -1, -1)
+        out: Tensor = self.network(x, label, condition, *(() if position is None else (position,)))
+        return out
+
+
+def _without_wrap(network: nn.Module) -> nn.Module:
+    """Return a network that does not wrap around, with the same weights, for a part of its grid."""
+    if not getattr(network, "periodic", False):
+        return network
+    arguments: Mapping[str, Any] = network.arguments  # type: ignore[assignment]
+    plain = build_network({**arguments, "periodic": False})
+    plain.load_state_dict(network.state_dict(), assign=True)
+    return plain.eval().requires_grad_(False)
+
+
+def plane_noise(keys: list[tuple[int, str, int]], plane: tuple[int, int], place: Place) -> PlaneNoise:
+    """Return noise of a window of the grid, which may go over its seam."""
+    return PlaneNoise(keys, plane, (int(place[0][0]), int(place[1][0])), (len(place[0]), len(place[1])))
+
+
+def _pair(name: str, given: Any, least: int) -> tuple[int, int]:
+    """Return rows and columns from one number, a pair, or a mapping by axis."""
+    values = (given, given) if isinstance(given, int) else tuple(given.values()) if isinstance(given, Mapping) else given
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        raise OptionError(f"{name}={given!r} is not accepted; give a number of cells, or rows and columns: {name}=(64, 64).")
+    return check_count(name, values[0], least), check_count(name, values[1], least)

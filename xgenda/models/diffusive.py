@@ -22,6 +22,7 @@ from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
+from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.operators import extended
 from xgenda.scaling import Scaling
@@ -32,6 +33,7 @@ SIGMA_MIN = (
 #: Sampling ends at most at this part of the smallest standard deviation that observations leave; above it the ensemble loses spread.
 SHARE_OF_ERROR = 0.4
 FINER = 2.0  # ratio of the levels that are added for precise observations
+ARCHITECTURES = ("unet", "songunet")
 STEPS = 24
 BATCH = 16
 
@@ -252,10 +254,12 @@ class DiffusionModel(GenerativeModel):
         return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
 
 
-def build_network(options: Mapping[str, Any]) -> UNet:
-    """Build the U-Net from stored options."""
+def build_network(options: Mapping[str, Any]) -> UNet | SongUNet:
+    """Build a network from stored options; 'architecture' says which, by default the small U-Net."""
     known = dict(options)
-    return UNet(**{**known, "multipliers": tuple(known["multipliers"]), "shape": tuple(known["shape"])})
+    architecture = check_choice("architecture", known.pop("architecture", "unet"), ARCHITECTURES)
+    lists = {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
+    return (SongUNet if architecture == "songunet" else UNet)(**known | lists)
 
 
 def highest_sigma(anchor: Anchor | None) -> float:

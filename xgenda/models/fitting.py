@@ -34,7 +34,9 @@ def kernel_on(grid: AnyGrid, kind: str, length: float) -> SphereKernel:
     return SphereKernel(torch.as_tensor(grid.latitude), torch.as_tensor(grid.longitude), kind, length, grid.longitude_count)
 
 
-def read_sample(state: State, names: list[str]) -> tuple[str, np.ndarray, xr.DataArray | None, np.ndarray | None]:
+def read_sample(
+    state: State, names: list[str], argument: str = "ds"
+) -> tuple[str, np.ndarray, xr.DataArray | None, np.ndarray | None]:
     """Return the sample dimension, the fields (n, channels, ny, nx) in memory and model order, their times, and which cells are valid.
 
     Cells that are NaN in every field are masked, land in an ocean: they are filled with the mean of the others, and False in the last
@@ -53,8 +55,8 @@ def read_sample(state: State, names: list[str]) -> tuple[str, np.ndarray, xr.Dat
     long = [d for d in dims if ds.sizes[d] > 1]
     if len(long) != 1:
         raise OptionError(
-            f"A sample needs one dimension (member or time) beside the horizontal ones; ds has {long or 'none'}. "
-            + (f"Select: ds.isel({long[1]}=0), or join them: ds.stack(sample={long})" if len(long) > 1 else
+            f"A sample needs one dimension (member or time) beside the horizontal ones; {argument} has {long or 'none'}. "
+            + (f"Select: {argument}.isel({long[1]}=0), or join them: {argument}.stack(sample={long})" if len(long) > 1 else
                "For a single background give gaussian_prior(ds, length_scale=300e3, std=2.0).")
         )  # fmt: skip
     arrays, masks = [], []
@@ -64,7 +66,7 @@ def read_sample(state: State, names: list[str]) -> tuple[str, np.ndarray, xr.Dat
         masked = np.isnan(values).all(0)
         if masked.any() and not masked.all():
             values = np.where(masked, values[:, ~masked].mean(), values)
-        metadata.check_values(values, n)
+        metadata.check_values(values, n, argument)
         arrays.append(state.orientation.to_model(values))
         masks.append(state.orientation.to_model(~masked))
     time = ds[layout.time] if layout.time is not None and ds[layout.time].dims == (long[0],) else None

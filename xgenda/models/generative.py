@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ import numpy as np
 
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import OptionError, check_count
-from xgenda.models.spec import ModelSpec
+from xgenda.models.conditions import Conditions
+from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.operators import Operator
 from xgenda.states import columns
 
 if TYPE_CHECKING:
     import os
 
+    import xarray as xr
     from torch import Tensor, device
 
 
@@ -61,6 +63,10 @@ class Request:
         Called with a number of finished units of work, `GenerativeModel.work` in all.
     operators
         What `evidence` may observe beside the channels, each with the channels that it takes: further channels after them.
+    standardised, planes
+        For downscaling: the coarse fields standardised, shape (t, inputs, cells), and what is the same everywhere, shape (t, planes).
+    window
+        Rows and columns that are wanted, where not the whole grid.
     """
 
     grid: AnyGrid
@@ -74,6 +80,9 @@ class Request:
     device: device
     advance: Callable[[int], None]
     operators: Sequence[tuple[Operator, tuple[int, ...]]] = ()
+    standardised: Tensor | None = None
+    planes: Tensor | None = None
+    window: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,9 @@ class SamplingOptions:
     likelihood: str = "gaussian"
     guidance_options: Mapping[str, Any] = field(default_factory=dict)
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
+    tile: Any = None
+    overlap: Any = None
+    stage: str = "all"
 
     def refuse_all_but(self, accepted: tuple[str, ...], why: str) -> None:
         """Refuse options that a model has no use for.
@@ -102,17 +114,31 @@ class SamplingOptions:
         """
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
-        for name in ("guidance", "sampler", "steps", "schedule", "likelihood", "guidance_options", "sampler_options"):
+        for name in (f.name for f in fields(self) if f.name != "batch_size"):
             value = getattr(self, name)
-            if name not in accepted and value not in ("auto", "gaussian", None) and value != {}:
+            if name not in accepted and value not in ("auto", "gaussian", "all", None) and value != {}:
                 raise OptionError(f"{name}={value!r} has no effect: {why}. Leave it out.")
 
 
-def _on_levels(spec: ModelSpec) -> list[str]:
+def described_inputs(inputs: Conditions) -> dict[str, str]:
+    """Return what a downscaling model takes, in a line or two."""
+    also = [
+        *inputs.statics,
+        *(["season and hour"] if inputs.cycle != "none" else []),
+        *(["lead time"] if inputs.lead_time else []),
+    ]
+    times = "" if inputs.spacing is None else f", at {len(inputs.offsets)} times {inputs.spacing / 3600:g} h apart"
+    return {
+        "inputs": ", ".join(_on_levels(inputs.variables)) + times + "".join(f"; {a}" for a in also),
+        "input grid": inputs.grid.describe(),
+    }
+
+
+def _on_levels(variables: Sequence[VariableSpec]) -> list[str]:
     """Return each variable with its units, and its levels where it has some."""
     out = []
-    for name, at, levels, kind in columns([v.name for v in spec.variables]):
-        units = spec.variables[at[0]].units or "no units"
+    for name, at, levels, kind in columns([v.name for v in variables]):
+        units = variables[at[0]].units or "no units"
         unit = "Pa" if kind == "pressure" else "m"
         out.append(
             f"{name} [{units}]"
@@ -180,12 +206,35 @@ class GenerativeModel(ABC):
 
         return save_model(self, path, overwrite=overwrite)
 
+    def template(self, *, inputs: bool = False) -> xr.Dataset:
+        """Return zeros on the grid of the model with the attributes of its variables: what fields for it look like.
+
+        Parameters
+        ----------
+        inputs
+            For a downscaling model: those of the coarse fields that it takes.
+
+        Raises
+        ------
+        OptionError
+            If the model works on any grid, or has no inputs.
+        """
+        from xgenda.models.templates import empty
+
+        found = self.spec.inputs if inputs else self.spec
+        if found is None or found.grid is None:
+            raise OptionError(
+                f"model={self.spec.name!r} has no {'inputs' if inputs else 'grid of its own'}; there is no template."
+            )
+        return empty(found.grid, found.variables, names=None if inputs else self.spec.options.get("target"))
+
     def summary(self) -> dict[str, str]:
         """Return what a user wants to know at a glance."""
         spec = self.spec
         rows: dict[str, Any] = {
             "task": f"{spec.task} ({spec.kind})" + (f", x{spec.factor}" if spec.factor else ""),
-            "variables": ", ".join(_on_levels(spec)),
+            **({} if spec.inputs is None else described_inputs(spec.inputs)),
+            "variables": ", ".join(_on_levels(spec.variables)),
             "grid": spec.grid.describe() if spec.grid is not None else "any",
             **({"mask": f"{100 * (1 - self.valid.mean()):.0f} % of the cells are masked"} if self.valid is not None else {}),
             **(

@@ -10,7 +10,6 @@ import xarray as xr
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import GendaError, ModelNotFoundError, OptionError
-from xgenda.grids import rectilinear
 from xgenda.models.checkpoints import read_model
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.store import find_file, registry
@@ -97,12 +96,11 @@ def choose_model(
 
 
 def _fits(model: GenerativeModel, ds: xr.Dataset, layout: metadata.Layout, grid: AnyGrid) -> None:
-    for v in model.spec.variables:
+    inputs = model.spec.inputs
+    variables, expected = (model.spec.variables, model.spec.grid) if inputs is None else (inputs.variables, inputs.grid)
+    for v in variables:
         name = states.match_channel(ds, v.name, v.standard_name)
         if v.units is not None and ds[name].attrs.get("units") is not None:
             metadata.unit_factors(str(ds[name].attrs["units"]), v.units)
-    expected = model.spec.grid
-    if expected is not None and model.spec.factor:
-        expected = rectilinear(expected, f"model={model.spec.name!r}").coarsened(model.spec.factor)
     if expected is not None and not expected.same_as(grid):
         raise ModelNotFoundError(f"it works on the grid {expected.describe()}; ds has {grid.describe()}")

@@ -8,20 +8,14 @@ from typing import Any
 
 from xgenda.curvilinear import AnyGrid, grid_from_dict
 from xgenda.errors import CheckpointError
+from xgenda.models.conditions import Conditions
+from xgenda.models.variables import VariableSpec
 from xgenda.scaling import Scaling
 
+__all__ = ["ModelSpec", "VariableSpec"]
+
 TASKS = ("prior", "downscale")
-KINDS = ("gaussian", "diffusion")
-
-
-@dataclass(frozen=True)
-class VariableSpec:
-    """One variable of a model, by its CF names; `units` are those the model computes in."""
-
-    name: str
-    standard_name: str | None = None
-    units: str | None = None
-    long_name: str | None = None
+KINDS = ("gaussian", "diffusion", "bilinear", "bcsd", "ridge")
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class ModelSpec:
     task
         'prior' (for `assimilate`) or 'downscale'.
     kind
-        'gaussian' or 'diffusion'.
+        'gaussian' or 'diffusion'; for 'downscale' also one of the classical methods, 'bilinear', 'bcsd' or 'ridge'.
     variables
         In channel order.
     grid
@@ -43,7 +37,9 @@ class ModelSpec:
     scaling
         Standardisation; None where the model works in physical units.
     factor
-        Cells per coarse cell along each axis, for 'downscale'.
+        Cells per coarse cell along each axis, for 'downscale' where the coarse cells are blocks of fine ones.
+    inputs
+        For 'downscale': what the model takes.
     needs_background
         Whether the values of the Dataset given to `assimilate` are the prior mean.
     options
@@ -66,6 +62,7 @@ class ModelSpec:
     training: Mapping[str, Any] = field(default_factory=dict)
     licence: str = "not stated"
     description: str = ""
+    inputs: Conditions | None = None
 
     @property
     def channels(self) -> int:
@@ -87,11 +84,12 @@ class ModelSpec:
             "training": dict(self.training),
             "licence": self.licence,
             "description": self.description,
+            "inputs": None if self.inputs is None else self.inputs.to_dict(),
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], scaling: Scaling | None) -> ModelSpec:
-        """Read the form written by `to_dict`.
+    def from_dict(cls, data: Mapping[str, Any], scaling: Scaling | None, inputs: Conditions | None = None) -> ModelSpec:
+        """Read the form written by `to_dict`; what has arrays is given apart.
 
         Raises
         ------
@@ -100,7 +98,7 @@ class ModelSpec:
         """
         expected = {
             "name", "task", "kind", "variables", "grid", "scaling", "factor", "needs_background", "options", "training",
-            "licence", "description",
+            "licence", "description", "inputs",
         }  # fmt: skip
         if set(data) != expected:
             raise CheckpointError(f"The model description has unexpected or missing keys: {sorted(set(data) ^ expected)}.")
@@ -108,4 +106,4 @@ class ModelSpec:
             raise CheckpointError(f"The model is a {data['kind']!r} for {data['task']!r}, which this version does not know.")
         grid = None if data["grid"] is None else grid_from_dict(data["grid"])
         variables = tuple(VariableSpec(**v) for v in data["variables"])
-        return cls(**{**data, "variables": variables, "grid": grid, "scaling": scaling})
+        return cls(**{**data, "variables": variables, "grid": grid, "scaling": scaling, "inputs": inputs})

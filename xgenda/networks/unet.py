@@ -90,6 +90,10 @@ class UNet(nn.Module):
         periodic: Periodic = False,
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "channels": channels, "condition_channels": condition_channels, "width": width, "multipliers": multipliers, "position": position,
+            "shape": shape, "periodic": periodic,
+        }  # fmt: skip
         self.stride = 2 ** (len(multipliers) - 1)
         self.periodic = periodic
         embedding = 4 * width

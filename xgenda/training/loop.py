@@ -15,11 +15,16 @@ import xarray as xr
 
 from xgenda.devices import resolve_device
 from xgenda.engine import check_seed
-from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count
+from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag
 from xgenda.models.checkpoints import content_hash
+from xgenda.models.classical import METHODS
+from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
-from xgenda.training.downscalers import train_downscaler
+from xgenda.scaling import CYCLES
+from xgenda.training.classical import train_classical
+from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
 from xgenda.training.optimiser import Effort, Optimiser
+from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import ANCHORS, continue_prior, train_prior
 from xgenda.training.windows import Samples, read_samples
 
@@ -30,16 +35,29 @@ def train(
     ds: xr.Dataset | xr.DataArray,
     *,
     task: str = "prior",
+    target: xr.Dataset | xr.DataArray | None = None,
     factor: int | None = None,
+    method: str = "diffusion",
+    stages: str = "both",
+    statics: xr.Dataset | xr.DataArray | None = None,
+    neighbours: Sequence[int] = (0,),
+    time_features: str = "auto",
+    lead_time: bool = False,
+    conserve: bool | Literal["auto"] = "auto",
+    calibrate: bool = True,
+    mean_condition: bool = True,
+    tile: int | tuple[int, int] | None = None,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "none",
     transform: str | Mapping[str, str] = "none",
     offset: float | Mapping[str, float] = 1e-3,
+    bounds: Mapping[str, Sequence[float | None]] | None = None,
     anchor: str | None = "auto",
     window: int = 1,
     periodic: bool | Literal["both"] | None = None,
     width: int = 16,
+    architecture: str = "unet",
     epochs: int | None = None,
     steps: int | None = None,
     time_budget: str | float | None = None,
@@ -64,12 +82,39 @@ def train(
     Parameters
     ----------
     ds
-        Training fields along ``time`` or ``member``, at least 20, without NaN. Read into memory.
+        Training fields along ``time`` or ``member``, at least 20, without NaN. Read into memory. For 'downscale' the coarse fields, or
+        without `target` the fine ones.
     task
-        'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind their own block means, for
-        `downscale`: a regression of the mean and a diffusion of the residual.
+        'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind coarse ones, for `downscale`.
+    target
+        For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`.
     factor
-        For 'downscale': cells per coarse cell along each axis.
+        For 'downscale' without `target`: the fine fields are those of `ds`, the coarse ones their means over blocks of so many cells along
+        each axis.
+    method
+        For 'downscale': 'diffusion', or a classical method to compare with: 'bilinear' (interpolation of coarse anomalies), 'bcsd'
+        (quantile mapping and spatial disaggregation) or 'ridge' (regression on all coarse fields), each with its own past errors as members.
+    stages
+        For 'downscale': 'both', a linear mean chosen by cross-validation, a network that regresses what it leaves, and a diffusion
+        of the residual; 'residual', without the network for the mean; 'single', diffusion of the fine fields themselves.
+    statics
+        For 'downscale': fields on the fine grid that never change, such as orography and land-sea mask. Stored with the model.
+    neighbours
+        For 'downscale': which times the model sees, in steps of the times of `ds`, such as (-1, 0, 1).
+    time_features
+        For 'downscale': harmonics that the networks see: 'none', 'dayofyear', 'hour', 'dayofyear+hour', or 'auto', those that the times of
+        the training go through.
+    lead_time
+        For 'downscale': whether the networks see the lead time of forecasts, a coordinate of `ds` with standard_name ``forecast_period``.
+    conserve
+        For 'downscale': whether every member keeps the coarse values as means of its blocks. 'auto': where they are these in training.
+    calibrate
+        For 'downscale': whether the spread of the members is corrected by scale, on the validation block. Stored with the model.
+    mean_condition
+        For 'downscale': whether the diffusion sees the mean.
+    tile
+        For 'downscale': rows and columns of the random parts of the fine grid that networks are trained on, for grids that are too large;
+        `downscale` then samples in such tiles. Without an anchor.
     start
         Model, name or path to go on from (task 'prior'): its scaling, anchor and network are kept, and trained on `ds`.
     variables
@@ -77,8 +122,10 @@ def train(
     climatology
         Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'.
     transform, offset
-        For 'prior': 'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
-        such as ``transform={"precipitation": "log"}``.
+        'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
+        such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero.
+    bounds
+        Lowest and highest value per variable, which results keep to, None for none: ``bounds={"relative_humidity": (0, 100)}``.
     anchor
         The network corrects the exact denoiser of a Gaussian, fitted and cross-validated: 'eof' (EOFs plus a residual), 'localized' (a
         sample covariance under a taper; for small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the
@@ -90,7 +137,10 @@ def train(
     periodic
         Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
     width
-        Channels of the U-Net at full resolution.
+        Channels of the network at full resolution.
+    architecture
+        For 'downscale': 'unet', small and fast, for any grid; 'songunet', the network of the published models, for grids whose rows and
+        columns are multiples of 4.
     epochs, steps, time_budget
         How long: passes over the data, optimiser steps, or a time such as '10min' (or seconds), for each of the networks of
         the task together; the first that is reached. By default 60 epochs.
@@ -147,6 +197,25 @@ def train(
         )
     if window > 1 and task != "prior":
         raise OptionError(f"window={window} belongs to task='prior'.")
+    own = {
+        "target": (target, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
+        "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
+        "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
+        "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
+    }  # fmt: skip
+    if task == "prior":
+        for argument, (given, default) in own.items():
+            if given is not default and (argument in ("target", "statics") or given != default):
+                shown = "..." if argument in ("target", "statics") else repr(given)
+                raise OptionError(f"{argument}={shown} belongs to task='downscale'; pass it too: task='downscale'")
+    check_choice("method", method, ("diffusion", *METHODS))
+    check_choice("stages", stages, STAGES)
+    check_choice("architecture", architecture, ARCHITECTURES)
+    check_choice("time_features", time_features, ("auto", *CYCLES))
+    for argument, flag in (("lead_time", lead_time), ("calibrate", calibrate), ("mean_condition", mean_condition)):
+        check_flag(argument, flag)
+    if conserve != "auto":
+        check_flag("conserve", conserve)
     for argument, number in (("width", width), ("batch_size", batch_size)):
         check_count(argument, number)
     if width % 8:
@@ -171,49 +240,66 @@ def train(
             )
         if Path(out).exists() and not overwrite:
             raise OutputExistsError(f"out={str(out)!r} exists. Choose another name, or pass overwrite=True.")
-    if task == "downscale" and factor is None:
-        raise OptionError("factor is missing: for task='downscale' give the cells per coarse cell, for example factor=4.")
-    if task == "prior" and factor is not None:
-        raise OptionError(f"factor={factor} belongs to task='downscale'.")
-    samples = read_samples(ds, [variables] if isinstance(variables, str) else variables)
+    chosen = [variables] if isinstance(variables, str) else variables
+    if task == "downscale":
+        if start is not None:
+            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
+        if target is None and factor is not None:
+            check_count("factor", factor, 2)
+        pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
+    else:
+        samples = read_samples(ds, chosen)
     optimiser = Optimiser(
         effort, batch_size, learning_rate, ema, seed, torch_device, progress, DTYPES[check_choice("dtype", dtype, DTYPES)]
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
-        model = _trained(
-            task, samples, start, optimiser, factor=factor, climatology=climatology, transform=transform, offset=offset, anchor=anchor,
-            window=window, periodic=periodic, width=width, name=name, licence=licence,
-        )  # fmt: skip
+        if task == "prior":
+            model: GenerativeModel = _trained_prior(
+                samples, start, optimiser, climatology=climatology, transform=transform, offset=offset, bounds=bounds, anchor=anchor,
+                window=window, periodic=periodic, width=width, name=name, licence=licence,
+            )  # fmt: skip
+        else:
+            recipe = Recipe(
+                climatology, transform, offset, bounds, None if tile is not None and anchor == "auto" else anchor, periodic, width,
+                architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
+            )  # fmt: skip
+            model = (
+                train_downscaler(pairs, recipe, optimiser, name, licence)
+                if method == "diffusion"
+                else train_classical(pairs, method, recipe, name, licence)
+            )
     model.sha256 = content_hash(model)
     if out is not None:
         model.save(out, overwrite=overwrite)
     return model
 
 
-def _trained(
-    task: str, samples: Samples, start: GenerativeModel | str | os.PathLike[str] | None, optimiser: Optimiser, *, factor: int | None,
-    climatology: str, transform: str | Mapping[str, str], offset: float | Mapping[str, float], anchor: str | None, window: int,
-    periodic: bool | Literal["both"] | None, width: int, name: str | None, licence: str,
+def _tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return rows and columns of a tile."""
+    if tile is None:
+        return None
+    pair = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    if len(pair) != 2 or any(check_count("tile", n) % 4 for n in pair):
+        raise OptionError(f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64.")
+    return int(pair[0]), int(pair[1])
+
+
+def _trained_prior(
+    samples: Samples, start: GenerativeModel | str | os.PathLike[str] | None, optimiser: Optimiser, *, climatology: str,
+    transform: str | Mapping[str, str], offset: float | Mapping[str, float], bounds: Mapping[str, Sequence[float | None]] | None,
+    anchor: str | None, window: int, periodic: bool | Literal["both"] | None, width: int, name: str | None, licence: str,
 ) -> GenerativeModel:  # fmt: skip
-    if task == "downscale":
-        if transform != "none":
-            raise OptionError(f"transform={transform!r} belongs to task='prior': a block mean of logarithms is none of values.")
-        if start is not None:
-            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
-        return train_downscaler(
-            samples, check_count("factor", factor, 2), climatology, anchor, periodic, width, optimiser, name, licence
-        )
     if start is not None:
         kept = {"window": (window, 1), "width": (width, 16), "anchor": (anchor, "auto"), "climatology": (climatology, "none"),
-                "transform": (transform, "none"), "periodic": (periodic, None)}  # fmt: skip
+                "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None)}  # fmt: skip
         for argument, (found, default) in kept.items():
             if found != default:
                 raise OptionError(
                     f"{argument}={found!r} has no effect with start, whose network and scaling are kept. Leave it out."
                 )
         return continue_prior(samples, start, optimiser, name, licence)
-    return train_prior(samples, climatology, transform, offset, anchor, window, periodic, width, optimiser, name, licence)
+    return train_prior(samples, climatology, transform, offset, bounds, anchor, window, periodic, width, optimiser, name, licence)
 
 
 def parse_time_budget(budget: str | float) -> float:

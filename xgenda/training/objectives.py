@@ -24,12 +24,13 @@ LEVELS = 48
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Input, noise label, condition and target of a network, for a number of samples."""
+    """Input, noise label, condition and target of a network, for a number of samples; of a part of the grid, its first row and column."""
 
     x: Tensor
     label: Tensor
     condition: Tensor | None
     target: Tensor
+    corner: tuple[int, int] | None = None
 
 
 class Denoising:
@@ -52,6 +53,8 @@ class Denoising:
     shifts
         Whether to shift each state around the grid by random cells: where all places are alike (a doubly periodic box), a shifted
         field is as likely as the field.
+    tile
+        Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid.
     """
 
     def __init__(
@@ -64,14 +67,16 @@ class Denoising:
         condition: Tensor | None = None,
         feeds_state: bool = False,
         shifts: bool = False,
+        tile: tuple[int, int] | None = None,
     ) -> None:
-        self.states, self.fold, self.anchors, self.condition = states, fold, anchors, condition
+        self.states, self.fold, self.anchors, self.condition, self.tile = states, fold, anchors, condition, tile
         self.feeds_state, self.shifts = feeds_state, shifts
         self.levels = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), LEVELS, dtype=torch.float64).tolist()
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Draw noise for some samples."""
-        clean = self.states[rows]
+        corner = draw_corner(self.tile, self.states.shape[-2:], generator)
+        clean = cut(self.states, rows, corner, self.tile)
         if self.shifts:
             cells = [torch.randint(n, (len(rows),), generator=generator).tolist() for n in clean.shape[-2:]]
             clean = torch.stack([c.roll((i, j), (-2, -1)) for c, i, j in zip(clean, *cells, strict=True)])
@@ -87,18 +92,38 @@ class Denoising:
             labels.append(math.log(sigma) / 4)
             if state is not None and self.feeds_state:
                 fed.append(state[0])
-        parts = [] if self.condition is None else [self.condition[rows]]
+        parts = [] if self.condition is None else [cut(self.condition, rows, corner, self.tile)]
         parts += [torch.stack(fed)] if fed else []
-        return Batch(torch.stack(inputs), torch.tensor(labels), torch.cat(parts, 1) if parts else None, torch.stack(targets))
+        return Batch(
+            torch.stack(inputs), torch.tensor(labels), torch.cat(parts, 1) if parts else None, torch.stack(targets), corner
+        )
 
 
 class Regression:
     """Regression of a target on a condition; the network's state input is zero."""
 
-    def __init__(self, condition: Tensor, target: Tensor) -> None:
-        self.condition, self.target = condition, target
+    def __init__(self, condition: Tensor, target: Tensor, tile: tuple[int, int] | None = None) -> None:
+        self.condition, self.target, self.tile = condition, target, tile
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return some samples."""
-        target = self.target[rows]
-        return Batch(torch.zeros_like(target), torch.zeros(len(rows)), self.condition[rows], target)
+        corner = draw_corner(self.tile, self.target.shape[-2:], generator)
+        target = cut(self.target, rows, corner, self.tile)
+        return Batch(
+            torch.zeros_like(target), torch.zeros(len(rows)), cut(self.condition, rows, corner, self.tile), target, corner
+        )
+
+
+def draw_corner(tile: tuple[int, int] | None, plane: Sequence[int], generator: torch.Generator) -> tuple[int, int] | None:
+    """Return the first row and column of a random part of the grid; None for the whole grid."""
+    if tile is None:
+        return None
+    row, column = (int(torch.randint(n - t + 1, (1,), generator=generator)) for n, t in zip(plane, tile, strict=True))
+    return row, column
+
+
+def cut(fields: Tensor, rows: Tensor, corner: tuple[int, int] | None, tile: tuple[int, int] | None) -> Tensor:
+    """Return some samples, of a part of the grid where there is one."""
+    if corner is None or tile is None:
+        return fields[rows]
+    return fields[..., corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]][rows]

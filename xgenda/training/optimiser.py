@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time as clock
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,11 +14,25 @@ from torch import nn
 
 from xgenda.engine import progress_bar
 from xgenda.errors import StateError
+from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.training.objectives import Batch
 
 DEFAULT_EPOCHS = 60
+PATIENCE = 40  # validations without a lower loss, after which training ends
+WARM_UP, HELD = 50, 1000  # steps
 VALIDATION_SAMPLES = 200  # about as many as tell 1 % from nothing; fewer fields are used with several draws of noise
+
+
+def learning_rate_factor(step: int, limit: int | None) -> float:
+    """Return the part of the learning rate at a step: a warm-up, and a cosine to its end, or where that is not known an inverse root.
+
+    A function of the step alone, so that the same steps give the same weights, however long each one takes.
+    """
+    warm = min(1.0, (step + 1) / WARM_UP)
+    if limit is None:
+        return warm / math.sqrt(max(1.0, step / HELD))
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / limit)))
 
 
 class Objective(Protocol):
@@ -39,7 +54,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW with warm-up and cosine decay, averaged weights, and the best weights on the validation block."""
+    """AdamW with warm-up and decay, averaged weights, and the best weights on the validation block."""
 
     effort: Effort
     batch_size: int
@@ -51,7 +66,7 @@ class Optimiser:
     dtype: torch.dtype = torch.float32
 
     def fit(
-        self, network: UNet, objective: Objective, rows: torch.Tensor, held: torch.Tensor, share: float, label: str
+        self, network: UNet | SongUNet, objective: Objective, rows: torch.Tensor, held: torch.Tensor, share: float, label: str
     ) -> dict[str, Any]:
         """Train `network` in place and leave the best averaged weights in it.
 
@@ -83,14 +98,15 @@ class Optimiser:
         best, best_step, step = copy.deepcopy(averaged.state_dict()), 0, 0
         begin = clock.monotonic()
         order: list[torch.Tensor] = []
-        validated, checked = 0, begin
+        validated, checked, waited = 0, begin, 0
 
         def validate() -> None:
-            nonlocal lowest, best, best_step, validated, checked
+            nonlocal lowest, best, best_step, validated, checked, waited
             validated, checked = step, clock.monotonic()
             found = self._validate(averaged, checks)
+            waited += 1
             if found < lowest:
-                lowest, best_step = found, step
+                lowest, best_step, waited = found, step, 0
                 best = {k: v.clone() for k, v in averaged.state_dict().items()}
 
         with progress_bar(limit if seconds is None else round(seconds), self.progress, label) as advance:
@@ -98,7 +114,7 @@ class Optimiser:
             while step < limit:
                 elapsed = clock.monotonic() - begin
                 fraction = step / limit if seconds is None else max(step / limit, elapsed / seconds)
-                if fraction >= 1:
+                if fraction >= 1 or waited >= PATIENCE:
                     break
                 if not order:
                     order = list(rows[torch.randperm(len(rows), generator=generator)].split(self.batch_size))
@@ -109,7 +125,7 @@ class Optimiser:
                         f"The {label} loss is not finite at step {step}. Lower learning_rate (now {self.learning_rate:g})."
                     )
                 for group in optimiser.param_groups:
-                    group["lr"] = self.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, fraction)))
+                    group["lr"] = self.learning_rate * learning_rate_factor(step, None if seconds is not None else limit)
                 optimiser.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -136,7 +152,7 @@ class Optimiser:
         }  # fmt: skip
 
     @torch.no_grad()
-    def _earn(self, network: UNet, batches: list[Batch]) -> tuple[float, float]:
+    def _earn(self, network: UNet | SongUNet, batches: list[Batch]) -> tuple[float, float]:
         """Scale the output of the network by what it is worth on the validation block, and return that weight and the loss.
 
         The loss is quadratic in the weight w of the correction: E |w F - T|^2, least at w = E F T / E F^2. A correction that explains
@@ -153,19 +169,23 @@ class Optimiser:
         network.scale_output(weight)
         return weight, weight**2 * power - 2 * weight * product + target
 
-    def _apply(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def _apply(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
         condition = None if batch.condition is None else batch.condition.to(self.device)
+        position: tuple[torch.Tensor, ...] = ()
+        if batch.corner is not None and (own := network.position_channels()) is not None:
+            (row, column), (ny, nx) = batch.corner, batch.x.shape[-2:]
+            position = (own[None, :, row : row + ny, column : column + nx].expand(len(batch.x), -1, -1, -1),)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found: torch.Tensor = network(batch.x.to(self.device), batch.label.to(self.device), condition)
+            found: torch.Tensor = network(batch.x.to(self.device), batch.label.to(self.device), condition, *position)
         return found.float()
 
-    def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def _loss(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
         found = self._apply(network, batch)
         loss: torch.Tensor = (found - batch.target.to(self.device)).square().mean()
         return loss
 
     @torch.no_grad()
-    def _validate(self, network: nn.Module, batches: list[Batch]) -> float:
+    def _validate(self, network: UNet | SongUNet, batches: list[Batch]) -> float:
         network.eval()
         found = float(np.mean([float(self._loss(network, b)) for b in batches]))
         network.train()

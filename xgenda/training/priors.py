@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from xgenda.training.windows import Samples, blocks, spacing_of, time_order
 
 ANCHORS = ("eof", "localized", "spectral")
 FOLDS = 6
+HELD = FOLDS - 2  # the validation block: late, yet inside the period
 LOCALIZED_LIMIT = 2500  # cells up to which 'auto' tries the localised covariance, whose eigenvectors are a dense matrix
 
 
@@ -36,6 +37,7 @@ def train_prior(
     climatology: str,
     transform: str | Mapping[str, str],
     offset: float | Mapping[str, float],
+    bounds: Mapping[str, Sequence[float | None]] | None,
     anchor: str | None,
     window: int,
     periodic: Any,
@@ -53,6 +55,7 @@ def train_prior(
         cycle=climatology,
         transform=transform,
         offset=offset,
+        bounds=bounds,
         homogeneous=periodic == "both",
         valid=samples.valid,
     )
@@ -224,8 +227,8 @@ def _anchor_of(anomaly: np.ndarray, samples: Samples, choice: Choice) -> Anchor:
 
 
 def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return training rows and the rows of the validation block, the last but one: late, yet inside the period."""
-    held = fold == FOLDS - 2
+    """Return training rows and the rows of the validation block."""
+    held = fold == HELD
     return torch.as_tensor(np.flatnonzero(~held)), torch.as_tensor(np.flatnonzero(held))
 
 

@@ -38,7 +38,9 @@ class Samples:
         return f"{str(first)[:10]} to {str(last)[:10]}"
 
 
-def read_samples(ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None = None) -> Samples:
+def read_samples(
+    ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None = None, argument: str = "ds", fewest: int = FEWEST
+) -> Samples:
     """Read training fields into memory and check them.
 
     Raises
@@ -48,25 +50,25 @@ def read_samples(ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None 
     StateError
         If the fields hold NaN or fill values, or are too few.
     """
-    ds = metadata.as_dataset(ds)
+    ds = metadata.as_dataset(ds, argument)
     for name in variables or ():
-        metadata.match_variable(ds, name, None)
+        metadata.match_variable(ds, name, None, argument)
     mappings = [str(n) for n, v in ds.data_vars.items() if "grid_mapping_name" in v.attrs]
-    state = states.enter(ds if variables is None else ds[[*variables, *mappings]])
+    state = states.enter(ds if variables is None else ds[[*variables, *mappings]], argument)
     names = metadata.data_variables(state.ds, state.layout)
     if not names:
-        raise OptionError(f"ds has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
+        raise OptionError(f"{argument} has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
     if isinstance(state.grid, PointSet):
         raise GridError(
-            f"ds holds {state.grid.describe()}; the network needs rows and columns. Put them on a grid first: ds.genda.regrid(target), or "
-            f"use xgenda.gaussian_prior(ds)"
+            f"{argument} holds {state.grid.describe()}; the network needs rows and columns. Put them on a grid first: "
+            f"{argument}.genda.regrid(grid), or use xgenda.gaussian_prior({argument})"
         )
-    metadata.check_dims(state.ds, names, state.layout)
-    dimension, values, time, valid = read_sample(state, names)
-    if len(values) < FEWEST:
+    metadata.check_dims(state.ds, names, state.layout, argument)
+    dimension, values, time, valid = read_sample(state, names, argument)
+    if len(values) < fewest:
         raise StateError(
-            f"ds has {len(values)} fields along {dimension!r}; training needs at least {FEWEST}. With so few, a Gaussian prior is the "
-            f"better model: xgenda.gaussian_prior(ds)"
+            f"{argument} has {len(values)} fields along {dimension!r}; at least {fewest} are needed. With so few, a Gaussian prior is the "
+            f"better model: xgenda.gaussian_prior({argument})"
         )
     specs = tuple(VariableSpec(n, **states.described(state.ds, n)) for n in names)
     return Samples(values, time, state.grid, specs, dimension, valid)

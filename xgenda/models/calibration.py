@@ -1,0 +1,91 @@
+"""Spread of an ensemble, corrected by scale: what it is short of, or has too much of, on withheld times."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LIMITS = (0.5, 2.0)  # of a factor; what needs more is another model
+REACH = 3.0  # standard deviations of a filter
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Factors of the parts of a residual by scale: a smooth part, what a narrower filter adds to it, and what that leaves.
+
+    Parameters
+    ----------
+    widths
+        Standard deviations of the Gaussian filters in cells, widest first.
+    factors
+        Per channel, from the smooth part to the finest: one more than there are widths.
+    """
+
+    widths: tuple[float, ...]
+    factors: tuple[tuple[float, ...], ...]
+
+    @property
+    def reach(self) -> int:
+        """Cells from which a value depends on others."""
+        return max((_radius(w) for w in self.widths), default=0)
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """Return residuals (..., channels, rows, columns) with their parts multiplied."""
+        factors = torch.tensor(self.factors, dtype=residual.dtype)
+        parts = bands(residual, self.widths)
+        return sum((part * factors[:, b, None, None] for b, part in enumerate(parts)), torch.zeros_like(residual))
+
+
+def bands(fields: Tensor, widths: tuple[float, ...]) -> list[Tensor]:
+    """Return the parts of fields (..., rows, columns) by scale, smoothest first; they add up to the fields."""
+    smooth = [smoothed(fields, w) for w in widths] + [fields]
+    return [smooth[0], *(b - a for a, b in itertools.pairwise(smooth))]
+
+
+def smoothed(fields: Tensor, width: float) -> Tensor:
+    """Return fields under a Gaussian filter with a standard deviation of `width` cells, renormalised at the edges."""
+    radius = _radius(width)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=fields.dtype) / width) ** 2)
+    flat = fields.reshape(-1, 1, *fields.shape[-2:])
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        k = kernel.reshape(shape)
+        padding = (radius, 0) if shape[2] == -1 else (0, radius)
+        norm = functional.conv2d(torch.ones_like(flat[:1]), k, padding=padding)
+        flat = functional.conv2d(flat, k, padding=padding) / norm
+    return flat.reshape(fields.shape)
+
+
+def _radius(width: float) -> int:
+    return math.ceil(REACH * width)
+
+
+def fit_calibration(error: Tensor, members: Tensor, widths: tuple[float, ...]) -> Calibration:
+    r"""Return the factors that make spread and error agree on withheld times, per channel and scale.
+
+    With t what the mean leaves of the truth, r the residuals of M members, and a the factor, the error of the ensemble mean is to be the
+    spread: E (t - a mean(r))^2 = a^2 (M + 1) / M E var(r), a quadratic equation for a.
+
+    Parameters
+    ----------
+    error
+        Truth minus mean, shape (n, channels, rows, columns).
+    members
+        Residuals, shape (n, M, channels, rows, columns).
+    widths
+        See `Calibration`.
+    """
+    count = members.shape[1]
+    truth, drawn = bands(error, widths), bands(members, widths)
+    factors = torch.ones(error.shape[1], len(widths) + 1, dtype=torch.float64)
+    for b, (t, r) in enumerate(zip(truth, drawn, strict=True)):
+        mean, over = r.mean(1), (0, 2, 3)
+        variance = r.var(1).mean(over) * (count + 1) / count
+        a, half, c = variance - mean.square().mean(over), (t * mean).mean(over), t.square().mean(over)
+        root = (-half + (half**2 + a * c).clamp(min=0).sqrt()) / a
+        factors[:, b] = torch.where((a > 0) & root.isfinite(), root, 1.0).clamp(*LIMITS)
+    return Calibration(widths, tuple(tuple(row) for row in factors.tolist()))

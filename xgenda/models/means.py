@@ -1,0 +1,307 @@
+r"""The classical mean of a downscaler: a linear map from the coarse fields, chosen by cross-validation.
+
+Four kinds, each one more general than the one before, because a sample is often too small for the better ones:
+
+- ``interpolation``: the matching coarse anomaly, interpolated;
+- ``local``: each fine cell regressed on all coarse fields interpolated to it;
+- ``ridge``: what interpolation leaves, regressed on all coarse fields everywhere;
+- ``covariance``: the conditional mean S B^T (B S B^T)^-1 c of a Gaussian with localised sample covariance S, given block means c = B x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xgenda.diffusion.covariances import DENSE_LIMIT
+from xgenda.grids import Grid
+from xgenda.models.blocks import Blocks
+from xgenda.models.fitting import kernel_on
+
+KINDS = ("interpolation", "local", "ridge", "covariance")
+PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-1.0, 4.1, 0.5))
+LOCAL_PENALTIES = (1.0, 10.0, 100.0)
+RADII_KM = (500.0, 1000.0, 1500.0, 2000.0, 3000.0, 4000.0, 6000.0, 10000.0)
+NUGGET = 1e-6
+LARGEST = 50_000_000  # numbers in a map from everywhere to everywhere
+RANK = 256
+PROBES = 20_000  # fine cells that choose the penalty
+
+Place = tuple[np.ndarray, np.ndarray]  # rows and columns of a window of the fine grid
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMean:
+    """offset + slope . (coarse fields interpolated) + up (down (coarse fields everywhere)), all standardised.
+
+    Parameters
+    ----------
+    shape
+        Channels, rows and columns of the fine fields.
+    slope
+        Shape (channels, inputs, rows or 1, columns or 1), or None.
+    offset
+        Shape (channels, rows, columns), or None.
+    up, down
+        Shapes (channels, rows, columns, k) and (k, inputs * coarse cells), or None.
+    """
+
+    shape: tuple[int, int, int]
+    slope: Tensor | None = None
+    offset: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the mean is zero whatever the input."""
+        return self.slope is None and self.offset is None and self.up is None
+
+    def at(self, coarse: Tensor, interpolated: Tensor, place: Place) -> Tensor:
+        """Return the mean in a window, shape (t, channels, rows, columns), float64.
+
+        Parameters
+        ----------
+        coarse
+            Standardised, shape (t, inputs, coarse cells).
+        interpolated
+            The same on the window, shape (t, inputs, rows, columns).
+        """
+        rows, columns = (torch.as_tensor(p) for p in place)
+        out = torch.zeros(len(coarse), self.shape[0], len(rows), len(columns), dtype=torch.float64)
+
+        def cut(array: Tensor) -> Tensor:
+            if array.shape[-2] > 1:
+                array = array.index_select(-2, rows)
+            return array.index_select(-1, columns) if array.shape[-1] > 1 else array
+
+        if self.slope is not None:
+            slope = cut(self.slope).double()
+            for k in range(slope.shape[1]):  # one input after the other: their product would not fit for many
+                out += slope[:, k] * interpolated[:, k, None].double()
+        if self.offset is not None:
+            out += cut(self.offset)
+        if self.up is not None:
+            flat = coarse.flatten(1).double()
+            flat = flat if self.down is None else flat @ self.down.T.double()
+            up = self.up.index_select(1, rows).index_select(2, columns)
+            out += torch.einsum("cyxk,tk->tcyx", up.double(), flat)
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what there is to store."""
+        parts = {"slope": self.slope, "offset": self.offset, "up": self.up, "down": self.down}
+        return {f"mean.{k}": v.float() for k, v in parts.items() if v is not None}
+
+    @classmethod
+    def from_tensors(cls, shape: tuple[int, int, int], tensors: dict[str, Tensor]) -> LinearMean:
+        """Rebuild the mean, taking its tensors out of the mapping."""
+        parts = {k: tensors.pop(f"mean.{k}", None) for k in ("slope", "offset", "up", "down")}
+        return cls(shape, **parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Standardised training pairs, as `fit_mean` takes them.
+
+    Attributes
+    ----------
+    coarse
+        Shape (n, inputs, coarse cells), float64.
+    interpolated
+        Shape (n, inputs, rows, columns), float32.
+    fine
+        Shape (n, channels, rows, columns), float64.
+    fold
+        Block of each pair, shape (n,).
+    matched
+        For each channel the input that is the same variable at the same time, and the ratio of their standard deviations; None where
+        there is none, or one of them is a logarithm.
+    blocks, grid
+        Where the coarse cells are blocks of fine ones.
+    """
+
+    coarse: Tensor
+    interpolated: Tensor
+    fine: Tensor
+    fold: np.ndarray
+    matched: Sequence[tuple[int, float] | None]
+    blocks: Blocks | None = None
+    grid: Grid | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows, columns."""
+        c, ny, nx = self.fine.shape[1:]
+        return c, ny, nx
+
+    def without(self, k: int) -> np.ndarray:
+        """Return which pairs are in other blocks."""
+        return np.asarray(self.fold != k)
+
+    def less(self, k: int) -> Pairs:
+        """Return the pairs of the other blocks, which are numbered anew."""
+        rows = self.without(k)
+        fold = np.unique(self.fold[rows], return_inverse=True)[1]
+        chosen = {n: getattr(self, n)[torch.as_tensor(rows)] for n in ("coarse", "interpolated", "fine")}
+        return dataclasses.replace(self, fold=fold, **chosen)
+
+
+def fit_mean(pairs: Pairs, kinds: Sequence[str] = KINDS) -> tuple[LinearMean, Tensor, str, str]:
+    """Return the mean that predicts withheld blocks best, its predictions of each pair by a fit without its block, its kind, and a note.
+
+    Parameters
+    ----------
+    kinds
+        Which to choose from; those that do not apply, or are too large, are left out.
+    """
+    best: tuple[float, LinearMean, Tensor, str, str] | None = None
+    for kind in kinds:
+        for mean, crossed, note in _FITS[kind](pairs):
+            loss = float((crossed - pairs.fine).square().mean())
+            if best is None or loss < best[0]:
+                best = loss, mean, crossed, kind, note
+    nothing = torch.zeros_like(pairs.fine)
+    if best is None or best[0] >= float(pairs.fine.square().mean()):
+        return LinearMean(pairs.shape), nothing, "none", "none: no linear map predicts withheld blocks better than the climate"
+    return best[1:]
+
+
+Fit = tuple[LinearMean, Tensor, str]
+
+
+def interpolated_mean(pairs: Pairs) -> LinearMean | None:
+    """Return interpolation of the matching anomalies; None where no channel has one."""
+    if all(m is None for m in pairs.matched):
+        return None
+    slope = torch.zeros(pairs.shape[0], pairs.coarse.shape[1], 1, 1, dtype=torch.float64)
+    for c, match in enumerate(pairs.matched):
+        if match is not None:
+            slope[c, match[0]] = match[1]
+    return LinearMean(pairs.shape, slope)
+
+
+def everywhere(pairs: Pairs) -> Place:
+    """Return the whole fine grid as a window."""
+    return np.arange(pairs.shape[1]), np.arange(pairs.shape[2])
+
+
+def _interpolation(pairs: Pairs) -> list[Fit]:
+    mean = interpolated_mean(pairs)
+    if mean is None:
+        return []
+    return [(mean, mean.at(pairs.coarse, pairs.interpolated, everywhere(pairs)), "interpolation")]
+
+
+def _local(pairs: Pairs) -> list[Fit]:
+    """Regress each fine cell on all inputs at the cell, with a penalty on what differs from nothing."""
+    out: list[Fit] = []
+    for penalty in LOCAL_PENALTIES:
+        crossed = torch.zeros_like(pairs.fine)
+        for k in range(int(pairs.fold.max()) + 1):
+            test = torch.as_tensor(~pairs.without(k))
+            mean = _local_fit(pairs, ~test, penalty)
+            crossed[test] = mean.at(pairs.coarse[test], pairs.interpolated[test], everywhere(pairs))
+        out.append(
+            (
+                _local_fit(pairs, torch.ones(len(pairs.fold), dtype=torch.bool), penalty),
+                crossed,
+                f"local regression, penalty {penalty:g}",
+            )
+        )
+    return out
+
+
+def _local_fit(pairs: Pairs, rows: Tensor, penalty: float) -> LinearMean:
+    channels, ny, nx = pairs.shape
+    slope = torch.empty(channels, pairs.coarse.shape[1], ny, nx, dtype=torch.float64)
+    for j in range(ny):  # row by row: the normal equations of all cells at once would not fit for many inputs
+        x = pairs.interpolated[rows, :, j].double().permute(2, 0, 1)  # cells, n, inputs
+        y = pairs.fine[rows, :, j].permute(2, 0, 1)
+        inner = x.transpose(1, 2) @ x + penalty * torch.eye(x.shape[2], dtype=torch.float64)
+        slope[:, :, j] = torch.linalg.solve(inner, x.transpose(1, 2) @ y).permute(2, 1, 0)
+    return LinearMean(pairs.shape, slope)
+
+
+def _ridge(pairs: Pairs) -> list[Fit]:
+    """Regress what interpolation leaves on all coarse fields, by the singular vectors of the inputs."""
+    x, cells = pairs.coarse.flatten(1), int(np.prod(pairs.shape))
+    rank = min(len(x), x.shape[1], RANK)
+    if cells * rank > LARGEST:
+        return []
+    base = interpolated_mean(pairs)
+    left = pairs.fine if base is None else pairs.fine - base.at(pairs.coarse, pairs.interpolated, everywhere(pairs))
+    y = left.flatten(1)
+    chosen = torch.as_tensor(np.random.default_rng(0).choice(cells, min(PROBES, cells), replace=False))
+    folds = [torch.as_tensor(pairs.without(k)) for k in range(int(pairs.fold.max()) + 1)]
+    vectors = [_singular(x[inside], rank) for inside in folds]
+    loss = dict.fromkeys(PENALTIES, 0.0)
+    for inside, (u, s, v) in zip(folds, vectors, strict=True):
+        seen, probe, test = u.T @ y[inside][:, chosen], x[~inside] @ v, y[~inside][:, chosen]
+        for penalty in PENALTIES:
+            loss[penalty] += float((probe @ ((s / (s**2 + penalty))[:, None] * seen) - test).square().sum())
+    best = min(PENALTIES, key=lambda p: loss[p])
+    crossed = pairs.fine - left
+    for inside, (u, s, v) in zip(folds, vectors, strict=True):
+        crossed[~inside] += ((x[~inside] @ v) @ ((s / (s**2 + best))[:, None] * (u.T @ y[inside]))).reshape(-1, *pairs.shape)
+    u, s, v = _singular(x, rank)
+    up = ((s / (s**2 + best))[:, None] * (u.T @ y)).T.reshape(*pairs.shape, -1)
+    mean = LinearMean(pairs.shape, None if base is None else base.slope, None, up.contiguous(), v.T.contiguous())
+    return [(mean, crossed, f"ridge regression, penalty {best:g}")]
+
+
+def _singular(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    return u[:, :rank], s[:rank], vt[:rank].T
+
+
+def _covariance(pairs: Pairs) -> list[Fit]:
+    """Condition a Gaussian with a localised sample covariance on block means; the radius predicts withheld blocks best."""
+    channels, ny, nx = pairs.shape
+    if pairs.blocks is None or pairs.grid is None or channels * ny * nx > DENSE_LIMIT:
+        return []
+    if any(m is None for m in pairs.matched) or pairs.coarse.shape[1] != channels:
+        return []
+    means = torch.block_diag(*[pairs.blocks.matrix()] * channels)
+    ratio = torch.tensor([m[1] for m in pairs.matched if m is not None], dtype=torch.float64)
+    order = [m[0] for m in pairs.matched if m is not None]
+    cells = torch.arange(pairs.grid.size)
+    values = pairs.fine.flatten(1)
+    given = (pairs.coarse[:, order] * ratio[:, None]).flatten(1)
+    kernels = {
+        r: kernel_on(pairs.grid, "gaspari-cohn", r * 1e3).correlation(cells, cells).repeat(channels, channels) for r in RADII_KM
+    }
+    loss = dict.fromkeys(RADII_KM, 0.0)
+    crossed = {r: torch.zeros_like(values) for r in RADII_KM}
+    for k in range(int(pairs.fold.max()) + 1):
+        inside = torch.as_tensor(pairs.without(k))
+        anomaly = values[inside] - values[inside].mean(0)
+        sample = anomaly.T @ anomaly / (len(anomaly) - 1)
+        for radius, taper in kernels.items():
+            crossed[radius][~inside] = given[~inside] @ _map_of(sample * taper, means).T
+            loss[radius] += float((crossed[radius][~inside] - values[~inside]).square().sum())
+    best = min(loss, key=lambda r: loss[r])
+    anomaly = values - values.mean(0)
+    matrix = _map_of(anomaly.T @ anomaly / (len(anomaly) - 1) * kernels[best], means)
+    matrix = matrix * ratio.repeat_interleave(means.shape[0] // channels)
+    placed = torch.empty_like(matrix).reshape(-1, channels, means.shape[0] // channels)
+    placed[:, order] = matrix.reshape(placed.shape)
+    mean = LinearMean(pairs.shape, up=placed.reshape(*pairs.shape, -1))
+    return [(mean, crossed[best].reshape(pairs.fine.shape), f"localised covariance, radius {best:g} km")]
+
+
+def _map_of(covariance: Tensor, means: Tensor) -> Tensor:
+    """Return S B^T (B S B^T)^-1."""
+    cross = covariance @ means.T
+    inner = means @ cross
+    inner = inner + NUGGET * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
+    found: Tensor = torch.linalg.solve(inner, cross.T)
+    return found.T
+
+
+_FITS = {"interpolation": _interpolation, "local": _local, "ridge": _ridge, "covariance": _covariance}
