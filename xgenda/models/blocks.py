@@ -55,7 +55,7 @@ class Blocks:
         """Return the fields with these block means, by adding a number to each block."""
         return fields + self._spread(means - self.mean(fields))
 
-    def scaled(self, fields: Tensor, means: Tensor, low: Tensor) -> Tensor:
+    def scaled(self, fields: Tensor, means: Tensor, low: float) -> Tensor:
         """Return the fields with these block means, by scaling what is above `low` in each block.
 
         Values stay above `low`. A block that has none of it gets its mean everywhere.
@@ -71,7 +71,7 @@ class Blocks:
         parts = []
         for c, (low, _) in enumerate(bounds):
             one = fields[..., c, :, :], means[..., c, :, :]
-            parts.append(self.added(*one) if low == -np.inf else self.scaled(*one, torch.as_tensor(low).to(fields)))
+            parts.append(self.added(*one) if low == -np.inf else self.scaled(*one, low))
         return torch.stack(parts, -3)
 
     def matrix(self) -> Tensor:

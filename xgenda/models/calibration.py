@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 LIMITS = (0.5, 2.0)  # of a factor; what needs more is another model
+ROUNDS = 4
 REACH = 3.0  # standard deviations of a filter
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors of the parts of a residual by scale: a smooth part, what a narrower filter adds to it, and what that leaves.
+    """Factors of the parts of deviations by scale: a smooth part, what a narrower filter adds to it, and what that leaves.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ class Calibration:
         return max((_radius(w) for w in self.widths), default=0)
 
     def __call__(self, residual: Tensor) -> Tensor:
-        """Return residuals (..., channels, rows, columns) with their parts multiplied."""
+        """Return deviations (..., channels, rows, columns) with their parts multiplied."""
         factors = torch.tensor(self.factors, dtype=residual.dtype)
         parts = bands(residual, self.widths)
         return sum((part * factors[:, b, None, None] for b, part in enumerate(parts)), torch.zeros_like(residual))
@@ -67,25 +68,31 @@ def _radius(width: float) -> int:
 def fit_calibration(error: Tensor, members: Tensor, widths: tuple[float, ...]) -> Calibration:
     r"""Return the factors that make spread and error agree on withheld times, per channel and scale.
 
-    With t what the mean leaves of the truth, r the residuals of M members, and a the factor, the error of the ensemble mean is to be the
-    spread: E (t - a mean(r))^2 = a^2 (M + 1) / M E var(r), a quadratic equation for a.
+    With t what the mean leaves of the truth, r the deviations of M members from it, and a the factor, the error of the ensemble mean is to be
+    the spread: E (t - a mean(r))^2 = a^2 (M + 1) / M E var(r), a quadratic equation for a.
 
     Parameters
     ----------
     error
         Truth minus mean, shape (n, channels, rows, columns).
     members
-        Residuals, shape (n, M, channels, rows, columns).
+        Deviations from the mean, shape (n, M, channels, rows, columns).
     widths
         See `Calibration`.
     """
-    count = members.shape[1]
-    truth, drawn = bands(error, widths), bands(members, widths)
+    truth = bands(error, widths)
     factors = torch.ones(error.shape[1], len(widths) + 1, dtype=torch.float64)
-    for b, (t, r) in enumerate(zip(truth, drawn, strict=True)):
-        mean, over = r.mean(1), (0, 2, 3)
-        variance = r.var(1).mean(over) * (count + 1) / count
-        a, half, c = variance - mean.square().mean(over), (t * mean).mean(over), t.square().mean(over)
-        root = (-half + (half**2 + a * c).clamp(min=0).sqrt()) / a
-        factors[:, b] = torch.where((a > 0) & root.isfinite(), root, 1.0).clamp(*LIMITS)
-    return Calibration(widths, tuple(tuple(row) for row in factors.tolist()))
+    for _ in range(ROUNDS):  # the parts are not independent of each other: what one is multiplied by, its neighbours see
+        found = bands(Calibration(widths, tuple(map(tuple, factors.tolist())))(members), widths)
+        for b, (t, r) in enumerate(zip(truth, found, strict=True)):
+            factors[:, b] = (factors[:, b] * _factor(t, r)).clamp(*LIMITS)
+    return Calibration(widths, tuple(map(tuple, factors.tolist())))
+
+
+def _factor(truth: Tensor, members: Tensor) -> Tensor:
+    """Return the factor of one part per channel."""
+    count, mean, over = members.shape[1], members.mean(1), (0, 2, 3)
+    variance = members.var(1).mean(over) * (count + 1) / count
+    a, half, c = variance - mean.square().mean(over), (truth * mean).mean(over), truth.square().mean(over)
+    root = (-half + (half**2 + a * c).clamp(min=0).sqrt()) / a
+    return torch.where((a > 0) & root.isfinite(), root, 1.0)

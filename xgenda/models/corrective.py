@@ -183,35 +183,68 @@ class CorrectiveModel(GenerativeModel):
         count = 1 if request.options.stage == "mean" else len(request.members)
         size = (len(inner[0]), len(inner[1]))
         out = torch.empty(len(request.labels), count, self.spec.channels, *size, dtype=torch.float64)
-        for part, residual in self._sampled(request, outer):
+        for part, residual, centre in self._sampled(request, outer, centred=self.calibration is not None):
             z = part.mean[:, None]
             if residual is not None:
-                z = z + self.unit * (residual if self.calibration is None else self.calibration(residual))
+                z = z + self.unit * residual
+            if self.calibration is not None and residual is not None and centre is not None:
+                z = z + self.unit * (self.calibration(residual - centre) - (residual - centre))
             out[part.rows] = part.physical(z)[..., trim[0], trim[1]]
         return out.flatten(-2)
 
-    def residuals(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Return the standardised mean (t, channels, rows, columns), and what members add to it before any calibration, (t, members, ...)."""
-        found = [(p.mean, r) for p, r in self._sampled(request, self.features.everywhere()) if r is not None]
-        return torch.cat([m for m, _ in found]), self.unit * torch.cat([r for _, r in found])
+    def deviations(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return what `Calibration` multiplies, standardised: members' deviations (t, members, channels, rows, columns) from their mean.
 
-    def _sampled(self, request: Request, outer: Place) -> Iterator[tuple[_Part, Tensor | None]]:
-        """Yield some times after the other: what their samples share, and the residuals of all members in their unit."""
+        Returns
+        -------
+        Tensor, Tensor
+            The mean, (t, channels, rows, columns): that of the first stage, and of the residual as the denoiser has it at its highest
+            noise level, where it knows nothing but the condition. And the deviations from it before any calibration.
+        """
+        means, found = [], []
+        for part, residual, centre in self._sampled(request, self.features.everywhere(), centred=True):
+            assert residual is not None
+            assert centre is not None
+            means.append(part.mean + self.unit * centre[:, 0])
+            found.append(self.unit * (residual - centre))
+        return torch.cat(means), torch.cat(found)
+
+    def _sampled(self, request: Request, outer: Place, centred: bool) -> Iterator[tuple[_Part, Tensor | None, Tensor | None]]:
+        """Yield some times after the other: what their samples share, the residuals of all members in their unit, and their mean."""
         options, members = request.options, len(request.members)
         assert options.batch_size is not None
-        times, together = len(request.labels), max(1, options.batch_size // members)
+        networks: dict[int | None, tuple[nn.Module | None, EDMDenoiser | None]] = {}
         with torch.no_grad():
-            regression = None if self.regression is None else self._placed(self.regression, outer, options, request.device)
-            denoiser = None if options.stage == "mean" else self._denoiser(outer, options, request.device)
-            for start in range(0, times, together):
-                part = _Part(self, request, list(range(start, min(start + together, times))), outer, regression)
+            for rows, lead in self._groups(request, max(1, options.batch_size // members)):
+                if lead not in networks:
+                    networks[lead] = (
+                        None if self.regression is None else self._placed(self.regression, outer, request, lead),
+                        None if options.stage == "mean" else self._denoiser(outer, request, lead),
+                    )
+                regression, denoiser = networks[lead]
+                part = _Part(self, request, rows, outer, regression)
                 if denoiser is None:
                     request.advance(len(part.rows))
-                    yield part, None
+                    yield part, None, None
                     continue
                 shape = (self.spec.channels, len(outer[0]), len(outer[1]))
                 drawn = self._residuals(request, part, denoiser, shape, outer)
-                yield part, drawn.reshape(len(part.rows), members, *shape)
+                centre = None
+                if centred:
+                    nothing = torch.zeros(len(part.rows), *shape, dtype=torch.float64, device=request.device)
+                    found = denoiser(nothing, self.sigma_max, part.condition.to(request.device)).cpu()
+                    centre = part.conserving(found, list(range(len(part.rows))))[:, None]
+                yield part, drawn.reshape(len(part.rows), members, *shape), centre
+
+    def _groups(self, request: Request, size: int) -> Iterator[tuple[list[int], int | None]]:
+        """Yield some times after the other, and the number of their lead time where networks know such numbers."""
+        leads: list[int | None] = [None] * len(request.labels)
+        if self.spec.options.get("lead_index"):
+            assert request.planes is not None
+            leads = [round(float(p)) for p in request.planes[:, -1]]
+        for lead in dict.fromkeys(leads):
+            rows = [i for i, found in enumerate(leads) if found == lead]
+            yield from ((rows[start : start + size], lead) for start in range(0, len(rows), size))
 
     def _residuals(self, request: Request, part: _Part, denoiser: EDMDenoiser, shape: tuple[int, ...], outer: Place) -> Tensor:
         options = request.options
@@ -234,25 +267,26 @@ class CorrectiveModel(GenerativeModel):
 
         return in_batches(sample, [(t, m) for t in range(len(part.rows)) for m in request.members], options.batch_size)
 
-    def _denoiser(self, place: Place, options: SamplingOptions, device: torch.device) -> EDMDenoiser:
-        own, network = self.denoiser, self._placed(self.denoiser.network, place, options, device)
-        return EDMDenoiser(network, own.anchor, own.feeds_state, own.sigma_range, own.sigma_data, own.scale_condition).to(device)
+    def _denoiser(self, place: Place, request: Request, lead: int | None) -> EDMDenoiser:
+        own, network = self.denoiser, self._placed(self.denoiser.network, place, request, lead)
+        found = EDMDenoiser(network, own.anchor, own.feeds_state, own.sigma_range, own.sigma_data, own.scale_condition)
+        return found.to(request.device)
 
-    def _placed(self, network: nn.Module, place: Place, options: SamplingOptions, device: torch.device) -> nn.Module:
-        """Return a network on a window of the grid, in tiles where asked for."""
-        size = (len(place[0]), len(place[1]))
+    def _placed(self, network: nn.Module, place: Place, request: Request, lead: int | None) -> nn.Module:
+        """Return a network at a lead time, on a window of the grid, in tiles where asked for."""
+        options, size = request.options, (len(place[0]), len(place[1]))
         whole = size == self.grid.plane
         tiled = options.tile is not None and (options.tile[0] < size[0] or options.tile[1] < size[1])
         if not whole or tiled:
             network = _without_wrap(network)
-        if not whole:
-            network = OnWindow(network, place)
+        if lead is not None or not whole:
+            network = OnWindow(network, place, lead)
         if tiled:
             assert options.tile is not None
             wraps = whole and bool(self.grid.periodic)
             tiling = Tiling(size, options.tile, options.overlap or (0, 0), periodic=wraps, multiple=self._stride)
             network = TiledNetwork(network, tiling, whole_condition=bool(self.spec.options.get("whole_condition", False)))
-        return network.to(device)
+        return network.to(request.device)
 
     def _windows(self, window: Place | None) -> tuple[Place, Place, tuple[slice, slice]]:
         """Return a window, the window with its halo, and where the first lies in the second."""
@@ -329,7 +363,8 @@ class _Part:
             self.std = self.std[:, here[0][:, None], here[1]]
         coarse = request.standardised[rows]
         interpolated = model.features.interpolated(coarse, place)
-        features = model.features.of(interpolated, request.planes[rows], place)
+        planes = request.planes[rows]
+        features = model.features.of(interpolated, planes[:, :-1] if model.spec.options.get("lead_index") else planes, place)
         self._blocks(request, place)
         mean = model.mean.at(coarse, interpolated, place)
         if regression is not None:
@@ -338,11 +373,11 @@ class _Part:
             if spread.shape[-1] > 1:
                 spread = spread[:, here[0][:, None], here[1]]
             device = request.device
+            state = (
+                mean.new_zeros(1, int(model.spec.options.get("regression_state", shape[0])), *mean.shape[-2:]).float().to(device)
+            )
             # one time after the other: the mean is computed once, and its network may be large
-            found = [
-                regression(torch.zeros_like(mean[:1]).float().to(device), torch.zeros(1, device=device), g[None].to(device)).cpu()
-                for g in given
-            ]
+            found = [regression(state, torch.zeros(1, device=device), g[None].to(device)).cpu() for g in given]
             mean = mean + torch.cat(found).double() * spread
         self.mean = self._kept(mean, list(range(len(rows))))
         self.condition = torch.cat([self.mean.float(), features], 1) if model.mean_condition else features
@@ -387,7 +422,7 @@ class _Part:
             offset, log = scaling.offsets[c], scaling.transforms[c] == "log"
             value = z[:, c] * std + climatology
             value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(min=low)
-            value = self.blocks.scaled(value, means, torch.as_tensor(low).to(z))
+            value = self.blocks.scaled(value, means, low)
             out[:, c] = ((value + offset).log() if log else value) / std - climatology / std
         return out
 
@@ -403,16 +438,16 @@ LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is
 
 
 class OnWindow(nn.Module):
-    """A network on a window of its grid: it gets the positions of the window."""
+    """A network on a window of its grid, and at one of the lead times that it knows: it gets the positions of these."""
 
-    def __init__(self, network: nn.Module, place: Place) -> None:
+    def __init__(self, network: nn.Module, place: Place, lead: int | None = None) -> None:
         super().__init__()
-        self.network, self.stride = network, int(getattr(network, "stride", 1))
+        self.network, self.stride, self.lead = network, int(getattr(network, "stride", 1)), lead
         self.rows, self.columns = (torch.as_tensor(p) for p in place)
 
     def position_channels(self) -> Tensor | None:
         """Return the positions of the window, shape (P, rows, columns), or None."""
-        own: Tensor | None = self.network.position_channels()  # type: ignore[operator]
+        own: Tensor | None = self.network.position_channels(*(() if self.lead is None else (self.lead,)))  # type: ignore[operator]
         return None if own is None else own.index_select(1, self.rows.to(own.device)).index_select(2, self.columns.to(own.device))
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:

@@ -319,7 +319,7 @@ def _arguments(recipe: Recipe, pairs: Pairs) -> Any:
         if recipe.architecture == "unet":
             return found
         return {
-            "architecture": "songunet", "in_channels": channels + condition, "out_channels": channels, "shape": found["shape"],
+            "architecture": "songunet", "in_channels": channels + condition + 2, "out_channels": channels, "shape": found["shape"],
             "width": recipe.width, "multipliers": found["multipliers"], "blocks": 2, "grid": "linear", "grid_channels": 2,
         }  # fmt: skip
 
@@ -412,7 +412,7 @@ def fitted_calibration(model: CorrectiveModel, ready: Prepared, pairs: Pairs, am
         range(CALIBRATION_MEMBERS), 0, model.plan(SamplingOptions(tile="auto")), torch.device("cpu"), lambda _: None,
         standardised=ready.coarse[rows], planes=ready.planes[rows],
     )  # fmt: skip
-    mean, members = model.residuals(request)
+    mean, members = model.deviations(request)
     scale = float(model.spec.factor or _ratio(model))
     return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2))
 
