@@ -148,8 +148,8 @@ def plan_memory(
         As in `TiledNetwork`.
     """
     check_choice("sampler", sampler, _STEPPERS)
-    one = _OneTile(**{f.name: getattr(tiling, f.name) for f in dataclasses.fields(tiling)})
-    one.prepare()
+    one = _First(**{f.name: getattr(tiling, f.name) for f in dataclasses.fields(tiling)})
+    one.keep(-(-batch // samples))
     denoiser = EDMDenoiser(TiledNetwork(network, one, batch, whole_condition))
 
     def sample(start: Tensor, condition: Tensor | None) -> Tensor:
@@ -168,7 +168,7 @@ def plan_memory(
     if isinstance(whole_condition, slice):
         inner += len(range(condition_channels)[whole_condition])
     count = min(batch, samples * len(tiling.places))
-    position = one_position(network, count, tiling.tile)
+    position = _positions(network, count, tiling.tile)
     call, _ = peak_memory(
         network, (count, channels, *tiling.tile), (count,), (count, inner, *tiling.tile) if inner else None, *position
     )
@@ -176,17 +176,17 @@ def plan_memory(
     return MemoryPlan(weights, call, whole + given - weights - call)
 
 
-def one_position(network: nn.Module, count: int, tile: tuple[int, int]) -> list[tuple[int, ...]]:
+def _positions(network: nn.Module, count: int, tile: tuple[int, int]) -> list[tuple[int, ...]]:
     """Return the shape of the positions of some tiles, or nothing for a network without them."""
     get = getattr(network, "position_channels", None)
     own = None if get is None else get()
     return [] if own is None else [(count, len(own), *tile)]
 
 
-class _OneTile(Tiling):
-    """The first tile alone: all network calls take the same memory."""
+class _First(Tiling):
+    """The tiles of the first network call: all calls take the same memory."""
 
-    def prepare(self) -> None:
+    def keep(self, count: int) -> None:
         for axis in self.axes:
             assert axis.segments  # with values, before there are none
-        object.__setattr__(self, "places", self.places[:1])
+        object.__setattr__(self, "places", self.places[:count])

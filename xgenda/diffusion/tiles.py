@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from xgenda.errors import GridError, OptionError, check_count
 
+LEAST = 4  # cells at the deepest level of a network
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -258,6 +260,9 @@ def suggest_tile(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Suggest a tile and an overlap from data: a tile of twice the decorrelation length, an overlap of half of it.
 
+    A network that is trained on tiles has to see at least the decorrelation length (Mardani et al. 2023, arXiv 2309.15214). Larger tiles
+    repeat less work, smaller ones take less memory: see `xgenda.diffusion.memory.plan_memory`.
+
     Parameters
     ----------
     residual
@@ -279,7 +284,7 @@ def suggest_tile(
             overlap.append(0)
             continue
         limit = max(min(most, n) // stride, 1)
-        tile.append(stride * max(1, min(math.ceil(2 * length / stride), limit)))
+        tile.append(stride * min(max(math.ceil(2 * length / stride), LEAST), limit))
         overlap.append(stride * min(math.ceil(length / 2 / stride), tile[-1] // stride // 2))
         if length > tile[-1]:
             warnings.warn(
