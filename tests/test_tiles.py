@@ -142,12 +142,10 @@ def test_positions_of_a_window_of_the_domain() -> None:
     right = Tiling((32, 24), (16, 16), (8, 8))
     own = net.position_channels()
     assert own is not None
-    part = TiledNetwork(UNet(1), right)
-    part.network = net
-    found = part(x[..., 24:], torch.zeros(1), position=own[None, ..., 24:])
+    found = TiledNetwork(net, right)(x[..., 24:], torch.zeros(1), position=own[None, ..., 24:])
     torch.testing.assert_close(found[..., 8:], whole[..., 32:], atol=1e-6, rtol=1e-6)
     with pytest.raises(GridError, match=r"knows the places of \(32, 48\) cells, and the domain has \(32, 24\)"):
-        TiledNetwork(net, right)
+        TiledNetwork(net, right)(x[..., 24:], torch.zeros(1))
 
 
 class Backwards(Tiling):
@@ -416,7 +414,7 @@ def test_memory_without_values_is_that_with_values(kind: str) -> None:
 
 
 def test_the_plan_is_what_sampling_takes() -> None:
-    net = unet(condition_channels=2)
+    net = unet(condition_channels=2, position=2, shape=(96, 160))
     tiling = Tiling((96, 160), (32, 32), (8, 8))
     plan = plan_memory(net, tiling, 1, 2, samples=2, batch=4)
     denoiser = EDMDenoiser(TiledNetwork(net, Tiling((96, 160), (32, 32), (8, 8)), 4))
@@ -425,7 +423,8 @@ def test_the_plan_is_what_sampling_takes() -> None:
         integrate(lambda x, sigma: denoiser(x, sigma, condition), start, [1.0, 0.5, 0.25, 0.0])
     assert plan.peak == pytest.approx(tracker.peak + tracker.given, rel=0.1)
     assert plan.weights == sum(4 * t.numel() for t in (*net.parameters(), *net.buffers()))
-    larger = plan_memory(net, Tiling((192, 160), (32, 32), (8, 8)), 1, 2, samples=2, batch=4)
+    tall = unet(condition_channels=2, position=2, shape=(192, 160))
+    larger = plan_memory(tall, Tiling((192, 160), (32, 32), (8, 8)), 1, 2, samples=2, batch=4)
     assert larger.network == plan.network
     assert larger.fields == pytest.approx(2 * plan.fields, rel=0.1)
     assert plan_memory(net, tiling, 1, 2, samples=2, batch=8).network == pytest.approx(2 * plan.network, rel=0.05)

@@ -317,7 +317,7 @@ class TiledNetwork(nn.Module):
     Raises
     ------
     GridError
-        If the network wraps around an axis that tiles cut, or has positions of another grid.
+        If the network wraps around an axis that tiles cut; when called, if state or positions are those of another domain.
     """
 
     def __init__(self, network: nn.Module, tiling: Tiling, batch: int = 1, whole_condition: bool | slice = False) -> None:
@@ -329,9 +329,6 @@ class TiledNetwork(nn.Module):
         if (wraps and cuts[1]) or (wraps == "both" and cuts[0]):
             whole = (tiling.shape[0] if wraps == "both" else tiling.tile[0], tiling.shape[1])
             raise GridError(f"The network is periodic, and tile={tiling.tile} cuts its domain {tiling.shape}; use tile={whole}.")
-        own = self.position_channels()
-        if own is not None and tuple(own.shape[-2:]) != tiling.shape:
-            raise GridError(f"The network knows the places of {tuple(own.shape[-2:])} cells, and the domain has {tiling.shape}.")
 
     def position_channels(self) -> Tensor | None:
         """Return what tells the network where it is, shape (P, rows, columns), or None."""
@@ -346,6 +343,11 @@ class TiledNetwork(nn.Module):
         if position is None and (own := self.position_channels()) is not None:
             position = own[None]
         if position is not None:
+            if tuple(position.shape[-2:]) != tiling.shape:
+                raise GridError(
+                    f"The network knows the places of {tuple(position.shape[-2:])} cells, and the domain has {tiling.shape}; "
+                    f"give position=, shape (1, P, {tiling.shape[0]}, {tiling.shape[1]})."
+                )
             position = position.expand(len(x), -1, -1, -1)
         whole = None
         if self.whole_condition is not None and condition is not None:
