@@ -168,7 +168,7 @@ def trained(steps: int) -> UNet:
 def seams(steps: int, count: int) -> None:
     """Compare samples of the whole domain with tiled ones and with those of separate blocks."""
     net = trained(steps)
-    _, condition = synthetic(count, torch.Generator().manual_seed(1))
+    truth, condition = synthetic(count, torch.Generator().manual_seed(1))
     levels = noise_levels("karras", 10, *SIGMA)
 
     def sample(model: torch.nn.Module, given: torch.Tensor, noise: PlaneNoise) -> torch.Tensor:
@@ -193,7 +193,8 @@ def seams(steps: int, count: int) -> None:
     whole = sample(net, condition, plane(1))
     print(f"\n{count} fields of {SIZE} x {SIZE} cells, differences from the whole domain with other noise, bootstrap errors")
     print(f"{'':44}{'borders: gradient there over elsewhere':>40}{'spectrum, of 8 bands':>32}")
-    print(f"{'':44}{'change':>22}{'z':>18}{'largest change':>20}{'largest z':>12}")
+    print(f"{'':44}{'change':>22}{'z':>18}{'largest change':>20}{'at cells':>12}{'largest z':>12}")
+    waves = [f"{1 / b:.0f}-{1 / a:.0f}" for a, b in itertools.pairwise(band_edges())]
 
     def row(name: str, found: torch.Tensor, borders: list[int]) -> None:
         change, error = bootstrap(roughness(found, borders), roughness(whole, borders))
@@ -201,10 +202,11 @@ def seams(steps: int, count: int) -> None:
         worst = int(bands.abs().argmax())
         print(
             f"{name:44}{float(change):+14.3f} +- {float(error):.3f}{float(change / error):18.1f}{float(bands[worst]):+20.3f}"
-            f"{float((bands / errors).abs().max()):12.1f}",
+            f"{waves[worst]:>12}{float((bands / errors).abs().max()):12.1f}",
             flush=True,
         )
 
+    row("truth", truth, middle)
     row("whole, other noise", sample(net, condition, plane(2)), middle)
     for tile, overlap in ((48, 24), (40, 12), (36, 6), (48, 0)):
         tiling = Tiling((SIZE, SIZE), (tile, tile), (overlap, overlap))
@@ -239,9 +241,13 @@ def spectrum(fields: torch.Tensor) -> torch.Tensor:
     hann = torch.hann_window(SIZE, periodic=False)
     power = torch.fft.fft2(fields * hann[:, None] * hann).abs().square().mean(1)
     k = torch.cartesian_prod(torch.fft.fftfreq(SIZE), torch.fft.fftfreq(SIZE)).square().sum(1).sqrt().reshape(SIZE, SIZE)
-    edges = torch.logspace(math.log10(1.5 / SIZE), math.log10(0.5), 9)
-    bands = torch.stack([power[:, (k >= a) & (k < b)].mean(1) for a, b in itertools.pairwise(edges)], 1)
+    bands = torch.stack([power[:, (k >= a) & (k < b)].mean(1) for a, b in itertools.pairwise(band_edges())], 1)
     return torch.stack([bands, torch.ones_like(bands)], 1)
+
+
+def band_edges() -> list[float]:
+    """Return the wavenumbers between bands, in cycles per cell."""
+    return [float(k) for k in torch.logspace(math.log10(1.5 / SIZE), math.log10(0.5), 9)]
 
 
 def bootstrap(found: torch.Tensor, reference: torch.Tensor, draws: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
