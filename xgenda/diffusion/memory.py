@@ -64,7 +64,7 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._known:
             return 0
         size = self._known[key] = storage.nbytes()
-        weakref.finalize(storage, self._release, key, size if alive else 0)
+        weakref.finalize(storage, self._release, key, size if alive else 0).atexit = False
         return size
 
     def _release(self, key: int, size: int) -> None:
@@ -127,6 +127,7 @@ def plan_memory(
     batch: int = 1,
     sampler: str = "heun",
     whole_condition: bool | slice = False,
+    position: Tensor | None = None,
 ) -> MemoryPlan:
     """Predict the memory that tiled sampling takes, on a CPU within about a tenth of what is measured.
 
@@ -146,11 +147,16 @@ def plan_memory(
         As in `xgenda.diffusion.samplers`.
     whole_condition
         As in `TiledNetwork`.
+    position
+        Shape (1, P, rows, columns), where it is not the network's own, as for networks with a lead time.
     """
     check_choice("sampler", sampler, _STEPPERS)
-    one = _OneTile(**{f.name: getattr(tiling, f.name) for f in dataclasses.fields(tiling)})
-    one.prepare()
-    denoiser = EDMDenoiser(TiledNetwork(network, one, batch, whole_condition))
+    one = _First(**{f.name: getattr(tiling, f.name) for f in dataclasses.fields(tiling)})
+    one.keep(-(-batch // samples))
+    tiled = TiledNetwork(network, one, batch, whole_condition)
+    if position is None and (own := tiled.position_channels()) is not None:
+        position = own[None]
+    denoiser = EDMDenoiser(_Placed(tiled, position))
 
     def sample(start: Tensor, condition: Tensor | None) -> Tensor:
         x = start = start.double()  # the first state is kept by whoever gave it
@@ -168,25 +174,30 @@ def plan_memory(
     if isinstance(whole_condition, slice):
         inner += len(range(condition_channels)[whole_condition])
     count = min(batch, samples * len(tiling.places))
-    position = one_position(network, count, tiling.tile)
+    places = [] if position is None else [(count, position.shape[1], *tiling.tile)]
     call, _ = peak_memory(
-        network, (count, channels, *tiling.tile), (count,), (count, inner, *tiling.tile) if inner else None, *position
+        network, (count, channels, *tiling.tile), (count,), (count, inner, *tiling.tile) if inner else None, *places
     )
     weights = sum(_size(t) for t in (*network.parameters(), *network.buffers()))
     return MemoryPlan(weights, call, whole + given - weights - call)
 
 
-def one_position(network: nn.Module, count: int, tile: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Return the shape of the positions of some tiles, or nothing for a network without them."""
-    get = getattr(network, "position_channels", None)
-    own = None if get is None else get()
-    return [] if own is None else [(count, len(own), *tile)]
+class _Placed(nn.Module):
+    """A network with its positions."""
+
+    def __init__(self, network: TiledNetwork, position: Tensor | None) -> None:
+        super().__init__()
+        self.network, self.position = network, position
+
+    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None) -> Tensor:
+        found: Tensor = self.network(x, label, condition, self.position)
+        return found
 
 
-class _OneTile(Tiling):
-    """The first tile alone: all network calls take the same memory."""
+class _First(Tiling):
+    """The tiles of the first network call: all calls take the same memory."""
 
-    def prepare(self) -> None:
+    def keep(self, count: int) -> None:
         for axis in self.axes:
             assert axis.segments  # with values, before there are none
-        object.__setattr__(self, "places", self.places[:1])
+        object.__setattr__(self, "places", self.places[:count])

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from xgenda.errors import GridError, OptionError, check_count
 
+LEAST = 4  # cells at the deepest level of a network
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -258,6 +260,9 @@ def suggest_tile(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Suggest a tile and an overlap from data: a tile of twice the decorrelation length, an overlap of half of it.
 
+    A network that is trained on tiles has to see at least the decorrelation length (Mardani et al. 2023, arXiv 2309.15214). Larger tiles
+    repeat less work, smaller ones take less memory: see `xgenda.diffusion.memory.plan_memory`.
+
     Parameters
     ----------
     residual
@@ -279,7 +284,7 @@ def suggest_tile(
             overlap.append(0)
             continue
         limit = max(min(most, n) // stride, 1)
-        tile.append(stride * max(1, min(math.ceil(2 * length / stride), limit)))
+        tile.append(stride * min(max(math.ceil(2 * length / stride), LEAST), limit))
         overlap.append(stride * min(math.ceil(length / 2 / stride), tile[-1] // stride // 2))
         if length > tile[-1]:
             warnings.warn(
@@ -312,7 +317,7 @@ class TiledNetwork(nn.Module):
     Raises
     ------
     GridError
-        If the network wraps around an axis that tiles cut, or has positions of another grid.
+        If the network wraps around an axis that tiles cut; when called, if state or positions are those of another domain.
     """
 
     def __init__(self, network: nn.Module, tiling: Tiling, batch: int = 1, whole_condition: bool | slice = False) -> None:
@@ -324,9 +329,6 @@ class TiledNetwork(nn.Module):
         if (wraps and cuts[1]) or (wraps == "both" and cuts[0]):
             whole = (tiling.shape[0] if wraps == "both" else tiling.tile[0], tiling.shape[1])
             raise GridError(f"The network is periodic, and tile={tiling.tile} cuts its domain {tiling.shape}; use tile={whole}.")
-        own = self.position_channels()
-        if own is not None and tuple(own.shape[-2:]) != tiling.shape:
-            raise GridError(f"The network knows the places of {tuple(own.shape[-2:])} cells, and the domain has {tiling.shape}.")
 
     def position_channels(self) -> Tensor | None:
         """Return what tells the network where it is, shape (P, rows, columns), or None."""
@@ -341,6 +343,11 @@ class TiledNetwork(nn.Module):
         if position is None and (own := self.position_channels()) is not None:
             position = own[None]
         if position is not None:
+            if tuple(position.shape[-2:]) != tiling.shape:
+                raise GridError(
+                    f"The network knows the places of {tuple(position.shape[-2:])} cells, and the domain has {tiling.shape}; "
+                    f"give position=, shape (1, P, {tiling.shape[0]}, {tiling.shape[1]})."
+                )
             position = position.expand(len(x), -1, -1, -1)
         whole = None
         if self.whole_condition is not None and condition is not None:
