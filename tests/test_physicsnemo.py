@@ -19,7 +19,7 @@ import torch
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsError
 from xgenda.models.physicsnemo import read_mdlus, write_mdlus
-from xgenda.networks.songunet import Attention, GroupNorm, SongUNet, positional_channels
+from xgenda.networks.songunet import Attention, GroupNorm, Resampled, SongUNet, drop, positional_channels
 from xgenda.networks.unet import UNet
 
 FILE = Path(__file__).parent / "data" / "corrdiff" / "diffusion_hr_mean.mdlus"
@@ -273,6 +273,41 @@ def test_group_norm_by_the_unbiased_variance() -> None:
     torch.testing.assert_close(norm(x), expected)
     usual = torch.nn.functional.group_norm(x, 2, norm.weight, norm.bias, 1e-6)
     torch.testing.assert_close(norm.train()(x), usual)
+
+
+def test_dropout() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(4, 6, 50, 51)
+    out = drop(x, 0.13)
+    assert out.unique().tolist() == pytest.approx([0, 1 / (1 - 0.13)], rel=1e-4)
+    assert float((out == 0).float().mean()) == pytest.approx(0.13, abs=4 * (0.13 * 0.87 / x.numel()) ** 0.5)
+    pairs = (out == 0).float() - 0.13
+    for axis in (1, 2, 3):  # independent
+        assert abs(float((pairs * pairs.roll(1, axis)).mean())) < 5 * 0.13 * 0.87 / x.numel() ** 0.5
+    assert not torch.equal(drop(x, 0.13), out)
+    net = SongUNet(2, 2, (8, 8), width=8, multipliers=(1,), blocks=1, dropout=0.5)
+    net.scale_output(1e5)
+    state, label = torch.randn(1, 2, 8, 8), torch.zeros(1)
+    assert torch.equal(net.eval()(state, label), net(state, label))
+    for name, parameter in net.named_parameters():
+        if name.endswith("conv1.weight"):
+            torch.nn.init.normal_(parameter)
+    assert not torch.equal(net.train()(state, label), net(state, label))
+
+
+@pytest.mark.parametrize("sides", [(3, 5), (4, 4)])
+def test_convolutions_at_another_resolution(sides: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *sides)
+    fine = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for kernel in (1, 3):
+        up = Resampled(3, 4, kernel, up=True)
+        torch.nn.init.normal_(up.bias)
+        expected = torch.nn.functional.conv2d(fine, up.weight, up.bias, padding=kernel // 2)
+        torch.testing.assert_close(up(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(up(x, 0.5), expected / 2, rtol=1e-5, atol=1e-5)
+    down = Resampled(3, 4, 3, down=True)
+    torch.testing.assert_close(down(fine), torch.nn.functional.conv2d(x, down.weight, down.bias, padding=1))
 
 
 def test_attention_by_hand() -> None:
