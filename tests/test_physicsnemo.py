@@ -18,7 +18,7 @@ import torch
 
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsError
-from xgenda.models.physicsnemo import read_mdlus, write_mdlus
+from xgenda.models.physicsnemo import Preconditioned, read_mdlus, write_mdlus
 from xgenda.networks.songunet import Attention, GroupNorm, Resampled, SongUNet, drop, positional_channels
 from xgenda.networks.unet import UNet
 
@@ -367,3 +367,25 @@ def test_the_output_can_be_scaled() -> None:
     before = net(x, label)
     net.scale_output(0.5)
     torch.testing.assert_close(net(x, label), before / 2)
+
+
+def test_a_noise_level_for_each_sample(reference: dict[str, Any]) -> None:
+    net = read_mdlus(FILE)
+    assert isinstance(net, Preconditioned)
+    x, condition = reference["x_unit"], torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    x, condition = torch.cat([x, -x])[:2], torch.cat([condition, condition])[:2]
+    together = net.denoiser(x, torch.tensor([0.3, 4.0]), condition)
+    for k, sigma in enumerate((0.3, 4.0)):
+        alone = net.denoiser(x[k : k + 1], sigma, condition[k : k + 1])
+        torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-5, atol=1e-5)
+    by_hand = EDMDenoiser(net.model, sigma_data=0.5).parts(x, 4.0, condition)[0]
+    torch.testing.assert_close(by_hand, 0.25 / 16.25 * x)
+
+
+def test_reduced_precision_is_near(reference: dict[str, Any]) -> None:
+    net, condition = read_mdlus(FILE), torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(reference["x_unit"], condition, 1.0)
+    exact = net(reference["x_unit"], condition, 1.0)
+    assert found.dtype == torch.float32
+    assert 0 < float((found - exact).std() / exact.std()) < 0.02
