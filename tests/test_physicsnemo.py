@@ -18,8 +18,8 @@ import torch
 
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsError
-from xgenda.models.physicsnemo import read_mdlus, write_mdlus
-from xgenda.networks.songunet import Attention, GroupNorm, SongUNet, positional_channels
+from xgenda.models.physicsnemo import Preconditioned, read_mdlus, write_mdlus
+from xgenda.networks.songunet import Attention, GroupNorm, Resampled, SongUNet, drop, positional_channels
 from xgenda.networks.unet import UNet
 
 FILE = Path(__file__).parent / "data" / "corrdiff" / "diffusion_hr_mean.mdlus"
@@ -275,6 +275,41 @@ def test_group_norm_by_the_unbiased_variance() -> None:
     torch.testing.assert_close(norm.train()(x), usual)
 
 
+def test_dropout() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(4, 6, 50, 51)
+    out = drop(x, 0.13)
+    assert out.unique().tolist() == pytest.approx([0, 1 / (1 - 0.13)], rel=1e-4)
+    assert float((out == 0).float().mean()) == pytest.approx(0.13, abs=4 * (0.13 * 0.87 / x.numel()) ** 0.5)
+    pairs = (out == 0).float() - 0.13
+    for axis in (1, 2, 3):  # independent
+        assert abs(float((pairs * pairs.roll(1, axis)).mean())) < 5 * 0.13 * 0.87 / x.numel() ** 0.5
+    assert not torch.equal(drop(x, 0.13), out)
+    net = SongUNet(2, 2, (8, 8), width=8, multipliers=(1,), blocks=1, dropout=0.5)
+    net.scale_output(1e5)
+    state, label = torch.randn(1, 2, 8, 8), torch.zeros(1)
+    assert torch.equal(net.eval()(state, label), net(state, label))
+    for name, parameter in net.named_parameters():
+        if name.endswith("conv1.weight"):
+            torch.nn.init.normal_(parameter)
+    assert not torch.equal(net.train()(state, label), net(state, label))
+
+
+@pytest.mark.parametrize("sides", [(3, 5), (4, 4)])
+def test_convolutions_at_another_resolution(sides: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *sides)
+    fine = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for kernel in (1, 3):
+        up = Resampled(3, 4, kernel, up=True)
+        torch.nn.init.normal_(up.bias)
+        expected = torch.nn.functional.conv2d(fine, up.weight, up.bias, padding=kernel // 2)
+        torch.testing.assert_close(up(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(up(x, 0.5), expected / 2, rtol=1e-5, atol=1e-5)
+    down = Resampled(3, 4, 3, down=True)
+    torch.testing.assert_close(down(fine), torch.nn.functional.conv2d(x, down.weight, down.bias, padding=1))
+
+
 def test_attention_by_hand() -> None:
     attention = Attention(4, unbiased=False)
     torch.nn.init.normal_(attention.proj.weight)
@@ -332,3 +367,25 @@ def test_the_output_can_be_scaled() -> None:
     before = net(x, label)
     net.scale_output(0.5)
     torch.testing.assert_close(net(x, label), before / 2)
+
+
+def test_a_noise_level_for_each_sample(reference: dict[str, Any]) -> None:
+    net = read_mdlus(FILE)
+    assert isinstance(net, Preconditioned)
+    x, condition = reference["x_unit"], torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    x, condition = torch.cat([x, -x])[:2], torch.cat([condition, condition])[:2]
+    together = net.denoiser(x, torch.tensor([0.3, 4.0]), condition)
+    for k, sigma in enumerate((0.3, 4.0)):
+        alone = net.denoiser(x[k : k + 1], sigma, condition[k : k + 1])
+        torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-5, atol=1e-5)
+    by_hand = EDMDenoiser(net.model, sigma_data=0.5).parts(x, 4.0, condition)[0]
+    torch.testing.assert_close(by_hand, 0.25 / 16.25 * x)
+
+
+def test_reduced_precision_is_near(reference: dict[str, Any]) -> None:
+    net, condition = read_mdlus(FILE), torch.cat([reference["mean_hr"], reference["img_lr"]], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(reference["x_unit"], condition, 1.0)
+    exact = net(reference["x_unit"], condition, 1.0)
+    assert found.dtype == torch.float32
+    assert 0 < float((found - exact).std() / exact.std()) < 0.02

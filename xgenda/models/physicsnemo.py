@@ -302,7 +302,7 @@ ARGUMENTS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "embedding_type": ("embedding", *_only("positional", "fourier", "zero")),
     "gridtype": ("grid", *_only("sinusoidal", "sinusoidal_octave", "linear", "learnable")),
     "N_grid_channels": ("grid_channels", *_whole(0, 2**10)),
-    "dropout": ("dropout", *_number(0, 1)),
+    "dropout": ("dropout", *_number(0, 0.99)),
     "lead_time_steps": ("lead_times", *_whole(1, 2**12)),
     "lead_time_channels": ("lead_channels", *_whole(1, 2**10)),
     "prob_channels": ("probabilities", *_wholes(0, 2**14 - 1, 2**10)),
