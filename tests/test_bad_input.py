@@ -536,9 +536,9 @@ CASES: dict[str, Case] = {
         r"model='tiny-downscaler' is for 'downscale'; type ds.genda.downscale",
     ),
     "model for assimilation": (
-        lambda k: k.downscale(model=k.tiny_prior),
+        lambda k: k.downscale(model=k.prior),
         ModelNotFoundError,
-        r"model='tiny-prior' is for 'prior'; train one for this: xgenda.train",
+        r"has no grid of its own, and a prior that downscales needs one: train it on fine fields, xgenda.train\(fine\)",
     ),
     "other grid": (
         lambda k: k.diffuse(ds=k.climate.isel(time=[0], latitude=slice(1, 7)), obs=None),
@@ -548,7 +548,7 @@ CASES: dict[str, Case] = {
     "fine fields to downscale": (
         lambda k: k.downscale(ds=k.climate.isel(time=[0])),
         GridError,
-        r"needs the 4x4 block means of its grid: 2 x 3.*ds has 8 x 12.*coarsen\(latitude=4, longitude=4\).mean\(\)",
+        r"takes fields on the grid 2 x 3.*ds has 8 x 12.*the 4x4 block means of its grid.*coarsen\(latitude=4, longitude=4\).mean\(\)",
     ),
     "another target": (
         lambda k: k.downscale(target=k.climate.isel(latitude=slice(4))),
@@ -669,7 +669,7 @@ CASES: dict[str, Case] = {
     "few fields": (
         lambda k: k.train(ds=k.climate.isel(time=slice(10))),
         StateError,
-        r"ds has 10 fields along 'time'; training needs at least 20.*xgenda.gaussian_prior\(ds\)",
+        r"ds has 10 fields along 'time'; at least 20 are needed.*xgenda.gaussian_prior\(ds\)",
     ),
     "variable that is not there": (
         lambda k: k.train(variables="temperature"),
