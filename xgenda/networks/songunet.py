@@ -88,7 +88,7 @@ def drop(x: Tensor, probability: float) -> Tensor:
     batch, channels, rows, columns = x.shape
     lost = round(probability * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
-    kept = torch.where(bits >= lost - 2**15, 2**16 / (2**16 - lost), 0.0).to(x.dtype)
+    kept = torch.ge(bits, lost - 2**15, out=torch.empty(len(bits), dtype=x.dtype)).mul_(2**16 / (2**16 - lost))
     return x * kept.view(batch, rows, columns, channels).permute(0, 3, 1, 2)
 
 
