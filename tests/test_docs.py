@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/grids.md", "docs/observations.md")
+PAGES = ("README.md", "docs/grids.md", "docs/observations.md", "docs/downscaling.md")
 
 
 @pytest.mark.slow
@@ -22,5 +22,6 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monk
     names: dict[str, object] = {}
     for k, block in enumerate(blocks):
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* have no neighbours in ds")
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part in the Zarr format 3")
             exec(compile(block, f"{page}, block {k}", "exec"), names)

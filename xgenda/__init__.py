@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xgenda.models.store import list_models
     from xgenda.observations.correlations import ErrorCovariance
     from xgenda.observations.quality import QualityControl, quality_report
+    from xgenda.planning import plan
     from xgenda.regridding import Regridder, regrid
     from xgenda.training.downscalers import calibrate
     from xgenda.training.loop import train
@@ -38,6 +39,7 @@ _WHERE = {
     "innovations": "xgenda.departures",
     "fit_covariance": "xgenda.departures",
     "innovation_statistics": "xgenda.departures",
+    "plan": "xgenda.planning",
     "calibrate": "xgenda.training.downscalers",
     "downscale": "xgenda.downscaling",
     "train": "xgenda.training.loop",
@@ -71,6 +73,7 @@ __all__ = [
     "list_models",
     "load_model",
     "operators",
+    "plan",
     "posterior_moments",
     "quality_report",
     "regrid",

@@ -161,7 +161,7 @@ def downscale(
     options = chosen.plan(asked)
     if options.stage == "mean":
         numbers = (0,)
-    windows = None if chunks is None else _chunks(chosen, chunks)
+    windows = None if chunks is None else chunk_sizes(chosen, chunks)
     outputs = _outputs(state.ds, spec, inputs, variables)
     order, dims, coordinates = _axes(spec, state, target, layout.dims)
     basis = np.stack([_basis(state.ds, layout.time, inputs.scaling.cycle, p) for p in places.T], 1)
@@ -264,7 +264,8 @@ def _basis(ds: xr.Dataset, time: str | None, cycle: str, place: np.ndarray) -> n
 # -- what comes out -------------------------------------------------------------------------------------------------------------
 
 
-def _chunks(model: GenerativeModel, chunks: Any) -> tuple[int, int]:
+def chunk_sizes(model: GenerativeModel, chunks: Any) -> tuple[int, int]:
+    """Return rows and columns of the chunks of a result, which the model must allow."""
     from xgenda.models.corrective import CorrectiveModel
 
     values = (

@@ -43,6 +43,8 @@ def read_corrdiff(
     statistics: Statistics,
     statics: xr.Dataset | None = None,
     lead_step: float | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: tuple[int, int] | None = None,
     name: str = "corrdiff",
     licence: str = "not stated",
 ) -> CorrectiveModel:
@@ -64,6 +66,8 @@ def read_corrdiff(
         Fields on the fine grid that never change, in the order of the training.
     lead_step
         For networks with an embedding of the lead time: seconds from one to the next.
+    tile, overlap
+        For diffusion networks that were trained on parts of their grid: rows and columns of these parts, and of what they share when sampling.
     name, licence
         Kept with the model.
 
@@ -106,8 +110,9 @@ def read_corrdiff(
                 f"target has {len(outs)} on {fine.grid.describe()}."
             )
     taken = _conditions_of(drift.model, len(outs))
-    mean_condition = taken == given + len(outs)
-    if not mean_condition and taken != given:
+    mean_condition = taken in (given + len(outs), 2 * given + len(outs))
+    whole = taken in (2 * given, 2 * given + len(outs)) and tile is not None
+    if taken != given * (1 + whole) + len(outs) * mean_condition:
         raise CheckpointError(
             f"diffusion={str(diffusion)!r} takes {taken} channels beside its {len(outs)} and its positions; inputs and statics have {given}."
         )
@@ -127,7 +132,9 @@ def read_corrdiff(
         "network": _arguments(drift.model), "regression": None if mean is None else _arguments(mean.model),
         "regression_state": None if mean is None else mean.latent, "sigma_min": SIGMAS[0], "sigma_max": SIGMAS[1],
         "sigma_data": denoiser.sigma_data, "scale_condition": denoiser.scale_condition, "unit": 1.0, "mean_condition": mean_condition,
-        "conserve": None, "calibration": None, "tile": None, "overlap": None, "halo": 64, "steps": STEPS, "lead_index": bool(leads),
+        "conserve": None, "calibration": None, "halo": 64, "tile": None if tile is None else list(tile),
+        "overlap": None if overlap is None else list(overlap),
+        "whole_condition": whole, "steps": STEPS, "lead_index": bool(leads),
     }  # fmt: skip
     spec = ModelSpec(
         name, "downscale", "diffusion", outs, fine.grid, scale_out, inputs=conditions, options=options, licence=licence,

@@ -114,10 +114,14 @@ class CorrectiveModel(GenerativeModel):
         tile, overlap = self._tiling(asked.tile, asked.overlap)
         steps = int(self.spec.options.get("steps", STEPS)) if asked.steps is None else check_count("steps", asked.steps, 2)
         return SamplingOptions(
-            "none", sampler, steps, BATCH if asked.batch_size is None else check_count("batch_size", asked.batch_size),
+            "none", sampler, steps, self._batch() if asked.batch_size is None else check_count("batch_size", asked.batch_size),
             "karras" if asked.schedule == "auto" else asked.schedule,
             sampler_options=sampler_options(sampler, asked.sampler_options), tile=tile, overlap=overlap, stage=asked.stage,
         )  # fmt: skip
+
+    def _batch(self) -> int:
+        """Return how many samples go together: fewer on large grids."""
+        return max(1, min(BATCH, LARGEST_BATCH // self.grid.size))
 
     def _tiling(self, tile: Any, overlap: Any) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         """Return tile and overlap, those of the training for 'auto'; None for the whole grid."""
@@ -148,11 +152,12 @@ class CorrectiveModel(GenerativeModel):
     def halo(self) -> int:
         """Cells around a window that are sampled with it, a multiple of the factor of the blocks."""
         least = max(int(self.spec.options.get("halo", 32)), 0 if self.calibration is None else self.calibration.reach)
-        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self._stride)
+        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self.stride)
         return -(-least // step) * step
 
     @property
-    def _stride(self) -> int:
+    def stride(self) -> int:
+        """Rows and columns of parts of the grid are multiples of this."""
         return int(getattr(self.denoiser.network, "stride", 1))
 
     def check_windows(self, chunks: tuple[int, int]) -> None:
@@ -163,12 +168,16 @@ class CorrectiveModel(GenerativeModel):
         OptionError
             If a Gaussian ties all cells together, or windows cut blocks whose means are kept.
         """
+        if self.whole_condition is not False:
+            raise OptionError(
+                f"model={self.spec.name!r} sees the whole grid beside each tile, so that it cannot be cut; leave out chunks."
+            )
         if self.denoiser.anchor is not None:
             raise OptionError(
                 f"model={self.spec.name!r} has a Gaussian of the whole grid, so that its grid cannot be cut into chunks; leave out chunks, "
                 f"or train without: xgenda.train(..., anchor=None)"
             )
-        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self._stride)
+        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self.stride)
         for n, whole in zip(chunks, self.grid.plane, strict=True):
             if n % step and n < whole:
                 raise OptionError(
@@ -275,18 +284,28 @@ class CorrectiveModel(GenerativeModel):
     def _placed(self, network: nn.Module, place: Place, request: Request, lead: int | None) -> nn.Module:
         """Return a network at a lead time, on a window of the grid, in tiles where asked for."""
         options, size = request.options, (len(place[0]), len(place[1]))
-        whole = size == self.grid.plane
         tiled = options.tile is not None and (options.tile[0] < size[0] or options.tile[1] < size[1])
-        if not whole or tiled:
-            network = _without_wrap(network)
-        if lead is not None or not whole:
-            network = OnWindow(network, place, lead)
+        placed = self.network_on(network, place, lead, cut=tiled)
         if tiled:
             assert options.tile is not None
-            wraps = whole and bool(self.grid.periodic)
-            tiling = Tiling(size, options.tile, options.overlap or (0, 0), periodic=wraps, multiple=self._stride)
-            network = TiledNetwork(network, tiling, whole_condition=bool(self.spec.options.get("whole_condition", False)))
-        return network.to(request.device)
+            wraps = size == self.grid.plane and bool(self.grid.periodic)
+            tiling = Tiling(size, options.tile, options.overlap or (0, 0), periodic=wraps, multiple=self.stride)
+            placed = TiledNetwork(placed, tiling, options.batch_size or 1, self.whole_condition)
+        return placed.to(request.device)
+
+    @property
+    def whole_condition(self) -> bool | slice:
+        """Which conditions each tile gets as a whole beside its own: of some published networks all but the mean."""
+        first = self.spec.channels if self.mean_condition else 0
+        return slice(first, None) if self.spec.options.get("whole_condition") else False
+
+    def network_on(self, network: nn.Module, place: Place, lead: int | None = None, *, cut: bool = False) -> nn.Module:
+        """Return a network at a lead time on a window of the grid; with `cut` it is to be called on parts of that window."""
+        size = (len(place[0]), len(place[1]))
+        whole = size == self.grid.plane
+        if cut or not whole:
+            network = _without_wrap(network)
+        return network if whole and lead is None else OnWindow(network, place, lead)
 
     def _windows(self, window: Place | None) -> tuple[Place, Place, tuple[slice, slice]]:
         """Return a window, the window with its halo, and where the first lies in the second."""
@@ -434,6 +453,7 @@ class _Part:
         return (self._kept(mean + self.model.unit * residual, rows) - mean) / self.model.unit
 
 
+LARGEST_BATCH = 2**20  # cells of all samples that go together
 LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is noise on its way
 
 
