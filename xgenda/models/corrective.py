@@ -210,13 +210,16 @@ class CorrectiveModel(GenerativeModel):
             The mean, (t, channels, rows, columns): that of the first stage, and of the residual as the denoiser has it at its highest
             noise level, where it knows nothing but the condition. And the deviations from it before any calibration.
         """
-        means, found = [], []
+        shape = (self.spec.channels, *self.grid.plane)
+        means = torch.empty(len(request.labels), *shape, dtype=torch.float64)
+        found = torch.empty(len(request.labels), len(request.members), *shape, dtype=torch.float64)
         for part, residual, centre in self._sampled(request, self.features.everywhere(), centred=True):
             assert residual is not None
             assert centre is not None
-            means.append(part.mean + self.unit * centre[:, 0])
-            found.append(self.unit * (residual - centre))
-        return torch.cat(means), torch.cat(found)
+            # those of one lead time come together, whatever their order
+            means[part.rows] = part.mean + self.unit * centre[:, 0]
+            found[part.rows] = self.unit * (residual - centre)
+        return means, found
 
     def _sampled(self, request: Request, outer: Place, centred: bool) -> Iterator[tuple[_Part, Tensor | None, Tensor | None]]:
         """Yield some times after the other: what their samples share, the residuals of all members in their unit, and their mean."""

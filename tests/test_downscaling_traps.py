@@ -1,0 +1,106 @@
+"""Traps of downscaling: other units, orders and names than in the training, and what must not depend on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import xgenda
+from xgenda.errors import OptionError
+from xgenda.models.corrective import CorrectiveModel
+
+FAST: dict[str, Any] = {"task": "downscale", "steps": 5, "width": 8, "progress": False, "anchor": None}
+
+
+def series(n: int = 36, ny: int = 8, nx: int = 12, west: float = 5.0, step: float = 0.5) -> xr.Dataset:
+    """Return fine temperature, every six hours."""
+    rng = np.random.default_rng(1)
+    y, x = np.meshgrid(np.linspace(0, np.pi, ny), np.linspace(0, np.pi, nx), indexing="ij")
+    large = sum(rng.normal(size=(n, 1, 1)) * wave for wave in (np.ones_like(y), np.cos(y), np.cos(x), np.cos(x) * np.cos(y)))
+    values = 280 + 3 * large + 0.3 * rng.normal(size=(n, ny, nx))
+    return xr.Dataset(
+        {"t2m": (("time", "latitude", "longitude"), values, {"units": "K", "standard_name": "air_temperature"})},
+        coords={
+            "time": np.datetime64("2020-01-01", "ns") + np.arange(n) * np.timedelta64(6, "h"),
+            "latitude": 40.0 + step * np.arange(ny), "longitude": west + step * np.arange(nx),
+        },
+    )  # fmt: skip
+
+
+def means_of(fine: xr.Dataset, factor: int = 4) -> xr.Dataset:
+    out: xr.Dataset = fine.coarsen(latitude=factor, longitude=factor).mean()
+    return out
+
+
+def with_humidity(coarse: xr.Dataset) -> xr.Dataset:
+    noise = np.random.default_rng(2).normal(size=coarse.t2m.shape)
+    return coarse.assign(q=(0.1 * coarse.t2m + noise).assign_attrs(units="g kg-1", standard_name="specific_humidity"))
+
+
+def in_celsius(ds: xr.Dataset) -> xr.Dataset:
+    return ds.assign(t2m=(ds.t2m - 273.15).assign_attrs(ds.t2m.attrs, units="degC"))
+
+
+@pytest.fixture(scope="module")
+def fine() -> xr.Dataset:
+    return series()
+
+
+@pytest.fixture(scope="module")
+def model(fine: xr.Dataset) -> xgenda.GenerativeModel:
+    return xgenda.train(fine, factor=4, calibrate=False, **FAST)
+
+
+@pytest.fixture(scope="module")
+def paired(fine: xr.Dataset) -> xgenda.GenerativeModel:
+    return xgenda.train(with_humidity(means_of(fine)), target=fine, calibrate=False, **FAST)
+
+
+# -- calibration ----------------------------------------------------------------------------------------------------------------
+
+
+def factors(model: xgenda.GenerativeModel) -> np.ndarray:
+    return np.array(model.spec.options["calibration"]["factors"])
+
+
+def test_calibration_takes_other_units_names_orders_and_more_variables(
+    model: xgenda.GenerativeModel, paired: xgenda.GenerativeModel, fine: xr.Dataset
+) -> None:
+    held = fine.isel(time=slice(24, 34))
+    expected = factors(xgenda.calibrate(model, held))
+    renamed = in_celsius(held).rename(t2m="tas").assign(z=held.t2m.drop_attrs() * 2)
+    for given in (in_celsius(held), renamed, held.isel(latitude=slice(None, None, -1)).transpose("longitude", "time", "latitude")):
+        np.testing.assert_allclose(factors(xgenda.calibrate(model, given)), expected, atol=1e-6)
+    coarse = with_humidity(means_of(fine)).isel(time=slice(24, 34))
+    expected = factors(xgenda.calibrate(paired, coarse, held))
+    for given, target in ((coarse[["q", "t2m"]], held), (in_celsius(coarse), held), (coarse, in_celsius(held))):
+        np.testing.assert_allclose(factors(xgenda.calibrate(paired, given, target)), expected, atol=1e-6)
+    with pytest.raises(OptionError, match=r"takes t2m, q on .* give both: xgenda.calibrate\(model, coarse, fine\)"):
+        xgenda.calibrate(paired, held)
+
+
+def test_calibration_looks_at_neighbours_as_far_apart_as_in_the_training(fine: xr.Dataset) -> None:
+    model = xgenda.train(fine, factor=4, neighbours=(-1, 0, 1), calibrate=False, **FAST)
+    with pytest.raises(OptionError, match=r"none with all its neighbours -6 h, \+6 h\. Give a series with such steps"):
+        xgenda.calibrate(model, fine.isel(time=slice(0, 36, 4)))
+
+
+def test_deviations_are_in_the_order_of_the_times_whatever_the_lead_times(
+    model: xgenda.GenerativeModel, fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that know lead times by number sample those of one lead time together."""
+    assert isinstance(model, CorrectiveModel)
+    held = fine.isel(time=slice(24, 34))
+    expected = factors(xgenda.calibrate(model, held))
+
+    def turned(self: CorrectiveModel, request: Any, size: int) -> Any:
+        rows = list(range(len(request.labels)))
+        yield from ((part, None) for part in (rows[1::2], rows[0::2]))
+
+    monkeypatch.setattr(CorrectiveModel, "_groups", turned)
+    np.testing.assert_allclose(factors(xgenda.calibrate(model, held)), expected, atol=1e-6)
