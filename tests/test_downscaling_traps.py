@@ -104,3 +104,24 @@ def test_deviations_are_in_the_order_of_the_times_whatever_the_lead_times(
 
     monkeypatch.setattr(CorrectiveModel, "_groups", turned)
     np.testing.assert_allclose(factors(xgenda.calibrate(model, held)), expected, atol=1e-6)
+
+
+# -- block means ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bounds", "transform", "offset"),
+    [((0, 100), "none", 0.0), ((None, 100), "none", 0.0), ((None, 100), "log", 0.5), ((0, 100), "log", 0.5), (None, "log", 60.0)],
+)
+def test_means_are_kept_within_any_bounds(fine: xr.Dataset, bounds: Any, transform: str, offset: float) -> None:
+    """Humidity that is often at its bounds; a logarithm of values below zero (shifted by its offset) has no bound of its own."""
+    values = 100 * ((fine.t2m - 275) / 10).clip(0, 1) - (50 if bounds is None else 0)
+    humid = fine.assign(t2m=values.assign_attrs(units="%")).rename(t2m="rh")
+    limits = None if bounds is None else {"rh": bounds}
+    model = xgenda.train(humid, factor=4, calibrate=False, bounds=limits, transform={"rh": transform}, offset=offset, **FAST)
+    coarse = means_of(humid).isel(time=slice(0, 12))
+    found = coarse.genda.downscale(model=model, members=3, seed=0, steps=3)
+    np.testing.assert_allclose(means_of(found).rh, np.broadcast_to(coarse.rh, (3, *coarse.rh.shape)), atol=1e-6)
+    low, high = (-np.inf, np.inf) if bounds is None else (0 if bounds[0] == 0 or transform == "log" else -np.inf, 100)
+    assert float(found.rh.min()) >= low - offset - 1e-9
+    assert float(found.rh.max()) <= high + 1e-9

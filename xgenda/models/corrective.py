@@ -415,7 +415,9 @@ class _Part:
         self.means = means.index_select(2, rows).index_select(3, columns)
         self.blocks = self.blocks.on(place)
         self.channels = list(conserved.channels)
-        self.bounds = tuple(self.model.scaling.bounds[c] for c in self.channels)
+        scaling = self.model.scaling
+        least = [-offset if name == "log" else -np.inf for name, offset in zip(scaling.transforms, scaling.offsets, strict=True)]
+        self.bounds = tuple((max(scaling.bounds[c][0], least[c]), scaling.bounds[c][1]) for c in self.channels)
 
     def physical(self, z: Tensor) -> Tensor:
         """Return standardised fields (times, members, channels, rows, columns) in physical units, with the block means of their input."""
@@ -437,15 +439,14 @@ class _Part:
         for i, c in enumerate(self.channels):
             std = self.std[c].to(z)
             climatology, means = self.climatology[rows, c].to(z), self.means[rows, i].to(z)
-            low = self.bounds[i][0]
-            if scaling.transforms[c] == "none" and low == -np.inf:
-                out[:, c] = z[:, c] + (self.blocks.added(z[:, c] * std + climatology, means) - z[:, c] * std - climatology) / std
-                continue
             offset, log = scaling.offsets[c], scaling.transforms[c] == "log"
             value = z[:, c] * std + climatology
-            value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(min=low)
-            value = self.blocks.scaled(value, means, low)
-            out[:, c] = ((value + offset).log() if log else value) / std - climatology / std
+            if not log and self.bounds[i] == (-np.inf, np.inf):  # a difference alone: nothing is rounded by the climatology
+                out[:, c] = z[:, c] + (self.blocks.added(value, means) - value) / std
+                continue
+            value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(*self.bounds[i])
+            value = self.blocks.kept(value, means, *self.bounds[i])
+            out[:, c] = ((value + offset).clamp(min=SMALLEST).log() if log else value) / std - climatology / std
         return out
 
     def conserving(self, residual: Tensor, rows: list[int]) -> Tensor:
@@ -458,6 +459,7 @@ class _Part:
 
 LARGEST_BATCH = 2**20  # cells of all samples that go together
 LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is noise on its way
+SMALLEST = 1e-30  # that has a logarithm
 
 
 class OnWindow(nn.Module):
