@@ -125,3 +125,50 @@ def test_means_are_kept_within_any_bounds(fine: xr.Dataset, bounds: Any, transfo
     low, high = (-np.inf, np.inf) if bounds is None else (0 if bounds[0] == 0 or transform == "log" else -np.inf, 100)
     assert float(found.rh.min()) >= low - offset - 1e-9
     assert float(found.rh.max()) <= high + 1e-9
+
+
+# -- longitudes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("west", [178.5, -181.5, 176.0])
+def test_a_region_at_the_date_line(west: float) -> None:
+    """The first fine column lies west of it, the first coarse one east of it."""
+    fine = series(west=west, step=1.0)
+    model = xgenda.train(fine, factor=4, calibrate=False, **FAST)
+    for longitude in (fine.longitude, fine.longitude % 360):
+        coarse = means_of(fine.assign_coords(longitude=longitude)).isel(time=[3])
+        found = coarse.genda.downscale(model=model, members=1, seed=0, steps=3)
+        np.testing.assert_allclose(means_of(found).longitude, coarse.longitude)
+        np.testing.assert_allclose(means_of(found).t2m[0], coarse.t2m, atol=1e-6)
+
+
+@pytest.mark.parametrize("west", [-3.0, 5.0, 200.0])
+@pytest.mark.parametrize("start", [0.0, -180.0])
+def test_a_region_within_global_fields_stays_in_one_part(west: float, start: float) -> None:
+    fine = series(west=west)
+    rng = np.random.default_rng(0)
+    grid = {"latitude": np.arange(30.0, 60.0, 5.0), "longitude": np.arange(start, start + 360.0, 5.0)}
+    values = fine.t2m.mean(("latitude", "longitude")).values[:, None, None] + rng.normal(size=(36, 6, 72))
+    coarse = xr.Dataset(
+        {"t2m": (("time", "latitude", "longitude"), values, fine.t2m.attrs)}, coords={"time": fine.time, **grid}
+    )
+    model = xgenda.train(coarse, target=fine, method="bilinear", task="downscale")
+    found = coarse.isel(time=[0]).genda.downscale(model=model, stage="mean")
+    steps = np.diff(found.longitude)
+    np.testing.assert_allclose(steps, 0.5)
+    np.testing.assert_allclose((found.longitude - fine.longitude.values + 180) % 360 - 180, 0, atol=1e-9)
+    expected = coarse.isel(time=[0]).genda.regrid(fine, method="bilinear")
+    np.testing.assert_allclose(found.t2m.values, expected.t2m.values, rtol=1e-6)
+
+
+def test_a_global_grid_in_either_convention() -> None:
+    """Fine cells from 0 or -180 on, east first, with pole-to-pole rows from the north: the same values at the same places."""
+    fine = series(ny=12, nx=24).assign_coords(latitude=-82.5 + 15.0 * np.arange(12), longitude=7.5 + 15.0 * np.arange(24))
+    model = xgenda.train(fine, factor=2, calibrate=False, **FAST)
+    expected = means_of(fine, 2).isel(time=[3]).genda.downscale(model=model, members=2, seed=0, steps=3)
+    turned = fine.assign_coords(longitude=(fine.longitude + 180) % 360 - 180).sortby("longitude").isel(latitude=slice(None, None, -1))
+    found = means_of(turned, 2).isel(time=[3]).genda.downscale(model=model, members=2, seed=0, steps=3)
+    assert float(found.longitude.min()) < 0 < float(expected.longitude.min())
+    back = found.assign_coords(longitude=found.longitude % 360).sortby(["latitude", "longitude"])
+    np.testing.assert_allclose(back.longitude, expected.longitude)
+    np.testing.assert_allclose(back.t2m, expected.t2m, atol=1e-9)

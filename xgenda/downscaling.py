@@ -337,9 +337,13 @@ def _like_coarse(spec: ModelSpec, state: states.State, east: np.ndarray) -> tupl
     rows, columns = np.arange(grid.shape[0]), np.arange(grid.shape[1])
     if len(state.orientation.rows) > 1 and state.orientation.rows[0] > state.orientation.rows[1]:
         rows = rows[::-1]
-    start = east.min() - 180.0 / max(len(east), 1) if grid.periodic else (east.min() + east.max()) / 2 - 180.0
-    longitude = (grid.longitude - start) % 360.0 + start
-    columns = np.argsort(longitude, kind="stable") if grid.periodic else columns
+    if grid.periodic:
+        start = east.min() - 180.0 / max(len(east), 1)
+        longitude = (grid.longitude - start) % 360.0 + start
+        columns = np.argsort(longitude, kind="stable")
+    else:  # as a whole: a region is not cut where the longitudes of the coarse fields are
+        centre = (east.min() + east.max()) / 2
+        longitude = grid.longitude + 360.0 * np.round((centre - grid.longitude.mean()) / 360.0)
     if len(east) > 1 and np.median(np.diff(east)) < 0:
         columns = columns[::-1]
     return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
