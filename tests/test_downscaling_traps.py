@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 
 import xgenda
@@ -74,7 +72,11 @@ def test_calibration_takes_other_units_names_orders_and_more_variables(
     held = fine.isel(time=slice(24, 34))
     expected = factors(xgenda.calibrate(model, held))
     renamed = in_celsius(held).rename(t2m="tas").assign(z=held.t2m.drop_attrs() * 2)
-    for given in (in_celsius(held), renamed, held.isel(latitude=slice(None, None, -1)).transpose("longitude", "time", "latitude")):
+    for given in (
+        in_celsius(held),
+        renamed,
+        held.isel(latitude=slice(None, None, -1)).transpose("longitude", "time", "latitude"),
+    ):
         np.testing.assert_allclose(factors(xgenda.calibrate(model, given)), expected, atol=1e-6)
     coarse = with_humidity(means_of(fine)).isel(time=slice(24, 34))
     expected = factors(xgenda.calibrate(paired, coarse, held))
@@ -149,9 +151,7 @@ def test_a_region_within_global_fields_stays_in_one_part(west: float, start: flo
     rng = np.random.default_rng(0)
     grid = {"latitude": np.arange(30.0, 60.0, 5.0), "longitude": np.arange(start, start + 360.0, 5.0)}
     values = fine.t2m.mean(("latitude", "longitude")).values[:, None, None] + rng.normal(size=(36, 6, 72))
-    coarse = xr.Dataset(
-        {"t2m": (("time", "latitude", "longitude"), values, fine.t2m.attrs)}, coords={"time": fine.time, **grid}
-    )
+    coarse = xr.Dataset({"t2m": (("time", "latitude", "longitude"), values, fine.t2m.attrs)}, coords={"time": fine.time, **grid})
     model = xgenda.train(coarse, target=fine, method="bilinear", task="downscale")
     found = coarse.isel(time=[0]).genda.downscale(model=model, stage="mean")
     steps = np.diff(found.longitude)
@@ -166,9 +166,46 @@ def test_a_global_grid_in_either_convention() -> None:
     fine = series(ny=12, nx=24).assign_coords(latitude=-82.5 + 15.0 * np.arange(12), longitude=7.5 + 15.0 * np.arange(24))
     model = xgenda.train(fine, factor=2, calibrate=False, **FAST)
     expected = means_of(fine, 2).isel(time=[3]).genda.downscale(model=model, members=2, seed=0, steps=3)
-    turned = fine.assign_coords(longitude=(fine.longitude + 180) % 360 - 180).sortby("longitude").isel(latitude=slice(None, None, -1))
+    turned = (
+        fine.assign_coords(longitude=(fine.longitude + 180) % 360 - 180).sortby("longitude").isel(latitude=slice(None, None, -1))
+    )
     found = means_of(turned, 2).isel(time=[3]).genda.downscale(model=model, members=2, seed=0, steps=3)
     assert float(found.longitude.min()) < 0 < float(expected.longitude.min())
     back = found.assign_coords(longitude=found.longitude % 360).sortby(["latitude", "longitude"])
     np.testing.assert_allclose(back.longitude, expected.longitude)
     np.testing.assert_allclose(back.t2m, expected.t2m, atol=1e-9)
+
+
+# -- priors ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prior_downscales_in_the_units_names_and_order_of_its_input() -> None:
+    """Pressure in Pa in the training and in hPa in the coarse fields, whose default error is then a hundredth too."""
+    fine = series()
+    pressure = ((fine.t2m - 280) * 100 + 101325).assign_attrs(units="Pa", standard_name="air_pressure_at_mean_sea_level")
+    fine = fine.assign(msl=pressure)[["msl"]]
+    prior = xgenda.train(fine, steps=2, width=8, progress=False, anchor="eof")
+    options: dict[str, Any] = {"model": prior, "members": 2, "seed": 0, "steps": 4}
+    coarse = means_of(fine).isel(time=[3, 4])
+    expected = coarse.genda.downscale(**options)
+    other = (coarse.msl / 100).assign_attrs(pressure.attrs, units="hPa").rename("psl").to_dataset()
+    other = other.isel(latitude=slice(None, None, -1)).transpose("longitude", "time", "latitude")
+    other = other.assign_coords(longitude=other.longitude + 360, lead=("time", [1, 2]))
+    found = other.genda.downscale(**options)
+    assert found.psl.attrs["units"] == "hPa"
+    assert found.psl.dims == ("member", "longitude", "time", "latitude")
+    assert float(found.longitude.min()) == 365.0
+    assert found.latitude.values[0] > found.latitude.values[-1]
+    back = 100 * found.psl.isel(latitude=slice(None, None, -1)).transpose(*expected.msl.dims)
+    np.testing.assert_allclose(back.values, expected.msl.values, atol=0.1)
+    lazy = coarse.chunk(time=1).genda.downscale(**options)
+    assert lazy.msl.chunks is not None
+    np.testing.assert_allclose(lazy.msl.values, expected.msl.values, atol=0.1)
+    on_target = coarse.isel(time=0).genda.downscale(**options, target=fine.isel(latitude=slice(None, None, -1)))
+    assert on_target.msl.dims == ("member", "latitude", "longitude")
+    np.testing.assert_allclose(on_target.msl.values[:, ::-1], expected.msl.isel(time=0).values, atol=0.1)
+    deep = fine.expand_dims(plev=[85000.0])
+    deep.plev.attrs["units"] = "Pa"
+    prior = xgenda.train(deep, steps=2, width=8, progress=False, anchor="eof")
+    with pytest.raises(OptionError, match="has levels, and an unconditional prior downscales single fields"):
+        means_of(deep).genda.downscale(model=prior, members=1)
