@@ -209,3 +209,23 @@ def test_a_prior_downscales_in_the_units_names_and_order_of_its_input() -> None:
     prior = xgenda.train(deep, steps=2, width=8, progress=False, anchor="eof")
     with pytest.raises(OptionError, match="has levels, and an unconditional prior downscales single fields"):
         means_of(deep).genda.downscale(model=prior, members=1)
+
+
+# -- options --------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_go_by_their_names(model: xgenda.GenerativeModel, fine: xr.Dataset) -> None:
+    coarse = means_of(fine).isel(time=[0])
+    options: dict[str, Any] = {"model": model, "members": 1, "seed": 0, "steps": 3}
+    found = coarse.genda.downscale(**options, chunks={"longitude": 4, "latitude": 8})
+    assert found.t2m.chunks[-2:] == ((8,), (4, 4, 4))
+    renamed = coarse.rename(latitude="lat", longitude="lon").genda.downscale(**options, tile={"lon": 8, "lat": 4})
+    assert renamed.attrs["xgenda_tile"] == "(4, 8)"
+    assert xgenda.plan(coarse, model=model, chunks={"longitude": 4, "latitude": 8}).parts == 3
+    for chunks, problem in (
+        ({"lat": 8, "lon": 8}, r"does not name rows and columns; type chunks=\{'latitude': 64, 'longitude': 64\}"),
+        (8.5, "give a number of cells"),
+        ("auto", "give a number of cells"),
+    ):
+        with pytest.raises(OptionError, match=problem):
+            coarse.genda.downscale(**options, chunks=chunks)

@@ -14,9 +14,10 @@ from xgenda import chunking, engine, metadata, operators, states
 from xgenda.assimilation import assimilate
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of, resolve_device
-from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_count
+from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError
 from xgenda.grids import Grid, Orientation, rectilinear
 from xgenda.models.conditions import Conditions, lead_times, neighbours, planes_of
+from xgenda.models.corrective import CorrectiveModel, rows_and_columns
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.models.spec import ModelSpec
@@ -120,9 +121,10 @@ def downscale(
     if time is not None and state.ds.sizes[time] == 0:
         raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
     chosen = choose_model(model, state.ds, layout, state.grid, task="downscale")
+    parts = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     asked = SamplingOptions(
-        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {}), tile=tile,
-        overlap=overlap, stage=stage,
+        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {}),
+        tile=parts["tile"], overlap=parts["overlap"], stage=stage,
     )  # fmt: skip
     if chosen.spec.task == "prior":
         for argument, found, default in (
@@ -161,7 +163,7 @@ def downscale(
     options = chosen.plan(asked)
     if options.stage == "mean":
         numbers = (0,)
-    windows = None if chunks is None else chunk_sizes(chosen, chunks)
+    windows = None if chunks is None else chunk_sizes(chosen, parts["chunks"])
     outputs = _outputs(state.ds, spec, inputs, variables)
     order, dims, coordinates = _axes(spec, state, target, layout.dims)
     basis = np.stack([_basis(state.ds, layout.time, inputs.scaling.cycle, p) for p in places.T], 1)
@@ -266,18 +268,31 @@ def _basis(ds: xr.Dataset, time: str | None, cycle: str, place: np.ndarray) -> n
 
 def chunk_sizes(model: GenerativeModel, chunks: Any) -> tuple[int, int]:
     """Return rows and columns of the chunks of a result, which the model must allow."""
-    from xgenda.models.corrective import CorrectiveModel
-
-    values = (
-        (chunks, chunks) if isinstance(chunks, int) else tuple(chunks.values()) if isinstance(chunks, Mapping) else tuple(chunks)
-    )
-    if len(values) != 2 or not isinstance(model, CorrectiveModel):
+    if not isinstance(model, CorrectiveModel):
         raise OptionError(
-            f"chunks={chunks!r} is not accepted; give rows and columns of the fine grid, for example chunks=(256, 256), and a diffusion model."
+            f"chunks={chunks!r} needs a diffusion model; model={model.spec.name!r} is computed whole. Leave it out."
         )
-    rows, columns = (min(check_count("chunks", n), whole) for n, whole in zip(values, model.grid.plane, strict=True))
+    rows, columns = (min(n, whole) for n, whole in zip(rows_and_columns("chunks", chunks, 1), model.grid.plane, strict=True))
     model.check_windows((rows, columns))
     return rows, columns
+
+
+def by_axis(state: states.State, model: GenerativeModel, **given: Any) -> dict[str, Any]:
+    """Return options that are rows and columns, those that are mappings of names as pairs in this order."""
+    own = model.spec.options.get("target", {})
+    layout = state.layout
+    names = [layout.dims, (layout.latitude, layout.longitude), tuple(own.get("dims", ())), ("latitude", "longitude")]
+    out = {}
+    for argument, value in given.items():
+        if isinstance(value, Mapping):
+            found = next((pair for pair in names if set(pair) == set(value) and len(pair) == 2), None)
+            if found is None:
+                raise OptionError(
+                    f"{argument}={dict(value)} does not name rows and columns; type {argument}={{{names[0][0]!r}: 64, {names[0][1]!r}: 64}}"
+                )
+            value = value[found[0]], value[found[1]]
+        out[argument] = value
+    return out
 
 
 def _outputs(ds: xr.Dataset, spec: ModelSpec, inputs: Conditions, variables: list[str]) -> list[tuple[str, tuple[float, float]]]:

@@ -12,6 +12,7 @@ s = 1 and u = 1. Where the coarse cells are blocks of fine ones, every block mea
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,15 +133,15 @@ class CorrectiveModel(GenerativeModel):
             if tile is None or own is None:
                 return None, None
             tile = tuple(own)
-        found = _pair("tile", tile, 1)
+        found = rows_and_columns("tile", tile, 1)
         stride = int(getattr(self.denoiser.network, "stride", 1))
         if any(t % stride for t in found) and found != self.grid.plane:
             raise OptionError(
                 f"tile={tile!r} is not accepted; rows and columns must be multiples of {stride}, such as tile={8 * stride}."
             )
         if overlap is None:
-            overlap = self.spec.options.get("overlap") or tuple(min(t // 4, t - 1) for t in found)
-        shared = _pair("overlap", overlap, 0)
+            overlap = self.spec.options.get("overlap") or tuple(min(t // 4, max(t - stride, 0)) for t in found)
+        shared = rows_and_columns("overlap", overlap, 0)
         Tiling(self.grid.plane, found, shared)  # refuses what does not go together
         return found, shared
 
@@ -498,9 +499,9 @@ def plane_noise(keys: list[tuple[int, str, int]], plane: tuple[int, int], place:
     return PlaneNoise(keys, plane, (int(place[0][0]), int(place[1][0])), (len(place[0]), len(place[1])))
 
 
-def _pair(name: str, given: Any, least: int) -> tuple[int, int]:
-    """Return rows and columns from one number, a pair, or a mapping by axis."""
-    values = (given, given) if isinstance(given, int) else tuple(given.values()) if isinstance(given, Mapping) else given
+def rows_and_columns(name: str, given: Any, least: int) -> tuple[int, int]:
+    """Return rows and columns from one number or a pair."""
+    values = (given, given) if isinstance(given, numbers.Integral) else given
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         raise OptionError(f"{name}={given!r} is not accepted; give a number of cells, or rows and columns: {name}=(64, 64).")
     return check_count(name, values[0], least), check_count(name, values[1], least)
