@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 import xgenda
-from xgenda.errors import OptionError
+from xgenda.errors import CoordinateError, OptionError
 from xgenda.models.corrective import CorrectiveModel
 
 FAST: dict[str, Any] = {"task": "downscale", "steps": 5, "width": 8, "progress": False, "anchor": None}
@@ -229,3 +229,29 @@ def test_rows_and_columns_go_by_their_names(model: xgenda.GenerativeModel, fine:
     ):
         with pytest.raises(OptionError, match=problem):
             coarse.genda.downscale(**options, chunks=chunks)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("ridge", {"conserve": True}), ("bilinear", {"neighbours": (-1, 0, 1)}), ("bcsd", {"tile": 8}), ("ridge", {"stages": "single"}),
+        ("ridge", {"lead_time": True}), ("bcsd", {"architecture": "songunet"}), ("ridge", {"time_features": "hour"}),
+    ],
+)  # fmt: skip
+def test_methods_in_closed_form_refuse_what_they_would_ignore(fine: xr.Dataset, method: str, option: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(option))}=.* has no effect with method='{method}'"):
+        xgenda.train(fine, task="downscale", factor=4, method=method, **option)
+
+
+def test_a_missing_time_is_asked_for(model: xgenda.GenerativeModel, fine: xr.Dataset) -> None:
+    coarse = means_of(fine)
+    with pytest.raises(CoordinateError, match="takes the season or the hour, and ds has no time. Assign it: ds.assign_coords"):
+        coarse.isel(time=0, drop=True).genda.downscale(model=model)
+    with pytest.raises(CoordinateError, match="has dtype int64; decode it"):
+        coarse.isel(time=[0, 1]).assign_coords(time=("time", [0, 6], {"standard_name": "time"})).genda.downscale(model=model)
+    scalar = coarse.isel(time=3).genda.downscale(model=model, members=1, seed=0, steps=3)
+    along = coarse.isel(time=[3]).genda.downscale(model=model, members=1, seed=0, steps=3)
+    np.testing.assert_allclose(scalar.t2m, along.t2m.isel(time=0))
+    sample = fine.drop_vars("time").rename(time="member")
+    with pytest.raises(OptionError, match="time_features='hour' needs a time coordinate, and the fields have none"):
+        xgenda.train(sample, factor=4, time_features="hour", **FAST)

@@ -151,7 +151,7 @@ def downscale(
     _check_input_grid(spec, inputs, state.grid)
     variables = [states.match_channel(state.ds, v.name, v.standard_name) for v in inputs.variables]
     metadata.check_dims(state.ds, variables, layout)
-    kept, places = _times(state.ds, layout.time, inputs)
+    kept, places = _times(state.ds, layout.time, spec, inputs)
     arrays = _inputs(state.ds, variables, time, places)
     chunking.check_core_chunks(arrays, layout.dims, why="each field is needed whole")
     factors = tuple(metadata.unit_factors_of(state.ds[n], v.units) for n, v in zip(variables, inputs.variables, strict=True))
@@ -217,8 +217,15 @@ def _check_input_grid(spec: ModelSpec, inputs: Conditions, grid: AnyGrid) -> Non
     raise GridError(f"model={spec.name!r} takes fields on the grid {inputs.grid.describe()}; ds has {grid.describe()}. {advice}")
 
 
-def _times(ds: xr.Dataset, time: str | None, inputs: Conditions) -> tuple[np.ndarray, np.ndarray]:
+def _times(ds: xr.Dataset, time: str | None, spec: ModelSpec, inputs: Conditions) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of the times that have all their neighbours, and of these neighbours, shape (t, offsets)."""
+    cycles = (inputs.cycle, inputs.scaling.cycle, "none" if spec.scaling is None else spec.scaling.cycle)
+    if time is None and any(c != "none" for c in cycles):
+        raise CoordinateError(
+            f"model={spec.name!r} takes the season or the hour, and ds has no time. Assign it: "
+            f"ds.assign_coords(time=numpy.datetime64('2020-01-01T12:00'))"
+        )
+    metadata.time_labels(None if time is None else ds[time])  # refuses what is no time
     count = 1 if time is None or time not in ds.dims else ds.sizes[time]
     if inputs.offsets == (0,):
         return np.arange(count), np.arange(count)[:, None]

@@ -186,6 +186,8 @@ def _check_named(transform: Any, offset: Any, bounds: Any, names: list[str]) -> 
 def _cycle(asked: str, time: xr.DataArray | None) -> str:
     """Return which harmonics are inputs; 'auto': those that the training times go through."""
     if asked != "auto":
+        if asked != "none" and time is None:
+            raise OptionError(f"time_features={asked!r} needs a time coordinate, and the fields have none; leave it out.")
         return asked
     if time is None:
         return "none"
