@@ -255,3 +255,18 @@ def test_a_missing_time_is_asked_for(model: xgenda.GenerativeModel, fine: xr.Dat
     sample = fine.drop_vars("time").rename(time="member")
     with pytest.raises(OptionError, match="time_features='hour' needs a time coordinate, and the fields have none"):
         xgenda.train(sample, factor=4, time_features="hour", **FAST)
+
+
+# -- the same numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["diffusion", "ridge", "bcsd"])
+def test_a_model_gives_the_same_numbers_saved_or_not(fine: xr.Dataset, tmp_path: Path, method: str) -> None:
+    options = FAST | {"anchor": "eof"} if method == "diffusion" else {"task": "downscale", "method": method}
+    model = xgenda.train(fine, factor=4, climatology="hour", **options)
+    coarse = means_of(fine).isel(time=[3, 9])
+    keyword: dict[str, Any] = {"members": 2, "seed": 0, **({"steps": 3} if method == "diffusion" else {})}
+    before = coarse.genda.downscale(model=model, **keyword)
+    model.save(tmp_path / "model.safetensors")
+    after = coarse.genda.downscale(model=xgenda.load_model(tmp_path / "model.safetensors"), **keyword)
+    np.testing.assert_array_equal(after.t2m, before.t2m)

@@ -16,7 +16,7 @@ import xarray as xr
 from xgenda.devices import resolve_device
 from xgenda.engine import check_seed
 from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag
-from xgenda.models.checkpoints import content_hash
+from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
@@ -273,7 +273,7 @@ def train(
                 if method == "diffusion"
                 else train_classical(pairs, method, recipe, name, licence)
             )
-    model.sha256 = content_hash(model)
+    model = as_stored(model)
     if out is not None:
         model.save(out, overwrite=overwrite)
     return model
