@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import xgenda
@@ -270,3 +273,38 @@ def test_a_model_gives_the_same_numbers_saved_or_not(fine: xr.Dataset, tmp_path:
     model.save(tmp_path / "model.safetensors")
     after = coarse.genda.downscale(model=xgenda.load_model(tmp_path / "model.safetensors"), **keyword)
     np.testing.assert_array_equal(after.t2m, before.t2m)
+
+
+# -- means ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_trial_of_a_calibration_has_the_mean_of_the_model(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the validation block the climate may be the better prediction; the network still takes the mean that it was trained with."""
+    from xgenda.models import means
+
+    fit, before = means.fit_mean, means.Pairs.less
+    kinds: list[str] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        kinds.append((found := fit(*args, **options))[2])
+        return found
+
+    def less(self: means.Pairs, k: int) -> means.Pairs:  # nothing to be learned from the others
+        out = before(self, k)
+        return dataclasses.replace(out, fine=out.fine[torch.randperm(len(out.fine), generator=torch.Generator().manual_seed(0))])
+
+    monkeypatch.setattr(means, "fit_mean", noted)
+    monkeypatch.setattr(means.Pairs, "less", less)
+    model = xgenda.train(fine, factor=4, **FAST | {"steps": 40})
+    assert kinds[0] == kinds[1] != "none"
+    assert model.spec.options["calibration"] is not None
+
+
+def test_ridge_says_where_it_is_too_large(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xgenda.models import means
+
+    monkeypatch.setattr(means, "LARGEST", 100)
+    with pytest.raises(
+        OptionError, match="method='ridge' needs a map to each of 1 x 8 x 12 cells, which is too large; use method='bcsd'"
+    ):
+        xgenda.train(fine, task="downscale", factor=4, method="ridge")

@@ -28,7 +28,12 @@ from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import ANCHORS, continue_prior, train_prior
 from xgenda.training.windows import Samples, read_samples
 
-CLASSICAL = ("target", "factor", "method", "calibrate")  # what methods in closed form take of what belongs to task 'downscale', or do without
+CLASSICAL = (
+    "target",
+    "factor",
+    "method",
+    "calibrate",
+)  # what methods in closed form take of what belongs to task 'downscale', or do without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
