@@ -308,3 +308,20 @@ def test_ridge_says_where_it_is_too_large(fine: xr.Dataset, monkeypatch: pytest.
         OptionError, match="method='ridge' needs a map to each of 1 x 8 x 12 cells, which is too large; use method='bcsd'"
     ):
         xgenda.train(fine, task="downscale", factor=4, method="ridge")
+
+
+# -- values ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_logarithm_of_one_variable_does_not_hide_other_units_of_another(fine: xr.Dataset) -> None:
+    coarse = means_of(fine)
+    coarse["rain"] = np.exp((coarse.t2m - 280) / 3).assign_attrs(units="mm")
+    model = xgenda.train(coarse, target=fine, transform={"rain": "log"}, calibrate=False, **FAST)
+    with pytest.raises(xgenda.errors.StateError, match=r"ds\['t2m'\] has mean .* Other units\?"):
+        coarse.assign(t2m=(coarse.t2m - 273.15).drop_attrs()).isel(time=[0]).genda.downscale(model=model, members=1, steps=3)
+
+
+def test_missing_lead_times_are_refused(fine: xr.Dataset) -> None:
+    lead = ("time", np.array(["NaT"] * 36, "timedelta64[h]"), {"standard_name": "forecast_period"})
+    with pytest.raises(CoordinateError, match=r"ds\['step'\] holds lead times that are missing"):
+        xgenda.train(means_of(fine).assign_coords(step=lead), target=fine, lead_time=True, **FAST)
