@@ -325,3 +325,47 @@ def test_missing_lead_times_are_refused(fine: xr.Dataset) -> None:
     lead = ("time", np.array(["NaT"] * 36, "timedelta64[h]"), {"standard_name": "forecast_period"})
     with pytest.raises(CoordinateError, match=r"ds\['step'\] holds lead times that are missing"):
         xgenda.train(means_of(fine).assign_coords(step=lead), target=fine, lead_time=True, **FAST)
+
+
+# -- plans ----------------------------------------------------------------------------------------------------------------------
+
+
+def globe() -> xr.Dataset:
+    return series(ny=8, nx=24).assign_coords(latitude=-78.75 + 22.5 * np.arange(8), longitude=7.5 + 15.0 * np.arange(24))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (8, 8), "overlap": (0, 4)}, {"sampler": "dpm++"}])
+def test_a_plan_counts_the_calls_that_are_made(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a globe, whose tiles wrap around, with a calibration, which asks for the mean of the denoiser."""
+    from xgenda.networks.unet import UNet
+
+    fine = globe()
+    model = xgenda.calibrate(xgenda.train(fine, factor=4, calibrate=False, **FAST | {"steps": 40}), fine.isel(time=slice(24, 34)))
+    assert isinstance(model, CorrectiveModel)
+    coarse = means_of(fine).isel(time=[3, 7])
+    planned = xgenda.plan(coarse, model=model, members=3, steps=4, **options)
+    made, forward = [0], UNet.forward
+
+    def counted(self: UNet, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        made[0] += len(x)
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    coarse.genda.downscale(model=model, members=3, steps=4, seed=0, **options)
+    assert planned.calls == made[0]
+
+
+def test_a_globe_in_rows_still_wraps_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = xgenda.train(globe(), factor=4, calibrate=False, **FAST)
+    assert isinstance(model, CorrectiveModel)
+    rows, columns = model.features.everywhere()
+    network = model.denoiser.network
+    for place, cut, expected in (
+        ((rows, columns), (False, False), True),
+        ((rows[:4], columns), (False, False), True),
+        ((rows, columns), (True, False), True),
+        ((rows, columns[:8]), (False, False), False),
+        ((rows, columns), (False, True), False),
+    ):
+        found = model.network_on(network, place, cut=cut)
+        assert getattr(found, "network", found).periodic is expected

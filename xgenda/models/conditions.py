@@ -120,7 +120,9 @@ def lead_times(ds: xr.Dataset, time: str | None, size: int, argument: str = "ds"
     else:
         seconds = values.astype(float) * metadata.unit_factors(str(found[0].attrs.get("units", "h")), "s")[0]
     if not np.isfinite(seconds).all():
-        raise CoordinateError(f"{argument}[{str(found[0].name)!r}] holds lead times that are missing; drop those: {argument}.dropna('time')")
+        raise CoordinateError(
+            f"{argument}[{str(found[0].name)!r}] holds lead times that are missing; drop those: {argument}.dropna('time')"
+        )
     return np.broadcast_to(np.asarray(seconds, dtype=float), (size,)).copy()
 
 

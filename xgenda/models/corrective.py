@@ -288,12 +288,12 @@ class CorrectiveModel(GenerativeModel):
     def _placed(self, network: nn.Module, place: Place, request: Request, lead: int | None) -> nn.Module:
         """Return a network at a lead time, on a window of the grid, in tiles where asked for."""
         options, size = request.options, (len(place[0]), len(place[1]))
-        tiled = options.tile is not None and (options.tile[0] < size[0] or options.tile[1] < size[1])
-        placed = self.network_on(network, place, lead, cut=tiled)
-        if tiled:
-            assert options.tile is not None
-            wraps = size == self.grid.plane and bool(self.grid.periodic)
-            tiling = Tiling(size, options.tile, options.overlap or (0, 0), periodic=wraps, multiple=self.stride)
+        tile = size if options.tile is None else options.tile
+        cut = tile[0] < size[0], tile[1] < size[1]
+        placed = self.network_on(network, place, lead, cut)
+        if any(cut):
+            wraps = size[1] == self.grid.plane[1] and bool(self.grid.periodic)
+            tiling = Tiling(size, tile, options.overlap or (0, 0), periodic=wraps, multiple=self.stride)
             placed = TiledNetwork(placed, tiling, options.batch_size or 1, self.whole_condition)
         return placed.to(request.device)
 
@@ -303,12 +303,13 @@ class CorrectiveModel(GenerativeModel):
         first = self.spec.channels if self.mean_condition else 0
         return slice(first, None) if self.spec.options.get("whole_condition") else False
 
-    def network_on(self, network: nn.Module, place: Place, lead: int | None = None, *, cut: bool = False) -> nn.Module:
-        """Return a network at a lead time on a window of the grid; with `cut` it is to be called on parts of that window."""
-        size = (len(place[0]), len(place[1]))
-        whole = size == self.grid.plane
-        if cut or not whole:
-            network = _without_wrap(network)
+    def network_on(
+        self, network: nn.Module, place: Place, lead: int | None = None, cut: tuple[bool, bool] = (False, False)
+    ) -> nn.Module:
+        """Return a network at a lead time on a window of the grid, to be called on parts of its rows or columns where these are `cut`."""
+        pieces = [c or len(p) < n for c, p, n in zip(cut, place, self.grid.plane, strict=True)]
+        whole = all(len(p) == n for p, n in zip(place, self.grid.plane, strict=True))
+        network = _unwrapped(network, pieces[0], pieces[1])
         return network if whole and lead is None else OnWindow(network, place, lead)
 
     def _windows(self, window: Place | None) -> tuple[Place, Place, tuple[slice, slice]]:
@@ -484,12 +485,14 @@ class OnWindow(nn.Module):
         return out
 
 
-def _without_wrap(network: nn.Module) -> nn.Module:
-    """Return a network that does not wrap around, with the same weights, for a part of its grid."""
-    if not getattr(network, "periodic", False):
+def _unwrapped(network: nn.Module, rows: bool, columns: bool) -> nn.Module:
+    """Return a network with the same weights for parts of the rows or of the columns of its grid, along which it does not wrap around."""
+    own = getattr(network, "periodic", False)
+    periodic = own if not (rows or columns) else bool(own) and not columns
+    if periodic == own:
         return network
     arguments: Mapping[str, Any] = network.arguments  # type: ignore[assignment]
-    plain = build_network({**arguments, "periodic": False})
+    plain = build_network({**arguments, "periodic": periodic})
     plain.load_state_dict(network.state_dict(), assign=True)
     return plain.eval().requires_grad_(False)
 
