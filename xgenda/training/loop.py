@@ -15,7 +15,7 @@ import xarray as xr
 
 from xgenda.devices import resolve_device
 from xgenda.engine import check_seed
-from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag
+from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag, check_pair
 from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
@@ -288,10 +288,10 @@ def _tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Return rows and columns of a tile."""
     if tile is None:
         return None
-    pair = (tile, tile) if isinstance(tile, int) else tuple(tile)
-    if len(pair) != 2 or any(check_count("tile", n) % 4 for n in pair):
+    pair = check_pair("tile", tile)
+    if any(n % 4 for n in pair):
         raise OptionError(f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64.")
-    return int(pair[0]), int(pair[1])
+    return pair
 
 
 def _trained_prior(
