@@ -369,3 +369,32 @@ def test_a_globe_in_rows_still_wraps_around(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         found = model.network_on(network, place, cut=cut)
         assert getattr(found, "network", found).periodic is expected
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_network_call_of_the_training_is_larger_than_a_batch_or_a_tile(
+    fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation and the mean of the first stage too; and that mean is what `downscale` makes of tiles."""
+    from xgenda.networks.unet import UNet
+
+    seen: set[tuple[int, ...]] = set()
+    forward = UNet.forward
+
+    def noted(self: UNet, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        seen.add((len(x), *x.shape[-2:]))
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(UNet, "forward", noted)
+    amplitude = np.random.default_rng(4).normal(size=(72, 1, 1))
+    pattern = np.sin(np.arange(12.0)) * np.cos(np.arange(8.0))[:, None]
+    bent = series(72)  # what no linear map explains
+    bent["t2m"] = (bent.t2m.dims, 280 + amplitude + 3 * np.abs(amplitude) * pattern, fine.t2m.attrs)
+    longer = FAST | {"steps": 150, "learning_rate": 1e-2}
+    model = xgenda.train(bent, factor=4, tile=4, batch_size=8, calibrate=False, conserve=False, **longer)
+    assert isinstance(model, CorrectiveModel)
+    assert model.regression is not None
+    assert {size[1:] for size in seen} == {(4, 4)}
+    assert max(size[0] for size in seen) <= 8
