@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -398,3 +399,16 @@ def test_no_network_call_of_the_training_is_larger_than_a_batch_or_a_tile(
     assert model.regression is not None
     assert {size[1:] for size in seen} == {(4, 4)}
     assert max(size[0] for size in seen) <= 8
+
+
+def test_lead_times_between_those_of_the_networks_are_refused(
+    model: xgenda.GenerativeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(model, CorrectiveModel)
+    monkeypatch.setitem(model.spec.options, "lead_index", True)  # type: ignore[arg-type]
+    monkeypatch.setattr(model, "inputs", dataclasses.replace(model.inputs, lead_time=21600.0))
+    request = SimpleNamespace(labels=["a", "b", "c"], planes=torch.tensor([[0.0], [1.001], [0.0]]))
+    assert list(model._groups(request, 4)) == [([0, 2], 0), ([1], 1)]  # type: ignore[arg-type]
+    request.planes[1] = 1.5
+    with pytest.raises(OptionError, match="The lead time at b is 9 h, and .* knows multiples of 6 h"):
+        list(model._groups(request, 4))  # type: ignore[arg-type]
