@@ -412,3 +412,31 @@ def test_lead_times_between_those_of_the_networks_are_refused(
     request.planes[1] = 1.5
     with pytest.raises(OptionError, match="The lead time at b is 9 h, and .* knows multiples of 6 h"):
         list(model._groups(request, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"neighbours": 0}, "neighbours=0 is not accepted; give whole steps"),
+        ({"bounds": {"t2m": 3}}, "bounds of 't2m' are 3; a lowest"),
+    ],
+)
+def test_options_of_another_type_are_refused(fine: xr.Dataset, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        xgenda.train(fine, factor=4, **FAST | change)
+
+
+def test_calibrate_takes_a_path_and_leaves_random_numbers_alone(
+    model: xgenda.GenerativeModel, fine: xr.Dataset, tmp_path: Path
+) -> None:
+    copy = xgenda.train(fine, factor=4, calibrate=False, **FAST)
+    copy.save(tmp_path / "m.safetensors")
+    held = fine.isel(time=slice(24, 34))
+    np.testing.assert_array_equal(
+        factors(xgenda.calibrate(tmp_path / "m.safetensors", held)), factors(xgenda.calibrate(model, held))
+    )
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    means_of(fine).isel(time=[0]).genda.downscale(model=model, members=1, steps=3, seed=0)
+    assert torch.equal(torch.rand(1), expected)

@@ -232,7 +232,7 @@ def _bounds_of(name: str, values: np.ndarray, transform: str, given: Sequence[fl
     """Return the bounds of a variable, which its fields must keep to."""
     if given is None:  # what has a logarithm has no negative values, which exp(z) - offset can be
         return (0.0, math.inf) if transform == "log" and values.min() >= 0 else (-math.inf, math.inf)
-    pair = tuple(given)
+    pair = tuple(given) if hasattr(given, "__len__") else ()
     if len(pair) != 2 or any(b is not None and not math.isfinite(b) for b in pair) or (None not in pair and pair[0] >= pair[1]):  # type: ignore[operator]
         raise OptionError(
             f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"

@@ -55,9 +55,12 @@ def stored_tensors(model: GenerativeModel) -> dict[str, Tensor]:
 
 def as_stored(model: GenerativeModel) -> GenerativeModel:
     """Return the model as it would be read from a file, so that it gives the same numbers whether it was saved or not."""
+    import torch
+
     tensors = {k: v.clone() for k, v in stored_tensors(model).items()}
-    data = json.loads(json.dumps(model.spec.to_dict()))
-    out: GenerativeModel = _reader(model.spec).from_tensors(_described(Path("model"), data, tensors), tensors)
+    spec = _described(Path("model"), json.loads(json.dumps(model.spec.to_dict())), tensors)
+    with torch.random.fork_rng(devices=[]):  # new networks draw numbers before they get theirs
+        out: GenerativeModel = _reader(spec).from_tensors(spec, tensors)
     out.sha256 = content_hash(out)
     return out
 

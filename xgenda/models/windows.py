@@ -41,7 +41,8 @@ def unwrapped(network: nn.Module, rows: bool, columns: bool) -> nn.Module:
     if periodic == own:
         return network
     arguments: Mapping[str, Any] = network.arguments  # type: ignore[assignment]
-    plain = build_network({**arguments, "periodic": periodic})
+    with torch.random.fork_rng(devices=[]):
+        plain = build_network({**arguments, "periodic": periodic})
     plain.load_state_dict(network.state_dict(), assign=True)
     return plain.eval().requires_grad_(False)
 

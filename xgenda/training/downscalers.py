@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
 from xgenda.models.features import Features
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
+from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec
 from xgenda.scaling import Scaling, cycle_basis, fit_scaling
 from xgenda.training.objectives import Denoising, Regression
@@ -346,7 +348,9 @@ def suggested_tile(states: Tensor, tile: tuple[int, int] | None, stride: int) ->
 
 
 def calibrate(
-    model: GenerativeModel, ds: xr.Dataset | xr.DataArray, target: xr.Dataset | xr.DataArray | None = None
+    model: GenerativeModel | str | os.PathLike[str],
+    ds: xr.Dataset | xr.DataArray,
+    target: xr.Dataset | xr.DataArray | None = None,
 ) -> CorrectiveModel:
     """Return a downscaling model with the spread of its members corrected by scale on data that it was not trained on.
 
@@ -356,7 +360,7 @@ def calibrate(
     Parameters
     ----------
     model
-        Of `train` with task 'downscale'.
+        Of `train` with task 'downscale', or its name or path.
     ds
         Coarse fields; without `target` the fine ones, for a model that was trained on their block means. At least 2 times, better 20.
     target
@@ -372,8 +376,11 @@ def calibrate(
     OptionError, GridError, UnitsError
         If the model is no diffusion model for downscaling, or the data are not on its grids or lack one of its variables.
     """
+    model = model if isinstance(model, GenerativeModel) else load_model(model)
     if not isinstance(model, CorrectiveModel):
-        raise OptionError(f"model={getattr(model, 'spec', None) and model.spec.name!r} is no diffusion model for downscaling.")
+        raise OptionError(
+            f"model={model.spec.name!r} is no diffusion model for downscaling; train one: xgenda.train(fine, task='downscale', factor=4)"
+        )
     spec, inputs = model.spec, model.inputs
     if target is None:
         if spec.factor is None or [v.name for v in inputs.variables] != [v.name for v in spec.variables]:

@@ -203,6 +203,10 @@ def train(
         )
     if window > 1 and task != "prior":
         raise OptionError(f"window={window} belongs to task='prior'.")
+    if not isinstance(neighbours, (tuple, list, range)):
+        raise OptionError(
+            f"neighbours={neighbours!r} is not accepted; give whole steps with 0 among them: neighbours=(-1, 0, 1)."
+        )
     own = {
         "target": (target, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
         "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
