@@ -89,7 +89,7 @@ class CorrectiveModel(GenerativeModel):
         self.grid, self.scaling, self.inputs = spec.grid, spec.scaling, spec.inputs
         self.regression = None if regression is None else regression.eval().requires_grad_(False)
         self.denoiser = denoiser.eval().requires_grad_(False)
-        self.features = Features(spec.inputs, spec.grid, statics)
+        self.features = Features(spec.inputs, spec.grid, statics, spec.wraps)
         options = spec.options
         self.sigma_min, self.sigma_max, self.unit = (float(options[k]) for k in ("sigma_min", "sigma_max", "unit"))
         self.mean_condition = bool(options["mean_condition"])

@@ -29,11 +29,13 @@ class Features:
         Fine grid.
     statics
         Fields that never change, standardised, shape (statics, rows, columns).
+    wraps
+        Whether the grid is a doubly periodic box, of whose blocks of cells the coarse ones are made.
     """
 
-    def __init__(self, conditions: Conditions, grid: AnyGrid, statics: Tensor | None) -> None:
+    def __init__(self, conditions: Conditions, grid: AnyGrid, statics: Tensor | None, wraps: bool = False) -> None:
         self.conditions, self.shape, self.statics = conditions, grid.plane, statics
-        self.map = interpolated_to(conditions.grid, grid)
+        self.map = wrapped_between(conditions.grid.plane, grid.plane) if wraps else interpolated_to(conditions.grid, grid)
 
     @property
     def channels(self) -> int:
@@ -96,6 +98,19 @@ def interpolated_to(source: AnyGrid, target: AnyGrid) -> LinearMap:
             f"the fine grid is {target.describe()}. Crop the fine fields, or give coarse ones of a larger region."
         )
     return found.replaced(lost, held)
+
+
+def wrapped_between(source: tuple[int, int], target: tuple[int, int]) -> LinearMap:
+    """Build bilinear interpolation from blocks of cells to the cells, on a doubly periodic plane of rows and columns."""
+    steps = []
+    for n, m in zip(source, target, strict=True):
+        place = (np.arange(m) + 0.5) * n / m - 0.5
+        low = np.floor(place).astype(int)
+        steps.append((np.stack([low, low + 1]) % n, np.stack([low + 1 - place, place - low])))
+    (rows, down), (columns, along) = steps
+    index = rows[:, None, :, None] * source[1] + columns[None, :, None, :]
+    weight = down[:, None, :, None] * along[None, :, None, :]
+    return LinearMap.from_rows(index.reshape(4, -1).T, weight.reshape(4, -1).T, source[0] * source[1])
 
 
 def _check_within(source: Grid, target: Grid) -> None:

@@ -35,6 +35,7 @@ def train_classical(pairs: Pairs, method: str, recipe: Recipe, name: str | None,
         name or f"trained-{method}",
         method,
         licence,
+        recipe.periodic == "both",
     )
     matched = _matched(ready, method)
     spec = dataclasses.replace(

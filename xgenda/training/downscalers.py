@@ -82,7 +82,7 @@ class Prepared:
         Block of each pair.
     matched
         See `xgenda.models.means.Pairs`.
-    blocks, weights
+    weights
         Where coarse fields are block means of the fine ones.
     """
 
@@ -108,12 +108,13 @@ class Prepared:
         grid = None if self.weights is None else rectilinear(self.spec.grid, "task='downscale'")
         if grid is not None and self.weights is not None:
             built = Blocks(grid, int(self.spec.factor or 0), self.weights)
-        return means.Pairs(self.coarse, self.interpolated, self.fine, self.fold, self.matched, built, grid)
+        return means.Pairs(self.coarse, self.interpolated, self.fine, self.fold, self.matched, built, grid, self.spec.wraps)
 
 
 def prepare_pairs(
-    pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str
-) -> Prepared:
+    pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str,
+    homogeneous: bool = False,
+) -> Prepared:  # fmt: skip
     """Fit the standardisation of both sides, and put everything on the fine grid."""
     time = pairs.fine.time
     fine_names, coarse_names = ([v.name for v in s.variables] for s in (pairs.fine, pairs.coarse))
@@ -121,7 +122,9 @@ def prepare_pairs(
 
     def fit(values: np.ndarray, names: list[str]) -> Scaling:
         limits = None if bounds is None else {k: v for k, v in bounds.items() if k in names}
-        return fit_scaling(values, time, names, cycle=climatology, transform=transform, offset=offset, bounds=limits)
+        return fit_scaling(
+            values, time, names, cycle=climatology, transform=transform, offset=offset, bounds=limits, homogeneous=homogeneous
+        )
 
     scaling, input_scaling = fit(pairs.fine.values, fine_names), fit(pairs.inputs(0), coarse_names)
     unit = None
@@ -140,9 +143,9 @@ def prepare_pairs(
     statics = None if pairs.statics is None else torch.as_tensor(pairs.statics).float()
     spec = ModelSpec(
         name, "downscale", kind, pairs.fine.variables, pairs.fine.grid, scaling, pairs.factor, inputs=conditions, licence=licence,
-        options={"target": dict(pairs.target)},
+        options={"target": dict(pairs.target), **({"wraps": True} if homogeneous and pairs.factor is not None else {})},
     )  # fmt: skip
-    return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics))
+    return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics, spec.wraps))
 
 
 def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features) -> Prepared:
@@ -197,7 +200,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     """Train the fine fields behind coarse ones."""
     ready = prepare_pairs(
         pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, name or "trained-downscaler", "diffusion",
-        licence,
+        licence, recipe.periodic == "both",
     )  # fmt: skip
     conserve = _conserved(ready, recipe)
     _check_tile(recipe, pairs)
@@ -213,6 +216,10 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         linear, predicted, kind, note = means.fit_mean(ready.for_mean())
     left = ready.fine - predicted
     spread = left.square().mean(0).sqrt().clamp(min=1e-3).float()
+    shifts = 0
+    if ready.spec.wraps and ready.spec.factor and pairs.statics is None and recipe.tile is None:
+        shifts = ready.spec.factor  # all blocks are alike
+        spread = spread.square().mean((1, 2), keepdim=True).sqrt().expand_as(spread).contiguous()
     regression, regression_options, first = None, None, {"best_step": 0}
     if recipe.stages == "both":
         condition = given if linear.is_zero else torch.cat([given, predicted.float()], 1)
@@ -220,7 +227,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         network = build_network(regression_options)
         first = optimiser.fit(
             network,
-            Regression(condition, (left.float() / spread).contiguous(), recipe.tile),
+            Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts),
             train_rows,
             held,
             0.3,
@@ -246,7 +253,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     network_options = arguments(channels, condition.shape[1])
     network = build_network(network_options)
     sigma_max = highest_sigma(final)
-    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, tile=recipe.tile)
+    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
     second = optimiser.fit(network, objective, train_rows, held, 1.0 if recipe.stages != "both" else 0.7, "training the residual")
     extra = {"linear_mean": note, "anchor": anchor_note, **{f"mean_{k}": v for k, v in first.items()}}
     options = {
