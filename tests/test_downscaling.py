@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,33 @@ def test_chunks_of_the_result_have_the_noise_of_their_cells(fine: xr.Dataset, no
     ):
         with pytest.raises(OptionError, match=problem):
             coarse.genda.downscale(model=model, chunks=chunks)  # type: ignore[arg-type]
+
+
+def test_a_plan_counts_calls_tiles_and_chunks(tiled: xgenda.GenerativeModel, fine: xr.Dataset) -> None:
+    coarse = coarse_of(fine).isel(time=[0, 3])
+    assert isinstance(tiled, CorrectiveModel)
+    found = xgenda.plan(coarse, model=tiled, members=3, steps=5, overlap=4)
+    rows, columns = 3, 3  # tiles of 8 x 12 with 4 shared cells in 16 x 24
+    assert (found.tile, found.tiles, found.parts, found.samples) == ((8, 12), rows * columns, 1, 6)
+    assert found.calls == 6 * 9 * rows * columns + (2 * rows * columns if tiled.regression is not None else 0)
+    whole = xgenda.plan(coarse, model=tiled, members=3, steps=5, tile=None, sampler="dpm++", chunks=(8, 8))
+    assert (whole.parts, whole.tiles, whole.part) == (6, 1, (16, 24))
+    assert whole.calls == 6 * 5 * 6 + (12 if tiled.regression is not None else 0)
+    assert "6 of at most 16 x 24 cells with their halo" in repr(whole)
+    assert xgenda.plan(coarse, model=tiled, members=16, tile=None).memory > whole.memory > 0
+    with pytest.raises(OptionError, match="is no diffusion model for downscaling; there is nothing to plan"):
+        xgenda.plan(coarse, model=xgenda.train(fine, task="downscale", factor=4, method="bilinear"))
+
+
+def test_tiles_are_chosen_for_large_grids_only(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = xgenda.train(fine, task="downscale", factor=4, tile="auto", calibrate=False, **FAST)
+    assert small.spec.options["tile"] is None
+    assert re.fullmatch(r"\d+ rows, \d+ columns", small.spec.training["residual_correlated_over"])
+    monkeypatch.setattr("xgenda.training.downscalers.LARGEST_PLANE", 20)
+    monkeypatch.setattr("xgenda.training.downscalers.suggest_tile", lambda residual, stride: ((12, 12), (4, 4)))
+    large = xgenda.train(fine, task="downscale", factor=4, tile="auto", calibrate=False, **FAST | {"anchor": "auto"})
+    assert large.spec.options["tile"] == [12, 12]
+    assert large.spec.training["anchor"] == "none"
 
 
 def test_a_gaussian_of_the_whole_grid_cannot_be_cut(fine: xr.Dataset) -> None:

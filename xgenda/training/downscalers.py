@@ -16,7 +16,7 @@ from torch import Tensor
 from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.tiles import decorrelation_length
+from xgenda.diffusion.tiles import decorrelation_length, suggest_tile
 from xgenda.errors import GridError, OptionError
 from xgenda.grids import rectilinear
 from xgenda.models import means
@@ -37,6 +37,7 @@ from xgenda.training.priors import FOLDS, HELD, fit_anchors, network_arguments, 
 from xgenda.training.windows import blocks
 
 STAGES = ("both", "residual", "single")
+LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles
 LARGEST_ANCHOR = 200_000  # cells of a state, above which no Gaussian is fitted to the residual
 CALIBRATION_TIMES, CALIBRATION_MEMBERS = 24, 8
 
@@ -59,7 +60,7 @@ class Recipe:
     calibrate: bool
     cycle: str
     lead_time: bool
-    tile: tuple[int, int] | None
+    tile: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,12 +210,13 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     given = ready.features.of(ready.interpolated, ready.planes, everywhere)
     fold = torch.as_tensor(ready.fold)
     train_rows, held = split_rows(ready.fold)
-    arguments = _arguments(recipe, pairs)
     if recipe.stages == "single":
         linear, predicted, kind, note = means.LinearMean(ready.shape), torch.zeros_like(ready.fine), "none", "none"
     else:
         linear, predicted, kind, note = means.fit_mean(ready.for_mean())
     left = ready.fine - predicted
+    recipe = _with_tile(recipe, left)
+    arguments = _arguments(recipe, pairs)
     spread = left.square().mean(0).sqrt().clamp(min=1e-3).float()
     shifts = 0
     if ready.spec.wraps and ready.spec.factor and pairs.statics is None and recipe.tile is None:
@@ -255,11 +257,17 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     sigma_max = highest_sigma(final)
     objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
     second = optimiser.fit(network, objective, train_rows, held, 1.0 if recipe.stages != "both" else 0.7, "training the residual")
-    extra = {"linear_mean": note, "anchor": anchor_note, **{f"mean_{k}": v for k, v in first.items()}}
+    reach = decorrelation_length(states)
+    extra = {
+        "linear_mean": note,
+        "anchor": anchor_note,
+        "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
+        **{f"mean_{k}": v for k, v in first.items()},
+    }
     options = {
         **ready.spec.options, "network": network_options, "regression": regression_options, "sigma_min": SIGMA_MIN, "sigma_max": sigma_max,
         "sigma_data": 1.0, "unit": unit, "mean_condition": recipe.mean_condition, "conserve": conserve, "calibration": None,
-        **suggested_tile(states, recipe.tile, int(getattr(network, "stride", 1))),
+        **suggested_tile(reach, recipe.tile, int(getattr(network, "stride", 1))),
     }  # fmt: skip
     spec = dataclasses.replace(
         ready.spec, options=options, training=record_of(pairs.fine, optimiser, extra, second),
@@ -307,8 +315,16 @@ def _with_means(ready: Prepared, z: Tensor) -> Tensor:
     return out
 
 
+def _with_tile(recipe: Recipe, residual: Tensor) -> Recipe:
+    """Return the recipe with a tile where 'auto' was asked for, and without a Gaussian of the whole grid where there are tiles."""
+    if recipe.tile == "auto":
+        plane = tuple(residual.shape[-2:])
+        recipe = dataclasses.replace(recipe, tile=None if max(plane) <= LARGEST_PLANE else suggest_tile(residual, stride=4)[0])
+    return recipe if recipe.tile is None else dataclasses.replace(recipe, anchor=None)
+
+
 def _check_tile(recipe: Recipe, pairs: Pairs) -> None:
-    if recipe.tile is None:
+    if recipe.tile is None or isinstance(recipe.tile, str):
         return
     if recipe.anchor is not None and recipe.anchor != "auto":
         raise OptionError(f"anchor={recipe.anchor!r} is a Gaussian of the whole grid, which tile cuts; pass anchor=None.")
@@ -333,9 +349,9 @@ def _arguments(recipe: Recipe, pairs: Pairs) -> Any:
     return make
 
 
-def suggested_tile(states: Tensor, tile: tuple[int, int] | None, stride: int) -> dict[str, Any]:
+def suggested_tile(lengths: tuple[float, float], tile: tuple[int, int] | None, stride: int) -> dict[str, Any]:
     """Return the options of tiles: those of the training with the overlap that the residual needs, and the halo of chunks."""
-    reach = max(decorrelation_length(states))
+    reach = max(lengths)
     steps = max(1, math.ceil(reach / 2 / stride))
     out: dict[str, Any] = {"tile": None, "overlap": None, "halo": stride * max(2, math.ceil(reach / stride))}
     if tile is not None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def train(
     conserve: bool | Literal["auto"] = "auto",
     calibrate: bool = True,
     mean_condition: bool = True,
-    tile: int | tuple[int, int] | None = None,
+    tile: int | tuple[int, int] | Literal["auto"] | None = None,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "none",
@@ -114,7 +114,8 @@ def train(
         For 'downscale': whether the diffusion sees the mean.
     tile
         For 'downscale': rows and columns of the random parts of the fine grid that networks are trained on, for grids that are too large;
-        `downscale` then samples in such tiles. Without an anchor.
+        `downscale` then samples in such tiles. Without an anchor. 'auto': twice the distance at which the residuals of the linear mean are
+        no longer correlated, where the grid is larger than 448 cells.
     start
         Model, name or path to go on from (task 'prior'): its scaling, anchor and network are kept, and trained on `ds`.
     variables
@@ -261,7 +262,7 @@ def train(
             )  # fmt: skip
         else:
             recipe = Recipe(
-                climatology, transform, offset, bounds, None if tile is not None and anchor == "auto" else anchor, periodic, width,
+                climatology, transform, offset, bounds, anchor, periodic, width,
                 architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
             )  # fmt: skip
             model = (
@@ -275,13 +276,15 @@ def train(
     return model
 
 
-def _tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return rows and columns of a tile."""
-    if tile is None:
-        return None
+def _tile(tile: Any) -> Any:
+    """Return rows and columns of a tile, or 'auto'."""
+    if tile is None or tile == "auto":
+        return tile
     pair = (tile, tile) if isinstance(tile, int) else tuple(tile)
-    if len(pair) != 2 or any(check_count("tile", n) % 4 for n in pair):
-        raise OptionError(f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64.")
+    if len(pair) != 2 or any(isinstance(n, str) or check_count("tile", n) % 4 for n in pair):
+        raise OptionError(
+            f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64, or 'auto'."
+        )
     return int(pair[0]), int(pair[1])
 
 
