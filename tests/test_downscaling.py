@@ -304,7 +304,7 @@ def test_chunks_of_the_result_have_the_noise_of_their_cells(fine: xr.Dataset, no
             np.testing.assert_allclose(parts.t2m.values, whole.t2m.values, rtol=1e-6)
     for chunks, problem in (
         (10, "multiples of 4"),
-        ((8, 8, 8), "rows and columns of the fine grid"),
+        ((8, 8, 8), "give a number of cells, or rows and columns"),
         (0, "whole number of at least 1"),
     ):
         with pytest.raises(OptionError, match=problem):

@@ -14,13 +14,14 @@ from xgenda import chunking, engine, metadata, operators, states
 from xgenda.assimilation import assimilate
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of, resolve_device
-from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_count
+from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError
 from xgenda.grids import Grid, Orientation, rectilinear
 from xgenda.models.conditions import Conditions, lead_times, neighbours, planes_of
+from xgenda.models.corrective import CorrectiveModel, rows_and_columns
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.models.spec import ModelSpec
-from xgenda.models.templates import coordinates_of, empty
+from xgenda.models.templates import coordinates_of
 from xgenda.regridding import Regridder
 from xgenda.scaling import cycle_basis
 
@@ -120,9 +121,10 @@ def downscale(
     if time is not None and state.ds.sizes[time] == 0:
         raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
     chosen = choose_model(model, state.ds, layout, state.grid, task="downscale")
+    parts = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     asked = SamplingOptions(
-        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {}), tile=tile,
-        overlap=overlap, stage=stage,
+        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {}),
+        tile=parts["tile"], overlap=parts["overlap"], stage=stage,
     )  # fmt: skip
     if chosen.spec.task == "prior":
         for argument, found, default in (
@@ -149,7 +151,7 @@ def downscale(
     _check_input_grid(spec, inputs, state.grid)
     variables = [states.match_channel(state.ds, v.name, v.standard_name) for v in inputs.variables]
     metadata.check_dims(state.ds, variables, layout)
-    kept, places = _times(state.ds, layout.time, inputs)
+    kept, places = _times(state.ds, layout.time, spec, inputs)
     arrays = _inputs(state.ds, variables, time, places)
     chunking.check_core_chunks(arrays, layout.dims, why="each field is needed whole")
     factors = tuple(metadata.unit_factors_of(state.ds[n], v.units) for n, v in zip(variables, inputs.variables, strict=True))
@@ -161,7 +163,7 @@ def downscale(
     options = chosen.plan(asked)
     if options.stage == "mean":
         numbers = (0,)
-    windows = None if chunks is None else chunk_sizes(chosen, chunks)
+    windows = None if chunks is None else chunk_sizes(chosen, parts["chunks"])
     outputs = _outputs(state.ds, spec, inputs, variables)
     order, dims, coordinates = _axes(spec, state, target, layout.dims)
     basis = np.stack([_basis(state.ds, layout.time, inputs.scaling.cycle, p) for p in places.T], 1)
@@ -215,8 +217,15 @@ def _check_input_grid(spec: ModelSpec, inputs: Conditions, grid: AnyGrid) -> Non
     raise GridError(f"model={spec.name!r} takes fields on the grid {inputs.grid.describe()}; ds has {grid.describe()}. {advice}")
 
 
-def _times(ds: xr.Dataset, time: str | None, inputs: Conditions) -> tuple[np.ndarray, np.ndarray]:
+def _times(ds: xr.Dataset, time: str | None, spec: ModelSpec, inputs: Conditions) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of the times that have all their neighbours, and of these neighbours, shape (t, offsets)."""
+    cycles = (inputs.cycle, inputs.scaling.cycle, "none" if spec.scaling is None else spec.scaling.cycle)
+    if time is None and any(c != "none" for c in cycles):
+        raise CoordinateError(
+            f"model={spec.name!r} takes the season or the hour, and ds has no time. Assign it: "
+            f"ds.assign_coords(time=numpy.datetime64('2020-01-01T12:00'))"
+        )
+    metadata.time_labels(None if time is None else ds[time])  # refuses what is no time
     count = 1 if time is None or time not in ds.dims else ds.sizes[time]
     if inputs.offsets == (0,):
         return np.arange(count), np.arange(count)[:, None]
@@ -266,18 +275,31 @@ def _basis(ds: xr.Dataset, time: str | None, cycle: str, place: np.ndarray) -> n
 
 def chunk_sizes(model: GenerativeModel, chunks: Any) -> tuple[int, int]:
     """Return rows and columns of the chunks of a result, which the model must allow."""
-    from xgenda.models.corrective import CorrectiveModel
-
-    values = (
-        (chunks, chunks) if isinstance(chunks, int) else tuple(chunks.values()) if isinstance(chunks, Mapping) else tuple(chunks)
-    )
-    if len(values) != 2 or not isinstance(model, CorrectiveModel):
+    if not isinstance(model, CorrectiveModel):
         raise OptionError(
-            f"chunks={chunks!r} is not accepted; give rows and columns of the fine grid, for example chunks=(256, 256), and a diffusion model."
+            f"chunks={chunks!r} needs a diffusion model; model={model.spec.name!r} is computed whole. Leave it out."
         )
-    rows, columns = (min(check_count("chunks", n), whole) for n, whole in zip(values, model.grid.plane, strict=True))
+    rows, columns = (min(n, whole) for n, whole in zip(rows_and_columns("chunks", chunks, 1), model.grid.plane, strict=True))
     model.check_windows((rows, columns))
     return rows, columns
+
+
+def by_axis(state: states.State, model: GenerativeModel, **given: Any) -> dict[str, Any]:
+    """Return options that are rows and columns, those that are mappings of names as pairs in this order."""
+    own = model.spec.options.get("target", {})
+    layout = state.layout
+    names = [layout.dims, (layout.latitude, layout.longitude), tuple(own.get("dims", ())), ("latitude", "longitude")]
+    out = {}
+    for argument, value in given.items():
+        if isinstance(value, Mapping):
+            found = next((pair for pair in names if set(pair) == set(value) and len(pair) == 2), None)
+            if found is None:
+                raise OptionError(
+                    f"{argument}={dict(value)} does not name rows and columns; type {argument}={{{names[0][0]!r}: 64, {names[0][1]!r}: 64}}"
+                )
+            value = value[found[0]], value[found[1]]
+        out[argument] = value
+    return out
 
 
 def _outputs(ds: xr.Dataset, spec: ModelSpec, inputs: Conditions, variables: list[str]) -> list[tuple[str, tuple[float, float]]]:
@@ -337,9 +359,13 @@ def _like_coarse(spec: ModelSpec, state: states.State, east: np.ndarray) -> tupl
     rows, columns = np.arange(grid.shape[0]), np.arange(grid.shape[1])
     if len(state.orientation.rows) > 1 and state.orientation.rows[0] > state.orientation.rows[1]:
         rows = rows[::-1]
-    start = east.min() - 180.0 / max(len(east), 1) if grid.periodic else (east.min() + east.max()) / 2 - 180.0
-    longitude = (grid.longitude - start) % 360.0 + start
-    columns = np.argsort(longitude, kind="stable") if grid.periodic else columns
+    if grid.periodic:
+        start = east.min() - 180.0 / max(len(east), 1)
+        longitude = (grid.longitude - start) % 360.0 + start
+        columns = np.argsort(longitude, kind="stable")
+    else:  # as a whole: a region is not cut where the longitudes of the coarse fields are
+        centre = (east.min() + east.max()) / 2
+        longitude = grid.longitude + 360.0 * np.round((centre - grid.longitude.mean()) / 360.0)
     if len(east) > 1 and np.median(np.diff(east)) < 0:
         columns = columns[::-1]
     return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
@@ -379,31 +405,64 @@ def _from_prior(
                                               for n in state.ds.data_vars)]  # fmt: skip
     if not there:
         raise OptionError(f"ds has none of the variables of model={spec.name!r}: {', '.join(v.name for v in spec.variables)}.")
-    time = None if state.layout.time is None else state.ds[state.layout.time]
-    fine = empty(spec.grid, spec.variables, time, spec.options.get("target"))
-    if target is not None:
-        wanted = metadata.as_dataset(target, "target")
-        if not states.enter(wanted, "target").grid.same_as(spec.grid):
-            raise GridError(
-                f"target is not on the grid of model={spec.name!r}, {spec.grid.describe()}; leave out target to get that grid."
-            )
-    factor = _nested(spec.grid, state.grid)
     names = [states.match_channel(state.ds, v.name, v.standard_name) for v in there]
-    coarse = state.ds[names].rename({n: f"coarse_{v.name}" for n, v in zip(names, there, strict=True)})
-    maps: dict[str, Any] = {}
-    for v in there:
-        maps[f"coarse_{v.name}"] = (
-            operators.coarsened(v.name, factor=factor)
-            if factor is not None
-            else operators.regridded(v.name, Regridder(fine, coarse, method="conservative"))
+    on_levels = [n for n in names if states.parse_channel(n)[1] is not None]
+    if on_levels:
+        raise OptionError(
+            f"ds[{states.parse_channel(on_levels[0])[0]!r}] has levels, and an unconditional prior downscales single fields. Train a downscaler: "
+            f"xgenda.train(fine, task='downscale', factor=4)"
         )
-    given = {f"coarse_{k}": e for k, e in error.items()} if isinstance(error, Mapping) else error if error is not None else {
-        f"coarse_{v.name}": SHARE_OF_SPREAD * _typical(spec, c) for c, v in enumerate(spec.variables) if v in there
+    metadata.check_dims(state.ds, names, state.layout)
+    fine = _blank(state, spec, target, dict(zip((v.name for v in there), names, strict=True)))
+    factor = _nested(spec.grid, state.grid)
+    coarse = state.ds[names].rename({n: f"coarse_{n}" for n in names})
+    east = coarse[state.layout.longitude]  # of observations between -180 and 360
+    turns = np.ceil(max(float(east.max()) - 360.0, 0.0) / 360.0) - np.ceil(max(-180.0 - float(east.min()), 0.0) / 360.0)
+    coarse = coarse.assign_coords({east.name: (east - 360.0 * turns).assign_attrs(east.attrs)})
+    maps: dict[str, Any] = {
+        f"coarse_{n}": operators.coarsened(n, factor=factor) if factor is not None
+        else operators.regridded(n, Regridder(fine, coarse, method="conservative"))
+        for n in names
     }  # fmt: skip
+    given: Any = {f"coarse_{k}": e for k, e in error.items()} if isinstance(error, Mapping) else error
+    if given is None:  # in the units of ds
+        given = {
+            f"coarse_{n}": SHARE_OF_SPREAD
+            * _typical(spec, spec.variables.index(v))
+            / metadata.unit_factors_of(state.ds[n], v.units)[0]
+            for n, v in zip(names, there, strict=True)
+        }
     out = assimilate(
         fine, coarse, model=model, error=given, members=members, seed=seed, operators=maps, background_check=None, **options
     )  # fmt: skip
     return out
+
+
+def _blank(state: states.State, spec: ModelSpec, target: Any, known: Mapping[str, str]) -> xr.Dataset:
+    """Return zeros on the grid of a prior in the order, names and units of `ds`, whose name of each variable `known` has."""
+    ds, layout = state.ds, state.layout
+    _, dims, places = _axes(spec, state, target, layout.dims)
+    coords = {n: xr.Variable(*c) if isinstance(c, tuple) else c for n, c in places.items()}
+    for n, c in coords.items():
+        c.attrs = {**(ds[n].attrs if n in ds.coords else {}), **c.attrs}
+    renamed = dict(zip(layout.dims, dims, strict=True))
+    first = ds[next(iter(known.values()))]
+    order = [renamed.get(str(d), str(d)) for d in first.dims]
+    if layout.time is not None:
+        coords[layout.time] = ds[layout.time].variable
+        if layout.time in ds.dims and layout.time not in order:
+            order = [layout.time, *order]
+    sizes = {**{str(d): ds.sizes[d] for d in first.dims}, **{str(d): n for c in coords.values() for d, n in c.sizes.items()}}
+    blank = np.zeros([sizes[d] for d in order], dtype=np.float32)
+    out = {}
+    for v in spec.variables:
+        own = {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a}
+        out[known.get(v.name, v.name)] = (order, blank, {**own, **(ds[known[v.name]].attrs if v.name in known else {})})
+    lazy = (
+        None if layout.time is None else next((ds[n].chunksizes.get(layout.time) for n in known.values() if ds[n].chunks), None)
+    )
+    found = xr.Dataset(out, coords=coords, attrs=ds.attrs)
+    return found if lazy is None else found.chunk({str(layout.time): lazy})
 
 
 def _nested(fine: AnyGrid, coarse: AnyGrid) -> int | None:

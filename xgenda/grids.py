@@ -131,10 +131,12 @@ class Grid:
         return np.asarray((np.asarray(longitude, dtype=float) - start) % 360.0 + start)
 
     def same_as(self, other: object) -> bool:
-        """Whether two grids have the same cells, to a thousandth of the spacing."""
+        """Whether two grids have the same cells, to a thousandth of the spacing and but for whole turns."""
         if not isinstance(other, Grid) or self.shape != other.shape:
             return False
-        for mine, theirs in ((self.latitude, other.latitude), (self.longitude, other.longitude)):
+        # means over blocks at the date line start beyond it
+        turned = other.longitude + 360.0 * np.round((self.longitude[0] - other.longitude[0]) / 360.0)
+        for mine, theirs in ((self.latitude, other.latitude), (self.longitude, turned)):
             step = np.diff(mine).mean() if len(mine) > 1 else 1.0
             if np.abs(mine - theirs).max() > 2 * TOLERANCE * step:
                 return False

@@ -14,7 +14,7 @@ from xgenda import metadata, states
 from xgenda.diffusion.memory import plan_memory
 from xgenda.diffusion.samplers import network_calls
 from xgenda.diffusion.tiles import Tiling
-from xgenda.downscaling import chunk_sizes
+from xgenda.downscaling import by_axis, chunk_sizes
 from xgenda.errors import OptionError, check_count
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.generative import GenerativeModel, SamplingOptions
@@ -109,23 +109,20 @@ def plan(
     chosen = choose_model(model, state.ds, state.layout, state.grid, task="downscale")
     if not isinstance(chosen, CorrectiveModel):
         raise OptionError(f"model={chosen.spec.name!r} is no diffusion model for downscaling; there is nothing to plan.")
+    given = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     options = chosen.plan(
         SamplingOptions(
-            sampler=sampler,
-            steps=steps,
-            batch_size=batch_size,
-            sampler_options=dict(sampler_options or {}),
-            tile=tile,
-            overlap=overlap,
+            sampler=sampler, steps=steps, batch_size=batch_size, sampler_options=dict(sampler_options or {}), tile=given["tile"],
+            overlap=given["overlap"],
         )
-    )
+    )  # fmt: skip
     time = state.layout.time
     times = state.ds.sizes[time] if time in state.ds.dims else 1
     samples = times * check_count("members", members)
     grid = chosen.grid.plane
     part, parts = grid, 1
     if chunks is not None:
-        sizes = chunk_sizes(chosen, chunks)
+        sizes = chunk_sizes(chosen, given["chunks"])
         part = (min(grid[0], sizes[0] + 2 * chosen.halo), min(grid[1], sizes[1] + 2 * chosen.halo))
         parts = -(-grid[0] // sizes[0]) * -(-grid[1] // sizes[1])
     tile = part if options.tile is None else (min(options.tile[0], part[0]), min(options.tile[1], part[1]))

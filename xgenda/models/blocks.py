@@ -66,12 +66,18 @@ class Blocks:
         ratio = torch.where(nothing, 0.0, wanted / torch.where(nothing, 1.0, found))
         return low + above * self._spread(ratio) + self._spread(torch.where(nothing, wanted, 0.0))
 
+    def kept(self, fields: Tensor, means: Tensor, low: float, high: float) -> Tensor:
+        """Return fields within bounds with these block means: shifted without bounds, else scaled from the bound."""
+        if high == np.inf:
+            return self.added(fields, means) if low == -np.inf else self.scaled(fields, means, low)
+        if low == -np.inf:
+            return -self.scaled(-fields, -means, -high)
+        # what scaling takes beyond the upper bound goes to the rest of the block
+        return -self.scaled(-self.scaled(fields, means, low).clamp(max=high), -means, -high)
+
     def conserve(self, fields: Tensor, means: Tensor, bounds: tuple[tuple[float, float], ...]) -> Tensor:
-        """Return physical fields (..., channels, rows, columns) with these block means (..., channels, y, x), above their lowest values."""
-        parts = []
-        for c, (low, _) in enumerate(bounds):
-            one = fields[..., c, :, :], means[..., c, :, :]
-            parts.append(self.added(*one) if low == -np.inf else self.scaled(*one, low))
+        """Return physical fields (..., channels, rows, columns) with these block means (..., channels, y, x), within their bounds."""
+        parts = [self.kept(fields[..., c, :, :], means[..., c, :, :], low, high) for c, (low, high) in enumerate(bounds)]
         return torch.stack(parts, -3)
 
     def matrix(self) -> Tensor:

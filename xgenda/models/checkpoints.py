@@ -27,7 +27,6 @@ LARGEST_HEADER = 16 * 2**20
 
 def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write `model` beside `path` and rename it into place."""
-    import torch
     from safetensors.torch import save_file
 
     target = Path(path)
@@ -36,15 +35,31 @@ def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrit
             f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')"
         )
     check_output(target, "model.save", overwrite=overwrite, error=CheckpointError)
+    with aside(target) as partial:
+        # one entry only: safetensors writes several in random order, and equal models would have different checksums
+        save_file(stored_tensors(model), partial, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
+    model.path, model.sha256 = target.resolve(), sha256_of(target)
+    return target
+
+
+def stored_tensors(model: GenerativeModel) -> dict[str, Tensor]:
+    """Return what a file of the model holds, by name; scalings are stored in single precision."""
+    import torch
+
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.tensors().items()}
     for prefix, scaling in _scalings(model.spec):
         tensors[f"{prefix}.mean"] = torch.as_tensor(scaling.mean, dtype=torch.float32)
         tensors[f"{prefix}.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
-    with aside(target) as partial:
-        # one entry only: safetensors writes several in random order, and equal models would have different checksums
-        save_file(tensors, partial, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
-    model.path, model.sha256 = target.resolve(), sha256_of(target)
-    return target
+    return tensors
+
+
+def as_stored(model: GenerativeModel) -> GenerativeModel:
+    """Return the model as it would be read from a file, so that it gives the same numbers whether it was saved or not."""
+    tensors = {k: v.clone() for k, v in stored_tensors(model).items()}
+    data = json.loads(json.dumps(model.spec.to_dict()))
+    out = _reader(model.spec).from_tensors(_described(Path("model"), data, tensors), tensors)
+    out.sha256 = content_hash(out)
+    return out
 
 
 def read_model(path: Path, sha256: str) -> GenerativeModel:
@@ -56,6 +71,16 @@ def read_model(path: Path, sha256: str) -> GenerativeModel:
         If the file is truncated, foreign, from a newer version, or holds tensors that are not finite or not expected.
     """
     spec, tensors = read_tensors(path)
+    try:
+        model: GenerativeModel = _reader(spec).from_tensors(spec, tensors)
+    except (KeyError, RuntimeError, TypeError) as problem:
+        raise CheckpointError(f"{path}: the tensors do not fit the description: {problem}") from problem
+    model.path, model.sha256 = path, sha256
+    return model
+
+
+def _reader(spec: ModelSpec) -> Any:
+    """Return the class of a model."""
     if spec.kind == "gaussian":
         from xgenda.models.gaussian import GaussianModel as reader
     elif spec.kind != "diffusion":
@@ -64,12 +89,7 @@ def read_model(path: Path, sha256: str) -> GenerativeModel:
         from xgenda.models.corrective import CorrectiveModel as reader  # type: ignore[assignment]
     else:
         from xgenda.models.diffusive import DiffusionModel as reader  # type: ignore[assignment]
-    try:
-        model = reader.from_tensors(spec, tensors)
-    except (KeyError, RuntimeError, TypeError) as problem:
-        raise CheckpointError(f"{path}: the tensors do not fit the description: {problem}") from problem
-    model.path, model.sha256 = path, sha256
-    return model
+    return reader
 
 
 def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
@@ -102,6 +122,11 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     found = data.pop("format", header.get("format"))  # beside the description in the first files
     if str(found) != str(FORMAT):
         raise CheckpointError(f"{path} has format {found}; this version reads {FORMAT}. Update xgenda.")
+    return _described(path, data, tensors), tensors
+
+
+def _described(path: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> ModelSpec:
+    """Return the description, taking the arrays of its scalings out of the tensors."""
     data.setdefault("inputs", None)  # which the first files of priors do not have
     parts: dict[str, Any] = {"scaling": None, "inputs": None}
     for prefix, reader in (("scaling", Scaling.from_dict), ("inputs", Conditions.from_dict)):
@@ -116,7 +141,7 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         except (KeyError, TypeError, ValueError) as problem:
             raise CheckpointError(f"{path}: the {prefix} cannot be read: {problem}") from problem
     try:
-        return ModelSpec.from_dict(data, **parts), tensors
+        return ModelSpec.from_dict(data, **parts)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise CheckpointError(f"{path}: the model description cannot be read: {problem}") from problem
 

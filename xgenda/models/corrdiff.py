@@ -19,7 +19,7 @@ from xgenda import metadata, states
 from xgenda.curvilinear import PointSet
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import CheckpointError, CoordinateError, OptionError
-from xgenda.models.checkpoints import content_hash
+from xgenda.models.checkpoints import as_stored
 from xgenda.models.conditions import Conditions
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.means import LinearMean
@@ -143,10 +143,12 @@ def read_corrdiff(
     )  # fmt: skip
     shape = (len(outs), *fine.grid.plane)
     plain = EDMDenoiser(drift.model, None, sigma_data=denoiser.sigma_data, scale_condition=denoiser.scale_condition)
-    model = CorrectiveModel(
-        spec, LinearMean(shape), None if mean is None else mean.model, torch.ones(len(outs), 1, 1), plain, fixed
+    model = as_stored(
+        CorrectiveModel(
+            spec, LinearMean(shape), None if mean is None else mean.model, torch.ones(len(outs), 1, 1), plain, fixed
+        )
     )
-    model.sha256 = content_hash(model)
+    assert isinstance(model, CorrectiveModel)
     return model
 
 

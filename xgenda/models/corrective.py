@@ -12,6 +12,7 @@ s = 1 and u = 1. Where the coarse cells are blocks of fine ones, every block mea
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,15 +133,15 @@ class CorrectiveModel(GenerativeModel):
             if tile is None or own is None:
                 return None, None
             tile = tuple(own)
-        found = _pair("tile", tile, 1)
+        found = rows_and_columns("tile", tile, 1)
         stride = int(getattr(self.denoiser.network, "stride", 1))
         if any(t % stride for t in found) and found != self.grid.plane:
             raise OptionError(
                 f"tile={tile!r} is not accepted; rows and columns must be multiples of {stride}, such as tile={8 * stride}."
             )
         if overlap is None:
-            overlap = self.spec.options.get("overlap") or tuple(min(t // 4, t - 1) for t in found)
-        shared = _pair("overlap", overlap, 0)
+            overlap = self.spec.options.get("overlap") or tuple(min(t // 4, max(t - stride, 0)) for t in found)
+        shared = rows_and_columns("overlap", overlap, 0)
         Tiling(self.grid.plane, found, shared)  # refuses what does not go together
         return found, shared
 
@@ -210,13 +211,16 @@ class CorrectiveModel(GenerativeModel):
             The mean, (t, channels, rows, columns): that of the first stage, and of the residual as the denoiser has it at its highest
             noise level, where it knows nothing but the condition. And the deviations from it before any calibration.
         """
-        means, found = [], []
+        shape = (self.spec.channels, *self.grid.plane)
+        means = torch.empty(len(request.labels), *shape, dtype=torch.float64)
+        found = torch.empty(len(request.labels), len(request.members), *shape, dtype=torch.float64)
         for part, residual, centre in self._sampled(request, self.features.everywhere(), centred=True):
             assert residual is not None
             assert centre is not None
-            means.append(part.mean + self.unit * centre[:, 0])
-            found.append(self.unit * (residual - centre))
-        return torch.cat(means), torch.cat(found)
+            # those of one lead time come together, whatever their order
+            means[part.rows] = part.mean + self.unit * centre[:, 0]
+            found[part.rows] = self.unit * (residual - centre)
+        return means, found
 
     def _sampled(self, request: Request, outer: Place, centred: bool) -> Iterator[tuple[_Part, Tensor | None, Tensor | None]]:
         """Yield some times after the other: what their samples share, the residuals of all members in their unit, and their mean."""
@@ -412,7 +416,9 @@ class _Part:
         self.means = means.index_select(2, rows).index_select(3, columns)
         self.blocks = self.blocks.on(place)
         self.channels = list(conserved.channels)
-        self.bounds = tuple(self.model.scaling.bounds[c] for c in self.channels)
+        scaling = self.model.scaling
+        least = [-offset if name == "log" else -np.inf for name, offset in zip(scaling.transforms, scaling.offsets, strict=True)]
+        self.bounds = tuple((max(scaling.bounds[c][0], least[c]), scaling.bounds[c][1]) for c in self.channels)
 
     def physical(self, z: Tensor) -> Tensor:
         """Return standardised fields (times, members, channels, rows, columns) in physical units, with the block means of their input."""
@@ -434,15 +440,14 @@ class _Part:
         for i, c in enumerate(self.channels):
             std = self.std[c].to(z)
             climatology, means = self.climatology[rows, c].to(z), self.means[rows, i].to(z)
-            low = self.bounds[i][0]
-            if scaling.transforms[c] == "none" and low == -np.inf:
-                out[:, c] = z[:, c] + (self.blocks.added(z[:, c] * std + climatology, means) - z[:, c] * std - climatology) / std
-                continue
             offset, log = scaling.offsets[c], scaling.transforms[c] == "log"
             value = z[:, c] * std + climatology
-            value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(min=low)
-            value = self.blocks.scaled(value, means, low)
-            out[:, c] = ((value + offset).log() if log else value) / std - climatology / std
+            if not log and self.bounds[i] == (-np.inf, np.inf):  # a difference alone: nothing is rounded by the climatology
+                out[:, c] = z[:, c] + (self.blocks.added(value, means) - value) / std
+                continue
+            value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(*self.bounds[i])
+            value = self.blocks.kept(value, means, *self.bounds[i])
+            out[:, c] = ((value + offset).clamp(min=SMALLEST).log() if log else value) / std - climatology / std
         return out
 
     def conserving(self, residual: Tensor, rows: list[int]) -> Tensor:
@@ -455,6 +460,7 @@ class _Part:
 
 LARGEST_BATCH = 2**20  # cells of all samples that go together
 LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is noise on its way
+SMALLEST = 1e-30  # that has a logarithm
 
 
 class OnWindow(nn.Module):
@@ -493,9 +499,9 @@ def plane_noise(keys: list[tuple[int, str, int]], plane: tuple[int, int], place:
     return PlaneNoise(keys, plane, (int(place[0][0]), int(place[1][0])), (len(place[0]), len(place[1])))
 
 
-def _pair(name: str, given: Any, least: int) -> tuple[int, int]:
-    """Return rows and columns from one number, a pair, or a mapping by axis."""
-    values = (given, given) if isinstance(given, int) else tuple(given.values()) if isinstance(given, Mapping) else given
+def rows_and_columns(name: str, given: Any, least: int) -> tuple[int, int]:
+    """Return rows and columns from one number or a pair."""
+    values = (given, given) if isinstance(given, numbers.Integral) else given
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         raise OptionError(f"{name}={given!r} is not accepted; give a number of cells, or rows and columns: {name}=(64, 64).")
     return check_count(name, values[0], least), check_count(name, values[1], least)

@@ -32,7 +32,7 @@ from xgenda.models.spec import ModelSpec
 from xgenda.scaling import Scaling, cycle_basis, fit_scaling
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
-from xgenda.training.pairs import Pairs, read_pairs
+from xgenda.training.pairs import Pairs, as_described, read_pairs
 from xgenda.training.priors import FOLDS, HELD, fit_anchors, network_arguments, record_of, split_rows
 from xgenda.training.windows import blocks
 
@@ -190,6 +190,8 @@ def _check_named(transform: Any, offset: Any, bounds: Any, names: list[str]) -> 
 def _cycle(asked: str, time: xr.DataArray | None) -> str:
     """Return which harmonics are inputs; 'auto': those that the training times go through."""
     if asked != "auto":
+        if asked != "none" and time is None:
+            raise OptionError(f"time_features={asked!r} needs a time coordinate, and the fields have none; leave it out.")
         return asked
     if time is None:
         return "none"
@@ -383,24 +385,26 @@ def calibrate(
 
     Raises
     ------
-    OptionError, GridError
-        If the model is no diffusion model for downscaling, or the data are not on its grids.
+    OptionError, GridError, UnitsError
+        If the model is no diffusion model for downscaling, or the data are not on its grids or lack one of its variables.
     """
     if not isinstance(model, CorrectiveModel):
         raise OptionError(f"model={getattr(model, 'spec', None) and model.spec.name!r} is no diffusion model for downscaling.")
     spec, inputs = model.spec, model.inputs
-    names = [v.name for v in spec.variables]
-    factor = spec.factor if target is None else None
+    if target is None:
+        if spec.factor is None or [v.name for v in inputs.variables] != [v.name for v in spec.variables]:
+            raise OptionError(
+                f"model={spec.name!r} takes {', '.join(v.name for v in inputs.variables)} on {inputs.grid.describe()}, which are no means of "
+                f"fine fields; give both: xgenda.calibrate(model, coarse, fine)"
+            )
+        ds = as_described(ds, spec.variables)
+    else:
+        ds, target = as_described(ds, inputs.variables), as_described(target, spec.variables, "target")
     pairs = read_pairs(
-        ds,
-        target,
-        factor,
-        variables=names,
-        statics=None,
-        offsets=inputs.offsets,
-        lead_time=inputs.lead_time is not None,
-        fewest=2,
-    )
+        ds, target, spec.factor if target is None else None, variables=None, statics=None, offsets=inputs.offsets,
+        lead_time=inputs.lead_time is not None, fewest=2, weights="cells" if model.conserved is None else model.conserved.weights,
+        spacing=inputs.spacing,
+    )  # fmt: skip
     for what, found, expected in (("fine", pairs.fine.grid, spec.grid), ("coarse", pairs.coarse.grid, inputs.grid)):
         if expected is None or not expected.same_as(found):
             raise GridError(

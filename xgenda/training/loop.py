@@ -16,7 +16,7 @@ import xarray as xr
 from xgenda.devices import resolve_device
 from xgenda.engine import check_seed
 from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag
-from xgenda.models.checkpoints import content_hash
+from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
@@ -28,6 +28,7 @@ from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import ANCHORS, continue_prior, train_prior
 from xgenda.training.windows import Samples, read_samples
 
+CLASSICAL = ("target", "factor", "method", "calibrate")  # what methods in closed form take of what belongs to task 'downscale', or do without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -204,11 +205,14 @@ def train(
         "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
     }  # fmt: skip
-    if task == "prior":
-        for argument, (given, default) in own.items():
-            if given is not default and (argument in ("target", "statics") or given != default):
-                shown = "..." if argument in ("target", "statics") else repr(given)
-                raise OptionError(f"{argument}={shown} belongs to task='downscale'; pass it too: task='downscale'")
+    for argument, (given, default) in own.items():
+        if given is default or (argument not in ("target", "statics") and given == default):
+            continue
+        shown = "..." if argument in ("target", "statics") else repr(given)
+        if task == "prior":
+            raise OptionError(f"{argument}={shown} belongs to task='downscale'; pass it too: task='downscale'")
+        if method in METHODS and argument not in CLASSICAL and not (argument, method) == ("neighbours", "ridge"):
+            raise OptionError(f"{argument}={shown} has no effect with method={method!r}, which has a closed form. Leave it out.")
     check_choice("method", method, ("diffusion", *METHODS))
     check_choice("stages", stages, STAGES)
     check_choice("architecture", architecture, ARCHITECTURES)
@@ -270,7 +274,7 @@ def train(
                 if method == "diffusion"
                 else train_classical(pairs, method, recipe, name, licence)
             )
-    model.sha256 = content_hash(model)
+    model = as_stored(model)
     if out is not None:
         model.save(out, overwrite=overwrite)
     return model

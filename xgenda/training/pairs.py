@@ -70,6 +70,8 @@ def read_pairs(
     offsets: Sequence[int],
     lead_time: bool,
     fewest: int = FEWEST,
+    weights: str = "cells",
+    spacing: float | None = None,
 ) -> Pairs:
     """Read pairs into memory and check them.
 
@@ -83,6 +85,10 @@ def read_pairs(
         Cells per coarse cell along each axis, without `target`.
     variables
         Which of the fine variables.
+    weights
+        Of the block means that are made without `target`, 'cells' or 'areas'.
+    spacing
+        Seconds from one neighbour to the next; None for those from one time of `ds` to the next.
 
     Raises
     ------
@@ -97,7 +103,7 @@ def read_pairs(
         fine = read_samples(ds, variables, fewest=fewest)
         if fine.valid is not None:
             raise StateError(_MASKED.format("ds"))
-        coarse = _block_means(fine, factor)
+        coarse = _block_means(fine, factor, weights)
         source = metadata.as_dataset(ds)
     else:
         if factor is not None:
@@ -110,7 +116,7 @@ def read_pairs(
         factor = _factor_between(fine.grid, coarse.grid)
         coarse = _in_units_of(coarse, fine)
         source = metadata.as_dataset(target, "target")
-    order, spacing = _offsets(offsets, coarse)
+    order, spacing = _offsets(offsets, coarse, spacing)
     places, kept = _match(fine, coarse, order, spacing)
     if len(kept) < fewest:
         raise StateError(
@@ -130,10 +136,24 @@ def read_pairs(
     return Pairs(fine, coarse, places, order, spacing, factor, lead, fields, static_names, names)
 
 
+def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec], argument: str = "ds") -> xr.Dataset:
+    """Return the variables that a model knows, with its names, in its order and in its units; levels are variables of their own.
+
+    Raises
+    ------
+    OptionError, UnitsError
+        If one is missing, or is in units of another kind.
+    """
+    state = states.enter(metadata.as_dataset(ds, argument), argument)
+    names = [states.match_channel(state.ds, v.name, v.standard_name, argument) for v in variables]
+    fields = {v.name: metadata.convert_units(state.ds[n], v.units) for n, v in zip(names, variables, strict=True)}
+    return xr.Dataset(fields, coords=state.ds.coords)
+
+
 _MASKED = "{0} holds cells that are NaN at all times, and task='downscale' has no mask. Fill them or crop: {0}.fillna(...), {0}.isel(...)"
 
 
-def _block_means(fine: Samples, factor: int) -> Samples:
+def _block_means(fine: Samples, factor: int, weights: str) -> Samples:
     if not isinstance(fine.grid, Grid):
         raise GridError(
             "factor needs latitude and longitude along one axis each. Give coarse fields instead: xgenda.train(coarse, target=fine, "
@@ -141,7 +161,7 @@ def _block_means(fine: Samples, factor: int) -> Samples:
         )
     import torch
 
-    means = Blocks(fine.grid, factor).mean(torch.as_tensor(fine.values)).numpy()
+    means = Blocks(fine.grid, factor, weights).mean(torch.as_tensor(fine.values)).numpy()
     return dataclasses.replace(fine, values=means, grid=fine.grid.coarsened(factor))
 
 
@@ -169,7 +189,7 @@ def _in_units_of(coarse: Samples, fine: Samples) -> Samples:
     return dataclasses.replace(coarse, values=values, variables=tuple(specs))
 
 
-def _offsets(offsets: Sequence[int], coarse: Samples) -> tuple[tuple[int, ...], float | None]:
+def _offsets(offsets: Sequence[int], coarse: Samples, spacing: float | None) -> tuple[tuple[int, ...], float | None]:
     found = tuple(offsets)
     if not found or any(isinstance(o, bool) or int(o) != o for o in found) or 0 not in found:
         raise OptionError(
@@ -180,7 +200,7 @@ def _offsets(offsets: Sequence[int], coarse: Samples) -> tuple[tuple[int, ...], 
         return order, None
     if coarse.time is None:
         raise OptionError(f"neighbours={offsets!r} needs a time coordinate, and ds has none.")
-    return order, spacing_of_times(coarse.time.values)
+    return order, spacing_of_times(coarse.time.values) if spacing is None else spacing
 
 
 def _match(fine: Samples, coarse: Samples, offsets: tuple[int, ...], spacing: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -209,10 +229,15 @@ def _match(fine: Samples, coarse: Samples, offsets: tuple[int, ...], spacing: fl
             f"The times of ds and target are of two calendars: {problem}. Convert one: ds.convert_calendar('standard')"
         ) from problem
     kept = np.flatnonzero((places >= 0).all(1))
+    if not len(kept) and (places[:, offsets.index(0)] >= 0).any():
+        raise OptionError(
+            f"ds has the times of target, and none with all its neighbours {', '.join(f'{o * (spacing or 0) / 3600:+g} h' for o in offsets if o)}. "
+            f"Give a series with such steps, or train without neighbours."
+        )
     if not len(kept):
         raise OptionError(
             f"ds has none of the times of target: {coarse.time.values.min()} to {coarse.time.values.max()} against {fine.time.values.min()} to "
-            f"{fine.time.values.max()}."
+            f"{fine.time.values.max()}. Shift those of one, where they mean the same: ds.assign_coords(time=target.time)"
         )
     return places[kept], kept
 

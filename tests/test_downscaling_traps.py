@@ -1,0 +1,272 @@
+"""Traps of downscaling: other units, orders and names than in the training, and what must not depend on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import xgenda
+from xgenda.errors import CoordinateError, OptionError
+from xgenda.models.corrective import CorrectiveModel
+
+FAST: dict[str, Any] = {"task": "downscale", "steps": 5, "width": 8, "progress": False, "anchor": None}
+
+
+def series(n: int = 36, ny: int = 8, nx: int = 12, west: float = 5.0, step: float = 0.5) -> xr.Dataset:
+    """Return fine temperature, every six hours."""
+    rng = np.random.default_rng(1)
+    y, x = np.meshgrid(np.linspace(0, np.pi, ny), np.linspace(0, np.pi, nx), indexing="ij")
+    large = sum(rng.normal(size=(n, 1, 1)) * wave for wave in (np.ones_like(y), np.cos(y), np.cos(x), np.cos(x) * np.cos(y)))
+    values = 280 + 3 * large + 0.3 * rng.normal(size=(n, ny, nx))
+    return xr.Dataset(
+        {"t2m": (("time", "latitude", "longitude"), values, {"units": "K", "standard_name": "air_temperature"})},
+        coords={
+            "time": np.datetime64("2020-01-01", "ns") + np.arange(n) * np.timedelta64(6, "h"),
+            "latitude": 40.0 + step * np.arange(ny), "longitude": west + step * np.arange(nx),
+        },
+    )  # fmt: skip
+
+
+def means_of(fine: xr.Dataset, factor: int = 4) -> xr.Dataset:
+    out: xr.Dataset = fine.coarsen(latitude=factor, longitude=factor).mean()
+    return out
+
+
+def with_humidity(coarse: xr.Dataset) -> xr.Dataset:
+    noise = np.random.default_rng(2).normal(size=coarse.t2m.shape)
+    return coarse.assign(q=(0.1 * coarse.t2m + noise).assign_attrs(units="g kg-1", standard_name="specific_humidity"))
+
+
+def in_celsius(ds: xr.Dataset) -> xr.Dataset:
+    return ds.assign(t2m=(ds.t2m - 273.15).assign_attrs(ds.t2m.attrs, units="degC"))
+
+
+@pytest.fixture(scope="module")
+def fine() -> xr.Dataset:
+    return series()
+
+
+@pytest.fixture(scope="module")
+def model(fine: xr.Dataset) -> xgenda.GenerativeModel:
+    return xgenda.train(fine, factor=4, calibrate=False, **FAST)
+
+
+@pytest.fixture(scope="module")
+def paired(fine: xr.Dataset) -> xgenda.GenerativeModel:
+    return xgenda.train(with_humidity(means_of(fine)), target=fine, calibrate=False, **FAST)
+
+
+# -- calibration ----------------------------------------------------------------------------------------------------------------
+
+
+def factors(model: xgenda.GenerativeModel) -> np.ndarray:
+    return np.array(model.spec.options["calibration"]["factors"])
+
+
+def test_calibration_takes_other_units_names_orders_and_more_variables(
+    model: xgenda.GenerativeModel, paired: xgenda.GenerativeModel, fine: xr.Dataset
+) -> None:
+    held = fine.isel(time=slice(24, 34))
+    expected = factors(xgenda.calibrate(model, held))
+    renamed = in_celsius(held).rename(t2m="tas").assign(z=held.t2m.drop_attrs() * 2)
+    for given in (
+        in_celsius(held),
+        renamed,
+        held.isel(latitude=slice(None, None, -1)).transpose("longitude", "time", "latitude"),
+    ):
+        np.testing.assert_allclose(factors(xgenda.calibrate(model, given)), expected, atol=1e-6)
+    coarse = with_humidity(means_of(fine)).isel(time=slice(24, 34))
+    expected = factors(xgenda.calibrate(paired, coarse, held))
+    for given, target in ((coarse[["q", "t2m"]], held), (in_celsius(coarse), held), (coarse, in_celsius(held))):
+        np.testing.assert_allclose(factors(xgenda.calibrate(paired, given, target)), expected, atol=1e-6)
+    with pytest.raises(OptionError, match=r"takes t2m, q on .* give both: xgenda.calibrate\(model, coarse, fine\)"):
+        xgenda.calibrate(paired, held)
+
+
+def test_calibration_looks_at_neighbours_as_far_apart_as_in_the_training(fine: xr.Dataset) -> None:
+    model = xgenda.train(fine, factor=4, neighbours=(-1, 0, 1), calibrate=False, **FAST)
+    with pytest.raises(OptionError, match=r"none with all its neighbours -6 h, \+6 h\. Give a series with such steps"):
+        xgenda.calibrate(model, fine.isel(time=slice(0, 36, 4)))
+
+
+def test_deviations_are_in_the_order_of_the_times_whatever_the_lead_times(
+    model: xgenda.GenerativeModel, fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that know lead times by number sample those of one lead time together."""
+    assert isinstance(model, CorrectiveModel)
+    held = fine.isel(time=slice(24, 34))
+    expected = factors(xgenda.calibrate(model, held))
+
+    def turned(self: CorrectiveModel, request: Any, size: int) -> Any:
+        rows = list(range(len(request.labels)))
+        yield from ((part, None) for part in (rows[1::2], rows[0::2]))
+
+    monkeypatch.setattr(CorrectiveModel, "_groups", turned)
+    np.testing.assert_allclose(factors(xgenda.calibrate(model, held)), expected, atol=1e-6)
+
+
+# -- block means ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bounds", "transform", "offset"),
+    [((0, 100), "none", 0.0), ((None, 100), "none", 0.0), ((None, 100), "log", 0.5), ((0, 100), "log", 0.5), (None, "log", 60.0)],
+)
+def test_means_are_kept_within_any_bounds(fine: xr.Dataset, bounds: Any, transform: str, offset: float) -> None:
+    """Humidity that is often at its bounds; a logarithm of values below zero (shifted by its offset) has no bound of its own."""
+    values = 100 * ((fine.t2m - 275) / 10).clip(0, 1) - (50 if bounds is None else 0)
+    humid = fine.assign(t2m=values.assign_attrs(units="%")).rename(t2m="rh")
+    limits = None if bounds is None else {"rh": bounds}
+    model = xgenda.train(humid, factor=4, calibrate=False, bounds=limits, transform={"rh": transform}, offset=offset, **FAST)
+    coarse = means_of(humid).isel(time=slice(0, 12))
+    found = coarse.genda.downscale(model=model, members=3, seed=0, steps=3)
+    np.testing.assert_allclose(means_of(found).rh, np.broadcast_to(coarse.rh, (3, *coarse.rh.shape)), atol=1e-6)
+    low, high = (-np.inf, np.inf) if bounds is None else (0 if bounds[0] == 0 or transform == "log" else -np.inf, 100)
+    assert float(found.rh.min()) >= low - offset - 1e-9
+    assert float(found.rh.max()) <= high + 1e-9
+
+
+# -- longitudes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("west", [178.5, -181.5, 176.0])
+def test_a_region_at_the_date_line(west: float) -> None:
+    """The first fine column lies west of it, the first coarse one east of it."""
+    fine = series(west=west, step=1.0)
+    model = xgenda.train(fine, factor=4, calibrate=False, **FAST)
+    for longitude in (fine.longitude, fine.longitude % 360):
+        coarse = means_of(fine.assign_coords(longitude=longitude)).isel(time=[3])
+        found = coarse.genda.downscale(model=model, members=1, seed=0, steps=3)
+        np.testing.assert_allclose(means_of(found).longitude, coarse.longitude)
+        np.testing.assert_allclose(means_of(found).t2m[0], coarse.t2m, atol=1e-6)
+
+
+@pytest.mark.parametrize("west", [-3.0, 5.0, 200.0])
+@pytest.mark.parametrize("start", [0.0, -180.0])
+def test_a_region_within_global_fields_stays_in_one_part(west: float, start: float) -> None:
+    fine = series(west=west)
+    rng = np.random.default_rng(0)
+    grid = {"latitude": np.arange(30.0, 60.0, 5.0), "longitude": np.arange(start, start + 360.0, 5.0)}
+    values = fine.t2m.mean(("latitude", "longitude")).values[:, None, None] + rng.normal(size=(36, 6, 72))
+    coarse = xr.Dataset({"t2m": (("time", "latitude", "longitude"), values, fine.t2m.attrs)}, coords={"time": fine.time, **grid})
+    model = xgenda.train(coarse, target=fine, method="bilinear", task="downscale")
+    found = coarse.isel(time=[0]).genda.downscale(model=model, stage="mean")
+    steps = np.diff(found.longitude)
+    np.testing.assert_allclose(steps, 0.5)
+    np.testing.assert_allclose((found.longitude - fine.longitude.values + 180) % 360 - 180, 0, atol=1e-9)
+    expected = coarse.isel(time=[0]).genda.regrid(fine, method="bilinear")
+    np.testing.assert_allclose(found.t2m.values, expected.t2m.values, rtol=1e-6)
+
+
+def test_a_global_grid_in_either_convention() -> None:
+    """Fine cells from 0 or -180 on, east first, with pole-to-pole rows from the north: the same values at the same places."""
+    fine = series(ny=12, nx=24).assign_coords(latitude=-82.5 + 15.0 * np.arange(12), longitude=7.5 + 15.0 * np.arange(24))
+    model = xgenda.train(fine, factor=2, calibrate=False, **FAST)
+    expected = means_of(fine, 2).isel(time=[3]).genda.downscale(model=model, members=2, seed=0, steps=3)
+    turned = (
+        fine.assign_coords(longitude=(fine.longitude + 180) % 360 - 180).sortby("longitude").isel(latitude=slice(None, None, -1))
+    )
+    found = means_of(turned, 2).isel(time=[3]).genda.downscale(model=model, members=2, seed=0, steps=3)
+    assert float(found.longitude.min()) < 0 < float(expected.longitude.min())
+    back = found.assign_coords(longitude=found.longitude % 360).sortby(["latitude", "longitude"])
+    np.testing.assert_allclose(back.longitude, expected.longitude)
+    np.testing.assert_allclose(back.t2m, expected.t2m, atol=1e-9)
+
+
+# -- priors ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prior_downscales_in_the_units_names_and_order_of_its_input() -> None:
+    """Pressure in Pa in the training and in hPa in the coarse fields, whose default error is then a hundredth too."""
+    fine = series()
+    pressure = ((fine.t2m - 280) * 100 + 101325).assign_attrs(units="Pa", standard_name="air_pressure_at_mean_sea_level")
+    fine = fine.assign(msl=pressure)[["msl"]]
+    prior = xgenda.train(fine, steps=2, width=8, progress=False, anchor="eof")
+    options: dict[str, Any] = {"model": prior, "members": 2, "seed": 0, "steps": 4}
+    coarse = means_of(fine).isel(time=[3, 4])
+    expected = coarse.genda.downscale(**options)
+    other = (coarse.msl / 100).assign_attrs(pressure.attrs, units="hPa").rename("psl").to_dataset()
+    other = other.isel(latitude=slice(None, None, -1)).transpose("longitude", "time", "latitude")
+    other = other.assign_coords(longitude=other.longitude + 360, lead=("time", [1, 2]))
+    found = other.genda.downscale(**options)
+    assert found.psl.attrs["units"] == "hPa"
+    assert found.psl.dims == ("member", "longitude", "time", "latitude")
+    assert float(found.longitude.min()) == 365.0
+    assert found.latitude.values[0] > found.latitude.values[-1]
+    back = 100 * found.psl.isel(latitude=slice(None, None, -1)).transpose(*expected.msl.dims)
+    np.testing.assert_allclose(back.values, expected.msl.values, atol=0.1)
+    lazy = coarse.chunk(time=1).genda.downscale(**options)
+    assert lazy.msl.chunks is not None
+    np.testing.assert_allclose(lazy.msl.values, expected.msl.values, atol=0.1)
+    on_target = coarse.isel(time=0).genda.downscale(**options, target=fine.isel(latitude=slice(None, None, -1)))
+    assert on_target.msl.dims == ("member", "latitude", "longitude")
+    np.testing.assert_allclose(on_target.msl.values[:, ::-1], expected.msl.isel(time=0).values, atol=0.1)
+    deep = fine.expand_dims(plev=[85000.0])
+    deep.plev.attrs["units"] = "Pa"
+    prior = xgenda.train(deep, steps=2, width=8, progress=False, anchor="eof")
+    with pytest.raises(OptionError, match="has levels, and an unconditional prior downscales single fields"):
+        means_of(deep).genda.downscale(model=prior, members=1)
+
+
+# -- options --------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_go_by_their_names(model: xgenda.GenerativeModel, fine: xr.Dataset) -> None:
+    coarse = means_of(fine).isel(time=[0])
+    options: dict[str, Any] = {"model": model, "members": 1, "seed": 0, "steps": 3}
+    found = coarse.genda.downscale(**options, chunks={"longitude": 4, "latitude": 8})
+    assert found.t2m.chunks[-2:] == ((8,), (4, 4, 4))
+    renamed = coarse.rename(latitude="lat", longitude="lon").genda.downscale(**options, tile={"lon": 8, "lat": 4})
+    assert renamed.attrs["xgenda_tile"] == "(4, 8)"
+    assert xgenda.plan(coarse, model=model, chunks={"longitude": 4, "latitude": 8}).parts == 3
+    for chunks, problem in (
+        ({"lat": 8, "lon": 8}, r"does not name rows and columns; type chunks=\{'latitude': 64, 'longitude': 64\}"),
+        (8.5, "give a number of cells"),
+        ("auto", "give a number of cells"),
+    ):
+        with pytest.raises(OptionError, match=problem):
+            coarse.genda.downscale(**options, chunks=chunks)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("ridge", {"conserve": True}), ("bilinear", {"neighbours": (-1, 0, 1)}), ("bcsd", {"tile": 8}), ("ridge", {"stages": "single"}),
+        ("ridge", {"lead_time": True}), ("bcsd", {"architecture": "songunet"}), ("ridge", {"time_features": "hour"}),
+    ],
+)  # fmt: skip
+def test_methods_in_closed_form_refuse_what_they_would_ignore(fine: xr.Dataset, method: str, option: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(option))}=.* has no effect with method='{method}'"):
+        xgenda.train(fine, task="downscale", factor=4, method=method, **option)
+
+
+def test_a_missing_time_is_asked_for(model: xgenda.GenerativeModel, fine: xr.Dataset) -> None:
+    coarse = means_of(fine)
+    with pytest.raises(CoordinateError, match="takes the season or the hour, and ds has no time. Assign it: ds.assign_coords"):
+        coarse.isel(time=0, drop=True).genda.downscale(model=model)
+    with pytest.raises(CoordinateError, match="has dtype int64; decode it"):
+        coarse.isel(time=[0, 1]).assign_coords(time=("time", [0, 6], {"standard_name": "time"})).genda.downscale(model=model)
+    scalar = coarse.isel(time=3).genda.downscale(model=model, members=1, seed=0, steps=3)
+    along = coarse.isel(time=[3]).genda.downscale(model=model, members=1, seed=0, steps=3)
+    np.testing.assert_allclose(scalar.t2m, along.t2m.isel(time=0))
+    sample = fine.drop_vars("time").rename(time="member")
+    with pytest.raises(OptionError, match="time_features='hour' needs a time coordinate, and the fields have none"):
+        xgenda.train(sample, factor=4, time_features="hour", **FAST)
+
+
+# -- the same numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["diffusion", "ridge", "bcsd"])
+def test_a_model_gives_the_same_numbers_saved_or_not(fine: xr.Dataset, tmp_path: Path, method: str) -> None:
+    options = FAST | {"anchor": "eof"} if method == "diffusion" else {"task": "downscale", "method": method}
+    model = xgenda.train(fine, factor=4, climatology="hour", **options)
+    coarse = means_of(fine).isel(time=[3, 9])
+    keyword: dict[str, Any] = {"members": 2, "seed": 0, **({"steps": 3} if method == "diffusion" else {})}
+    before = coarse.genda.downscale(model=model, **keyword)
+    model.save(tmp_path / "model.safetensors")
+    after = coarse.genda.downscale(model=xgenda.load_model(tmp_path / "model.safetensors"), **keyword)
+    np.testing.assert_array_equal(after.t2m, before.t2m)
