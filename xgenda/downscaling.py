@@ -379,15 +379,11 @@ def _from_prior(
     if not there:
         raise OptionError(f"ds has none of the variables of model={spec.name!r}: {', '.join(v.name for v in spec.variables)}.")
     time = None if state.layout.time is None else state.ds[state.layout.time]
-    fine = empty(spec.grid, spec.variables, time, spec.options.get("target"))
-    if target is not None:
-        wanted = metadata.as_dataset(target, "target")
-        if not states.enter(wanted, "target").grid.same_as(spec.grid):
-            raise GridError(
-                f"target is not on the grid of model={spec.name!r}, {spec.grid.describe()}; leave out target to get that grid."
-            )
+    fine = _unknown(state, spec, target, time)
     factor = _nested(spec.grid, state.grid)
     names = [states.match_channel(state.ds, v.name, v.standard_name) for v in there]
+    for v, n in zip(there, names, strict=True):
+        fine[v.name].attrs["units"] = state.ds[n].attrs.get("units", v.units)
     coarse = state.ds[names].rename({n: f"coarse_{v.name}" for n, v in zip(names, there, strict=True)})
     maps: dict[str, Any] = {}
     for v in there:
@@ -403,6 +399,19 @@ def _from_prior(
         fine, coarse, model=model, error=given, members=members, seed=seed, operators=maps, background_check=None, **options
     )  # fmt: skip
     return out
+
+
+def _unknown(state: states.State, spec: ModelSpec, target: Any, time: xr.DataArray | None) -> xr.Dataset:
+    """Return zeros on the grid of a prior, in the order and with the coordinates of `target`, or like those of the coarse fields."""
+    assert spec.grid is not None
+    own = spec.options.get("target")
+    fine, (before, named) = empty(spec.grid, spec.variables, time, own), coordinates_of(spec.grid, own)
+    _, dims, coordinates = _axes(spec, state, target, state.layout.dims)
+    placed = fine.drop_vars(list(named)).rename(dict(zip(before, dims, strict=True))).assign_coords(coordinates)
+    if target is None and isinstance(spec.grid, Grid) and isinstance(state.grid, Grid):
+        for name in (state.layout.latitude, state.layout.longitude):
+            placed[name].attrs = dict(state.ds[name].attrs)
+    return placed
 
 
 def _nested(fine: AnyGrid, coarse: AnyGrid) -> int | None:
