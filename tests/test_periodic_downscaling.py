@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 import xgenda
+from xgenda.models.calibration import smoothed
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.features import wrapped_between
 from xgenda.training.objectives import Denoising, Regression
@@ -118,3 +119,15 @@ def test_a_sample_and_its_condition_are_shifted_together() -> None:
     assert batch.condition is not None
     sigma = torch.exp(4 * batch.label)[:, None, None, None]
     torch.testing.assert_close(batch.x * (1 + sigma**2).sqrt(), batch.condition[:, :2], atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("width", [0.7, 5.0])
+def test_the_filter_of_the_calibration_is_gaussian(width: float) -> None:
+    fields = torch.randn(3, 20, 30, dtype=torch.float64)
+    ones = np.ones((20, 30))
+
+    def filtered(field: np.ndarray) -> np.ndarray:
+        return np.asarray(gaussian_filter(field, width, mode="constant", radius=int(np.ceil(3 * width))))
+
+    expected = np.stack([filtered(f.numpy()) / filtered(ones) for f in fields])
+    np.testing.assert_allclose(smoothed(fields, width), expected, atol=1e-12)
