@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import xgenda
@@ -270,3 +273,99 @@ def test_a_model_gives_the_same_numbers_saved_or_not(fine: xr.Dataset, tmp_path:
     model.save(tmp_path / "model.safetensors")
     after = coarse.genda.downscale(model=xgenda.load_model(tmp_path / "model.safetensors"), **keyword)
     np.testing.assert_array_equal(after.t2m, before.t2m)
+
+
+# -- means ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_trial_of_a_calibration_has_the_mean_of_the_model(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the validation block the climate may be the better prediction; the network still takes the mean that it was trained with."""
+    from xgenda.models import means
+
+    fit, before = means.fit_mean, means.Pairs.less
+    kinds: list[str] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        kinds.append((found := fit(*args, **options))[2])
+        return found
+
+    def less(self: means.Pairs, k: int) -> means.Pairs:  # nothing to be learned from the others
+        out = before(self, k)
+        return dataclasses.replace(out, fine=out.fine[torch.randperm(len(out.fine), generator=torch.Generator().manual_seed(0))])
+
+    monkeypatch.setattr(means, "fit_mean", noted)
+    monkeypatch.setattr(means.Pairs, "less", less)
+    model = xgenda.train(fine, factor=4, **FAST | {"steps": 40})
+    assert kinds[0] == kinds[1] != "none"
+    assert model.spec.options["calibration"] is not None
+
+
+def test_ridge_says_where_it_is_too_large(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xgenda.models import means
+
+    monkeypatch.setattr(means, "LARGEST", 100)
+    with pytest.raises(
+        OptionError, match="method='ridge' needs a map to each of 1 x 8 x 12 cells, which is too large; use method='bcsd'"
+    ):
+        xgenda.train(fine, task="downscale", factor=4, method="ridge")
+
+
+# -- values ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_logarithm_of_one_variable_does_not_hide_other_units_of_another(fine: xr.Dataset) -> None:
+    coarse = means_of(fine)
+    coarse["rain"] = np.exp((coarse.t2m - 280) / 3).assign_attrs(units="mm")
+    model = xgenda.train(coarse, target=fine, transform={"rain": "log"}, calibrate=False, **FAST)
+    with pytest.raises(xgenda.errors.StateError, match=r"ds\['t2m'\] has mean .* Other units\?"):
+        coarse.assign(t2m=(coarse.t2m - 273.15).drop_attrs()).isel(time=[0]).genda.downscale(model=model, members=1, steps=3)
+
+
+def test_missing_lead_times_are_refused(fine: xr.Dataset) -> None:
+    lead = ("time", np.array(["NaT"] * 36, "timedelta64[h]"), {"standard_name": "forecast_period"})
+    with pytest.raises(CoordinateError, match=r"ds\['step'\] holds lead times that are missing"):
+        xgenda.train(means_of(fine).assign_coords(step=lead), target=fine, lead_time=True, **FAST)
+
+
+# -- plans ----------------------------------------------------------------------------------------------------------------------
+
+
+def globe() -> xr.Dataset:
+    return series(ny=8, nx=24).assign_coords(latitude=-78.75 + 22.5 * np.arange(8), longitude=7.5 + 15.0 * np.arange(24))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (8, 8), "overlap": (0, 4)}, {"sampler": "dpm++"}])
+def test_a_plan_counts_the_calls_that_are_made(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a globe, whose tiles wrap around, with a calibration, which asks for the mean of the denoiser."""
+    from xgenda.networks.unet import UNet
+
+    fine = globe()
+    model = xgenda.calibrate(xgenda.train(fine, factor=4, calibrate=False, **FAST | {"steps": 40}), fine.isel(time=slice(24, 34)))
+    assert isinstance(model, CorrectiveModel)
+    coarse = means_of(fine).isel(time=[3, 7])
+    planned = xgenda.plan(coarse, model=model, members=3, steps=4, **options)
+    made, forward = [0], UNet.forward
+
+    def counted(self: UNet, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        made[0] += len(x)
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    coarse.genda.downscale(model=model, members=3, steps=4, seed=0, **options)
+    assert planned.calls == made[0]
+
+
+def test_a_globe_in_rows_still_wraps_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = xgenda.train(globe(), factor=4, calibrate=False, **FAST)
+    assert isinstance(model, CorrectiveModel)
+    rows, columns = model.features.everywhere()
+    network = model.denoiser.network
+    for place, cut, expected in (
+        ((rows, columns), (False, False), True),
+        ((rows[:4], columns), (False, False), True),
+        ((rows, columns), (True, False), True),
+        ((rows, columns[:8]), (False, False), False),
+        ((rows, columns), (False, True), False),
+    ):
+        found = model.network_on(network, place, cut=cut)
+        assert getattr(found, "network", found).periodic is expected

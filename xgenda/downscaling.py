@@ -10,25 +10,21 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xgenda import chunking, engine, metadata, operators, states
-from xgenda.assimilation import assimilate
+from xgenda import chunking, engine, metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of, resolve_device
-from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError
-from xgenda.grids import Grid, Orientation, rectilinear
+from xgenda.disaggregation import downscale_by_prior
+from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_pair
+from xgenda.grids import Grid
 from xgenda.models.conditions import Conditions, lead_times, neighbours, planes_of
-from xgenda.models.corrective import CorrectiveModel, rows_and_columns
+from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.models.spec import ModelSpec
-from xgenda.models.templates import coordinates_of
-from xgenda.regridding import Regridder
+from xgenda.models.templates import axes_of_result
 from xgenda.scaling import cycle_basis
 
 Pair = int | tuple[int, int] | Mapping[str, int]
-SHARE_OF_SPREAD = (
-    0.02  # of the climatological standard deviation: the error of coarse values that an unconditional prior takes them to have
-)
 
 
 def downscale(
@@ -135,7 +131,7 @@ def downscale(
         ):
             if found != default:
                 raise OptionError(f"{argument}={found!r} has no effect with an unconditional prior; leave it out.")
-        return _from_prior(
+        return downscale_by_prior(
             state, chosen, target, error, members=members, seed=drawn_seed, sampler=sampler, sampler_options=sampler_options,
             schedule=schedule, steps=steps, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
@@ -165,7 +161,7 @@ def downscale(
         numbers = (0,)
     windows = None if chunks is None else chunk_sizes(chosen, parts["chunks"])
     outputs = _outputs(state.ds, spec, inputs, variables)
-    order, dims, coordinates = _axes(spec, state, target, layout.dims)
+    order, dims, coordinates = axes_of_result(spec, state, target, layout.dims)
     basis = np.stack([_basis(state.ds, layout.time, inputs.scaling.cycle, p) for p in places.T], 1)
     lead = (
         None
@@ -279,7 +275,7 @@ def chunk_sizes(model: GenerativeModel, chunks: Any) -> tuple[int, int]:
         raise OptionError(
             f"chunks={chunks!r} needs a diffusion model; model={model.spec.name!r} is computed whole. Leave it out."
         )
-    rows, columns = (min(n, whole) for n, whole in zip(rows_and_columns("chunks", chunks, 1), model.grid.plane, strict=True))
+    rows, columns = (min(n, whole) for n, whole in zip(check_pair("chunks", chunks, 1), model.grid.plane, strict=True))
     model.check_windows((rows, columns))
     return rows, columns
 
@@ -311,66 +307,6 @@ def _outputs(ds: xr.Dataset, spec: ModelSpec, inputs: Conditions, variables: lis
     ]
 
 
-def _axes(
-    spec: ModelSpec, state: states.State, target: Any, dims: tuple[str, str]
-) -> tuple[Orientation, tuple[str, str], dict[str, Any]]:
-    """Return the order of the fine result, its dimensions and its horizontal coordinates."""
-    grid = spec.grid
-    assert grid is not None
-    if target is not None:
-        wanted = states.enter(metadata.as_dataset(target, "target"), "target")
-        if not wanted.grid.same_as(grid):
-            raise GridError(
-                f"target is not on the grid of model={spec.name!r}, {grid.describe()}; leave out target to get that grid."
-            )
-        coords = {str(n): c.variable for n, c in wanted.ds.coords.items() if c.dims and set(c.dims) <= set(wanted.layout.dims)}
-        return wanted.orientation, wanted.layout.dims, coords
-    if isinstance(grid, Grid) and isinstance(state.grid, Grid):
-        east = np.asarray(state.ds[state.layout.longitude].values, dtype=float)
-        found = _like_blocks if spec.factor is not None else _like_coarse
-        order, latitude, longitude = found(spec, state, east)
-        names = (state.layout.latitude, state.layout.longitude)
-        return order, dims, {n: ((d,), v) for n, d, v in zip(names, dims, (latitude, longitude), strict=True)}
-    ny, nx = grid.plane
-    own, coords = coordinates_of(grid, spec.options.get("target"))
-    return Orientation(np.arange(ny), np.arange(nx)), own, coords
-
-
-def _like_blocks(spec: ModelSpec, state: states.State, east: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
-    """Return how the fine result is stored and its coordinates: every block of fine cells where its coarse cell was."""
-    grid, coarse, factor = rectilinear(spec.grid, spec.name), state.orientation, int(spec.factor or 1)
-    rows, columns = _refined(coarse.rows, factor), _refined(coarse.columns, factor)
-    turns = np.round((east[coarse.columns] - grid.coarsened(factor).longitude) / 360.0)
-    longitude = grid.longitude + 360.0 * np.repeat(turns, factor)
-    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
-
-
-def _refined(order: np.ndarray, factor: int) -> np.ndarray:
-    """Return fine model positions in the user's order, given the user's positions of the coarse cells in model order."""
-    place = np.argsort(order)
-    backwards = len(place) > 1 and np.median(np.diff(place)) < 0
-    within = np.arange(factor)[::-1] if backwards else np.arange(factor)
-    return np.asarray((place[:, None] * factor + within).ravel())
-
-
-def _like_coarse(spec: ModelSpec, state: states.State, east: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
-    """Return how the fine result is stored: in the direction and the longitude convention of the coarse fields."""
-    grid = rectilinear(spec.grid, spec.name)
-    rows, columns = np.arange(grid.shape[0]), np.arange(grid.shape[1])
-    if len(state.orientation.rows) > 1 and state.orientation.rows[0] > state.orientation.rows[1]:
-        rows = rows[::-1]
-    if grid.periodic:
-        start = east.min() - 180.0 / max(len(east), 1)
-        longitude = (grid.longitude - start) % 360.0 + start
-        columns = np.argsort(longitude, kind="stable")
-    else:  # as a whole: a region is not cut where the longitudes of the coarse fields are
-        centre = (east.min() + east.max()) / 2
-        longitude = grid.longitude + 360.0 * np.round((centre - grid.longitude.mean()) / 360.0)
-    if len(east) > 1 and np.median(np.diff(east)) < 0:
-        columns = columns[::-1]
-    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
-
-
 def _assemble(
     values: Any, ds: xr.Dataset, outputs: list[tuple[str, tuple[float, float]]], spec: ModelSpec, time: str | None, dims: tuple[str, str],
     given: tuple[Any, ...], before: tuple[str, str], coordinates: dict[str, Any], kept: np.ndarray,
@@ -387,98 +323,3 @@ def _assemble(
     if time is not None and len(kept) < ds.sizes[time]:
         coords = {n: c.isel({time: kept}) if time in c.dims else c for n, c in coords.items()}
     return xr.Dataset(out, coords=coords | coordinates)
-
-
-# -- without a downscaler -------------------------------------------------------------------------------------------------------
-
-
-def _from_prior(
-    state: states.State, model: GenerativeModel, target: Any, error: Any, *, members: int, seed: int, **options: Any
-) -> xr.Dataset:
-    """Assimilate coarse fields as observations of means over the cells of an unconditional prior."""
-    spec = model.spec
-    if spec.grid is None or spec.scaling is None:
-        raise ModelNotFoundError(
-            f"model={spec.name!r} has no grid of its own, and a prior that downscales needs one: train it on fine fields, xgenda.train(fine)"
-        )
-    there = [v for v in spec.variables if any(v.name == str(n) or v.standard_name == state.ds[n].attrs.get("standard_name", object())
-                                              for n in state.ds.data_vars)]  # fmt: skip
-    if not there:
-        raise OptionError(f"ds has none of the variables of model={spec.name!r}: {', '.join(v.name for v in spec.variables)}.")
-    names = [states.match_channel(state.ds, v.name, v.standard_name) for v in there]
-    on_levels = [n for n in names if states.parse_channel(n)[1] is not None]
-    if on_levels:
-        raise OptionError(
-            f"ds[{states.parse_channel(on_levels[0])[0]!r}] has levels, and an unconditional prior downscales single fields. Train a downscaler: "
-            f"xgenda.train(fine, task='downscale', factor=4)"
-        )
-    metadata.check_dims(state.ds, names, state.layout)
-    fine = _blank(state, spec, target, dict(zip((v.name for v in there), names, strict=True)))
-    factor = _nested(spec.grid, state.grid)
-    coarse = state.ds[names].rename({n: f"coarse_{n}" for n in names})
-    east = coarse[state.layout.longitude]  # of observations between -180 and 360
-    turns = np.ceil(max(float(east.max()) - 360.0, 0.0) / 360.0) - np.ceil(max(-180.0 - float(east.min()), 0.0) / 360.0)
-    coarse = coarse.assign_coords({east.name: (east - 360.0 * turns).assign_attrs(east.attrs)})
-    maps: dict[str, Any] = {
-        f"coarse_{n}": operators.coarsened(n, factor=factor) if factor is not None
-        else operators.regridded(n, Regridder(fine, coarse, method="conservative"))
-        for n in names
-    }  # fmt: skip
-    given: Any = {f"coarse_{k}": e for k, e in error.items()} if isinstance(error, Mapping) else error
-    if given is None:  # in the units of ds
-        given = {
-            f"coarse_{n}": SHARE_OF_SPREAD
-            * _typical(spec, spec.variables.index(v))
-            / metadata.unit_factors_of(state.ds[n], v.units)[0]
-            for n, v in zip(names, there, strict=True)
-        }
-    out = assimilate(
-        fine, coarse, model=model, error=given, members=members, seed=seed, operators=maps, background_check=None, **options
-    )  # fmt: skip
-    return out
-
-
-def _blank(state: states.State, spec: ModelSpec, target: Any, known: Mapping[str, str]) -> xr.Dataset:
-    """Return zeros on the grid of a prior in the order, names and units of `ds`, whose name of each variable `known` has."""
-    ds, layout = state.ds, state.layout
-    _, dims, places = _axes(spec, state, target, layout.dims)
-    coords = {n: xr.Variable(*c) if isinstance(c, tuple) else c for n, c in places.items()}
-    for n, c in coords.items():
-        c.attrs = {**(ds[n].attrs if n in ds.coords else {}), **c.attrs}
-    renamed = dict(zip(layout.dims, dims, strict=True))
-    first = ds[next(iter(known.values()))]
-    order = [renamed.get(str(d), str(d)) for d in first.dims]
-    if layout.time is not None:
-        coords[layout.time] = ds[layout.time].variable
-        if layout.time in ds.dims and layout.time not in order:
-            order = [layout.time, *order]
-    sizes = {**{str(d): ds.sizes[d] for d in first.dims}, **{str(d): n for c in coords.values() for d, n in c.sizes.items()}}
-    blank = np.zeros([sizes[d] for d in order], dtype=np.float32)
-    out = {}
-    for v in spec.variables:
-        own = {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a}
-        out[known.get(v.name, v.name)] = (order, blank, {**own, **(ds[known[v.name]].attrs if v.name in known else {})})
-    lazy = (
-        None if layout.time is None else next((ds[n].chunksizes.get(layout.time) for n in known.values() if ds[n].chunks), None)
-    )
-    found = xr.Dataset(out, coords=coords, attrs=ds.attrs)
-    return found if lazy is None else found.chunk({str(layout.time): lazy})
-
-
-def _nested(fine: AnyGrid, coarse: AnyGrid) -> int | None:
-    """Return the factor by which coarse cells are blocks of fine ones, or None where they are not."""
-    if not isinstance(fine, Grid) or not isinstance(coarse, Grid):
-        return None
-    factor, left = divmod(fine.shape[0], coarse.shape[0])
-    if left or factor < 2 or coarse.shape[1] * factor != fine.shape[1]:
-        return None
-    return factor if fine.coarsened(factor).same_as(coarse) else None
-
-
-def _typical(spec: ModelSpec, channel: int) -> float:
-    """Return the climatological standard deviation of a channel in its units."""
-    assert spec.scaling is not None
-    std = float(np.mean(spec.scaling.std[channel]))
-    if spec.scaling.transforms[channel] == "log":
-        return std * float(np.exp(spec.scaling.mean[0, channel].mean()))
-    return std

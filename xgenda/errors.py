@@ -121,6 +121,18 @@ def check_count(argument: str, found: object, minimum: int = 1) -> int:
     return int(found)
 
 
+def check_pair(argument: str, found: object, minimum: int = 1) -> tuple[int, int]:
+    """Return rows and columns from one number or a pair, each of at least `minimum`."""
+    import numbers
+
+    pair = (found, found) if isinstance(found, numbers.Integral) else found
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise OptionError(
+            f"{argument}={found!r} is not accepted; give a number of cells, or rows and columns: {argument}=(64, 64)."
+        )
+    return check_count(argument, pair[0], minimum), check_count(argument, pair[1], minimum)
+
+
 def missing_dependency(package: str, extra: str, purpose: str) -> MissingDependencyError:
     """Build the error that names the extra to install."""
     return MissingDependencyError(

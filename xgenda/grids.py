@@ -195,6 +195,16 @@ def rectilinear(grid: object, what: str) -> Grid:
     return grid
 
 
+def factor_between(fine: object, coarse: object) -> int | None:
+    """Return the factor by which coarse cells are blocks of fine ones, or None where they are not."""
+    if not isinstance(fine, Grid) or not isinstance(coarse, Grid):
+        return None
+    factor, left = divmod(fine.shape[0], coarse.shape[0])
+    if left or factor < 2 or coarse.shape[1] * factor != fine.shape[1]:
+        return None
+    return factor if fine.coarsened(factor).same_as(coarse) else None
+
+
 def _edges(centres: np.ndarray) -> np.ndarray:
     if len(centres) == 1:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])

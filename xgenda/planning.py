@@ -126,10 +126,15 @@ def plan(
         part = (min(grid[0], sizes[0] + 2 * chosen.halo), min(grid[1], sizes[1] + 2 * chosen.halo))
         parts = -(-grid[0] // sizes[0]) * -(-grid[1] // sizes[1])
     tile = part if options.tile is None else (min(options.tile[0], part[0]), min(options.tile[1], part[1]))
-    tiling = Tiling(part, tile, (0, 0) if options.tile is None else options.overlap or (0, 0), multiple=chosen.stride)
+    overlaps = (0, 0) if options.tile is None else options.overlap or (0, 0)
+    wraps = part[1] == grid[1] and bool(chosen.grid.periodic)
+    tiling = Tiling(part, tile, overlaps, periodic=wraps, multiple=chosen.stride)
     place = np.arange(part[0]), np.arange(part[1])
     network = chosen.network_on(
-        chosen.denoiser.network, place, 0 if chosen.spec.options.get("lead_index") else None, cut=len(tiling.places) > 1
+        chosen.denoiser.network,
+        place,
+        0 if chosen.spec.options.get("lead_index") else None,
+        (tile[0] < part[0], tile[1] < part[1]),
     )
     channels, batch = chosen.spec.channels, min(int(options.batch_size or 1), samples)
     memory = plan_memory(
@@ -137,6 +142,7 @@ def plan(
         sampler=options.sampler, whole_condition=chosen.whole_condition,
     )  # fmt: skip
     once = network_calls(options.sampler, int(options.steps or 0), options.sampler_options)
-    means = times * parts * len(tiling.places) * (chosen.regression is not None)
+    # the first stage, and what a calibration takes deviations from
+    means = times * parts * len(tiling.places) * ((chosen.regression is not None) + (chosen.calibration is not None))
     calls = samples * parts * len(tiling.places) * once + means
     return Plan(chosen.spec.name, samples, grid, part, parts, tiling.tile, len(tiling.places), calls, memory.peak)

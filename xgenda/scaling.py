@@ -75,11 +75,17 @@ class Scaling:
 
     def inverse(self, values: np.ndarray, basis: np.ndarray) -> np.ndarray:
         """Undo `forward` for an array (t, channels, ny, nx)."""
-        out = values * self.std + self.climatology(basis)
+        return self.untransformed(values * self.std + self.climatology(basis), 1)
+
+    def untransformed(self, values: np.ndarray, axis: int) -> np.ndarray:
+        """Return what has these transforms; channels are along `axis`."""
+        if self.is_affine:
+            return values
+        out = np.moveaxis(np.array(values), axis, 0)
         for c, (name, offset) in enumerate(zip(self.transforms, self.offsets, strict=True)):
             if name == "log":
-                out[:, c] = np.exp(out[:, c]) - offset
-        return np.asarray(out)
+                out[c] = np.exp(out[c]) - offset
+        return np.moveaxis(out, 0, axis)
 
     @property
     def is_bounded(self) -> bool:

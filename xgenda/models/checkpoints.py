@@ -57,7 +57,7 @@ def as_stored(model: GenerativeModel) -> GenerativeModel:
     """Return the model as it would be read from a file, so that it gives the same numbers whether it was saved or not."""
     tensors = {k: v.clone() for k, v in stored_tensors(model).items()}
     data = json.loads(json.dumps(model.spec.to_dict()))
-    out = _reader(model.spec).from_tensors(_described(Path("model"), data, tensors), tensors)
+    out: GenerativeModel = _reader(model.spec).from_tensors(_described(Path("model"), data, tensors), tensors)
     out.sha256 = content_hash(out)
     return out
 

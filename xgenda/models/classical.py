@@ -93,11 +93,8 @@ class ClassicalModel(GenerativeModel):
             chosen = [self._draw(request.seed, label, request.members) for label in request.labels]
             z = z + torch.stack([self.errors[c].double() for c in chosen])
         out = z * std + climatology[:, None]
-        for c, (name, offset) in enumerate(zip(self.scaling.transforms, self.scaling.offsets, strict=True)):
-            if name == "log":
-                out[:, :, c] = out[:, :, c].exp() - offset
         request.advance(len(request.labels))
-        return torch.as_tensor(self.scaling.clipped(out.numpy(), 2)).flatten(-2)
+        return torch.as_tensor(self.scaling.clipped(self.scaling.untransformed(out.numpy(), 2), 2)).flatten(-2)
 
     def _draw(self, seed: int, label: str, members: Sequence[int]) -> list[int]:
         """Return one past error for each member, none twice before all were used."""

@@ -105,7 +105,7 @@ def lead_times(ds: xr.Dataset, time: str | None, size: int, argument: str = "ds"
     Raises
     ------
     CoordinateError
-        If there is none, or it varies along another dimension than time.
+        If there is none, it varies along another dimension than time, or is missing at some times.
     """
     found = [c for c in ds.coords.values() if c.attrs.get("standard_name") == "forecast_period"]
     found = found or [ds.coords[n] for n in ("step", "lead_time", "forecast_period") if n in ds.coords]
@@ -119,6 +119,10 @@ def lead_times(ds: xr.Dataset, time: str | None, size: int, argument: str = "ds"
         seconds = values / np.timedelta64(1, "s")
     else:
         seconds = values.astype(float) * metadata.unit_factors(str(found[0].attrs.get("units", "h")), "s")[0]
+    if not np.isfinite(seconds).all():
+        raise CoordinateError(
+            f"{argument}[{str(found[0].name)!r}] holds lead times that are missing; drop those: {argument}.dropna('time')"
+        )
     return np.broadcast_to(np.asarray(seconds, dtype=float), (size,)).copy()
 
 

@@ -144,9 +144,7 @@ def read_corrdiff(
     shape = (len(outs), *fine.grid.plane)
     plain = EDMDenoiser(drift.model, None, sigma_data=denoiser.sigma_data, scale_condition=denoiser.scale_condition)
     model = as_stored(
-        CorrectiveModel(
-            spec, LinearMean(shape), None if mean is None else mean.model, torch.ones(len(outs), 1, 1), plain, fixed
-        )
+        CorrectiveModel(spec, LinearMean(shape), None if mean is None else mean.model, torch.ones(len(outs), 1, 1), plain, fixed)
     )
     assert isinstance(model, CorrectiveModel)
     return model

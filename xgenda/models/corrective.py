@@ -12,8 +12,7 @@ s = 1 and u = 1. Where the coarse cells are blocks of fine ones, every block mea
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 from xgenda.diffusion.anchors import anchor_tensors, read_anchor
 from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.noise import PlaneNoise
 from xgenda.diffusion.samplers import SAMPLERS, integrate, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.diffusion.tiles import TiledNetwork, Tiling
-from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.errors import OptionError, check_choice, check_count, check_pair
 from xgenda.grids import rectilinear
 from xgenda.models.blocks import Blocks
 from xgenda.models.calibration import Calibration
@@ -37,6 +35,7 @@ from xgenda.models.features import Features
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
 from xgenda.models.means import LinearMean, Place
 from xgenda.models.spec import ModelSpec
+from xgenda.models.windows import OnWindow, plane_noise, unwrapped
 
 STAGES = ("all", "mean")
 
@@ -133,7 +132,7 @@ class CorrectiveModel(GenerativeModel):
             if tile is None or own is None:
                 return None, None
             tile = tuple(own)
-        found = rows_and_columns("tile", tile, 1)
+        found = check_pair("tile", tile, 1)
         stride = int(getattr(self.denoiser.network, "stride", 1))
         if any(t % stride for t in found) and found != self.grid.plane:
             raise OptionError(
@@ -141,7 +140,7 @@ class CorrectiveModel(GenerativeModel):
             )
         if overlap is None:
             overlap = self.spec.options.get("overlap") or tuple(min(t // 4, max(t - stride, 0)) for t in found)
-        shared = rows_and_columns("overlap", overlap, 0)
+        shared = check_pair("overlap", overlap, 0)
         Tiling(self.grid.plane, found, shared)  # refuses what does not go together
         return found, shared
 
@@ -288,12 +287,12 @@ class CorrectiveModel(GenerativeModel):
     def _placed(self, network: nn.Module, place: Place, request: Request, lead: int | None) -> nn.Module:
         """Return a network at a lead time, on a window of the grid, in tiles where asked for."""
         options, size = request.options, (len(place[0]), len(place[1]))
-        tiled = options.tile is not None and (options.tile[0] < size[0] or options.tile[1] < size[1])
-        placed = self.network_on(network, place, lead, cut=tiled)
-        if tiled:
-            assert options.tile is not None
-            wraps = size == self.grid.plane and bool(self.grid.periodic)
-            tiling = Tiling(size, options.tile, options.overlap or (0, 0), periodic=wraps, multiple=self.stride)
+        tile = size if options.tile is None else options.tile
+        cut = tile[0] < size[0], tile[1] < size[1]
+        placed = self.network_on(network, place, lead, cut)
+        if any(cut):
+            wraps = size[1] == self.grid.plane[1] and bool(self.grid.periodic)
+            tiling = Tiling(size, tile, options.overlap or (0, 0), periodic=wraps, multiple=self.stride)
             placed = TiledNetwork(placed, tiling, options.batch_size or 1, self.whole_condition)
         return placed.to(request.device)
 
@@ -303,12 +302,13 @@ class CorrectiveModel(GenerativeModel):
         first = self.spec.channels if self.mean_condition else 0
         return slice(first, None) if self.spec.options.get("whole_condition") else False
 
-    def network_on(self, network: nn.Module, place: Place, lead: int | None = None, *, cut: bool = False) -> nn.Module:
-        """Return a network at a lead time on a window of the grid; with `cut` it is to be called on parts of that window."""
-        size = (len(place[0]), len(place[1]))
-        whole = size == self.grid.plane
-        if cut or not whole:
-            network = _without_wrap(network)
+    def network_on(
+        self, network: nn.Module, place: Place, lead: int | None = None, cut: tuple[bool, bool] = (False, False)
+    ) -> nn.Module:
+        """Return a network at a lead time on a window of the grid, to be called on parts of its rows or columns where these are `cut`."""
+        pieces = [c or len(p) < n for c, p, n in zip(cut, place, self.grid.plane, strict=True)]
+        whole = all(len(p) == n for p, n in zip(place, self.grid.plane, strict=True))
+        network = unwrapped(network, pieces[0], pieces[1])
         return network if whole and lead is None else OnWindow(network, place, lead)
 
     def _windows(self, window: Place | None) -> tuple[Place, Place, tuple[slice, slice]]:
@@ -424,10 +424,7 @@ class _Part:
         """Return standardised fields (times, members, channels, rows, columns) in physical units, with the block means of their input."""
         scaling = self.model.scaling
         out = z * self.std + self.climatology[:, None]
-        for c, (name, offset) in enumerate(zip(scaling.transforms, scaling.offsets, strict=True)):
-            if name == "log":
-                out[:, :, c] = out[:, :, c].exp() - offset
-        out = torch.as_tensor(scaling.clipped(out.numpy(), 2))
+        out = torch.as_tensor(scaling.clipped(scaling.untransformed(out.numpy(), 2), 2))
         if self.blocks is not None:
             out[:, :, self.channels] = self.blocks.conserve(out[:, :, self.channels], self.means[:, None], self.bounds)
         return out
@@ -461,47 +458,3 @@ class _Part:
 LARGEST_BATCH = 2**20  # cells of all samples that go together
 LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is noise on its way
 SMALLEST = 1e-30  # that has a logarithm
-
-
-class OnWindow(nn.Module):
-    """A network on a window of its grid, and at one of the lead times that it knows: it gets the positions of these."""
-
-    def __init__(self, network: nn.Module, place: Place, lead: int | None = None) -> None:
-        super().__init__()
-        self.network, self.stride, self.lead = network, int(getattr(network, "stride", 1)), lead
-        self.rows, self.columns = (torch.as_tensor(p) for p in place)
-
-    def position_channels(self) -> Tensor | None:
-        """Return the positions of the window, shape (P, rows, columns), or None."""
-        own: Tensor | None = self.network.position_channels(*(() if self.lead is None else (self.lead,)))  # type: ignore[operator]
-        return None if own is None else own.index_select(1, self.rows.to(own.device)).index_select(2, self.columns.to(own.device))
-
-    def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
-        """Return F on the window."""
-        if position is None and (own := self.position_channels()) is not None:
-            position = own[None].expand(len(x), -1, -1, -1)
-        out: Tensor = self.network(x, label, condition, *(() if position is None else (position,)))
-        return out
-
-
-def _without_wrap(network: nn.Module) -> nn.Module:
-    """Return a network that does not wrap around, with the same weights, for a part of its grid."""
-    if not getattr(network, "periodic", False):
-        return network
-    arguments: Mapping[str, Any] = network.arguments  # type: ignore[assignment]
-    plain = build_network({**arguments, "periodic": False})
-    plain.load_state_dict(network.state_dict(), assign=True)
-    return plain.eval().requires_grad_(False)
-
-
-def plane_noise(keys: list[tuple[int, str, int]], plane: tuple[int, int], place: Place) -> PlaneNoise:
-    """Return noise of a window of the grid, which may go over its seam."""
-    return PlaneNoise(keys, plane, (int(place[0][0]), int(place[1][0])), (len(place[0]), len(place[1])))
-
-
-def rows_and_columns(name: str, given: Any, least: int) -> tuple[int, int]:
-    """Return rows and columns from one number or a pair."""
-    values = (given, given) if isinstance(given, numbers.Integral) else given
-    if not isinstance(values, (tuple, list)) or len(values) != 2:
-        raise OptionError(f"{name}={given!r} is not accepted; give a number of cells, or rows and columns: {name}=(64, 64).")
-    return check_count(name, values[0], least), check_count(name, values[1], least)

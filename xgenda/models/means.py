@@ -157,13 +157,15 @@ class Pairs:
         return dataclasses.replace(self, fold=fold, **chosen)
 
 
-def fit_mean(pairs: Pairs, kinds: Sequence[str] = KINDS) -> tuple[LinearMean, Tensor, str, str]:
+def fit_mean(pairs: Pairs, kinds: Sequence[str] = KINDS, *, always: bool = False) -> tuple[LinearMean, Tensor, str, str]:
     """Return the mean that predicts withheld blocks best, its predictions of each pair by a fit without its block, its kind, and a note.
 
     Parameters
     ----------
     kinds
         Which to choose from; those that do not apply, or are too large, are left out.
+    always
+        Whether to return the best of them even where the climate predicts withheld blocks better.
     """
     best: tuple[float, LinearMean, Tensor, str, str] | None = None
     for kind in kinds:
@@ -172,7 +174,7 @@ def fit_mean(pairs: Pairs, kinds: Sequence[str] = KINDS) -> tuple[LinearMean, Te
             if best is None or loss < best[0]:
                 best = loss, mean, crossed, kind, note
     nothing = torch.zeros_like(pairs.fine)
-    if best is None or best[0] >= float(pairs.fine.square().mean()):
+    if best is None or (not always and best[0] >= float(pairs.fine.square().mean())):
         return LinearMean(pairs.shape), nothing, "none", "none: no linear map predicts withheld blocks better than the climate"
     return best[1:]
 
@@ -233,11 +235,19 @@ def _local_fit(pairs: Pairs, rows: Tensor, penalty: float) -> LinearMean:
     return LinearMean(pairs.shape, slope)
 
 
+def _rank(pairs: Pairs) -> int:
+    return min(len(pairs.coarse), pairs.coarse[0].numel(), RANK)
+
+
+def too_large_for_ridge(pairs: Pairs) -> bool:
+    """Whether a map from all coarse fields to all fine cells would have too many numbers."""
+    return int(np.prod(pairs.shape)) * _rank(pairs) > LARGEST
+
+
 def _ridge(pairs: Pairs) -> list[Fit]:
     """Regress what interpolation leaves on all coarse fields, by the singular vectors of the inputs."""
-    x, cells = pairs.coarse.flatten(1), int(np.prod(pairs.shape))
-    rank = min(len(x), x.shape[1], RANK)
-    if cells * rank > LARGEST:
+    x, cells, rank = pairs.coarse.flatten(1), int(np.prod(pairs.shape)), _rank(pairs)
+    if too_large_for_ridge(pairs):
         return []
     base = interpolated_mean(pairs)
     left = pairs.fine if base is None else pairs.fine - base.at(pairs.coarse, pairs.interpolated, everywhere(pairs))

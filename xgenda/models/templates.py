@@ -1,4 +1,4 @@
-"""Empty Datasets on the grid of a model."""
+"""Empty Datasets on the grid of a model, and the coordinates of its results."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid, PointSet
 from xgenda.errors import GridError
-from xgenda.grids import Grid
+from xgenda.grids import Grid, Orientation, rectilinear
+from xgenda.models.spec import ModelSpec
 from xgenda.models.variables import VariableSpec
 
 ATTRS = {
@@ -67,3 +69,63 @@ def empty(
         for v in variables
     }  # fmt: skip
     return xr.Dataset(found, coords=coords)
+
+
+def axes_of_result(
+    spec: ModelSpec, state: states.State, target: Any, dims: tuple[str, str]
+) -> tuple[Orientation, tuple[str, str], dict[str, Any]]:
+    """Return the order of the fine result, its dimensions and its horizontal coordinates."""
+    grid = spec.grid
+    assert grid is not None
+    if target is not None:
+        wanted = states.enter(metadata.as_dataset(target, "target"), "target")
+        if not wanted.grid.same_as(grid):
+            raise GridError(
+                f"target is not on the grid of model={spec.name!r}, {grid.describe()}; leave out target to get that grid."
+            )
+        coords = {str(n): c.variable for n, c in wanted.ds.coords.items() if c.dims and set(c.dims) <= set(wanted.layout.dims)}
+        return wanted.orientation, wanted.layout.dims, coords
+    if isinstance(grid, Grid) and isinstance(state.grid, Grid):
+        east = np.asarray(state.ds[state.layout.longitude].values, dtype=float)
+        found = _like_blocks if spec.factor is not None else _like_coarse
+        order, latitude, longitude = found(spec, state, east)
+        names = (state.layout.latitude, state.layout.longitude)
+        return order, dims, {n: ((d,), v) for n, d, v in zip(names, dims, (latitude, longitude), strict=True)}
+    ny, nx = grid.plane
+    own, coords = coordinates_of(grid, spec.options.get("target"))
+    return Orientation(np.arange(ny), np.arange(nx)), own, coords
+
+
+def _like_blocks(spec: ModelSpec, state: states.State, east: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
+    """Return how the fine result is stored and its coordinates: every block of fine cells where its coarse cell was."""
+    grid, coarse, factor = rectilinear(spec.grid, spec.name), state.orientation, int(spec.factor or 1)
+    rows, columns = _refined(coarse.rows, factor), _refined(coarse.columns, factor)
+    turns = np.round((east[coarse.columns] - grid.coarsened(factor).longitude) / 360.0)
+    longitude = grid.longitude + 360.0 * np.repeat(turns, factor)
+    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]
+
+
+def _refined(order: np.ndarray, factor: int) -> np.ndarray:
+    """Return fine model positions in the user's order, given the user's positions of the coarse cells in model order."""
+    place = np.argsort(order)
+    backwards = len(place) > 1 and np.median(np.diff(place)) < 0
+    within = np.arange(factor)[::-1] if backwards else np.arange(factor)
+    return np.asarray((place[:, None] * factor + within).ravel())
+
+
+def _like_coarse(spec: ModelSpec, state: states.State, east: np.ndarray) -> tuple[Orientation, np.ndarray, np.ndarray]:
+    """Return how the fine result is stored: in the direction and the longitude convention of the coarse fields."""
+    grid = rectilinear(spec.grid, spec.name)
+    rows, columns = np.arange(grid.shape[0]), np.arange(grid.shape[1])
+    if len(state.orientation.rows) > 1 and state.orientation.rows[0] > state.orientation.rows[1]:
+        rows = rows[::-1]
+    if grid.periodic:
+        start = east.min() - 180.0 / max(len(east), 1)
+        longitude = (grid.longitude - start) % 360.0 + start
+        columns = np.argsort(longitude, kind="stable")
+    else:  # as a whole: a region is not cut where the longitudes of the coarse fields are
+        centre = (east.min() + east.max()) / 2
+        longitude = grid.longitude + 360.0 * np.round((centre - grid.longitude.mean()) / 360.0)
+    if len(east) > 1 and np.median(np.diff(east)) < 0:
+        columns = columns[::-1]
+    return Orientation(np.argsort(rows), np.argsort(columns)), grid.latitude[rows], longitude[columns]

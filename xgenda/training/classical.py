@@ -44,6 +44,12 @@ def train_classical(pairs: Pairs, method: str, recipe: Recipe, name: str | None,
     nothing = torch.zeros(0, *ready.shape)
     ours = ready.for_mean()
     if method == "ridge":
+        if means.too_large_for_ridge(ours):
+            rows, columns = ready.shape[1:]
+            raise OptionError(
+                f"method='ridge' needs a map to each of {ready.shape[0]} x {rows} x {columns} cells, which is too large; use method='bcsd' or "
+                f"'bilinear', or a part of the fine grid."
+            )
         found = means.fit_mean(ours, ("ridge",))
         mean, predicted, note = found[0], found[1], found[3]
         spec = dataclasses.replace(spec, training={**spec.training, "fit": note})

@@ -284,7 +284,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     if not recipe.calibrate:
         return built
     # what is calibrated must not have seen the times of the calibration: neither its mean nor its Gaussian
-    apart = linear if kind == "none" else means.fit_mean(ready.for_mean().less(HELD), (kind,))[0]
+    apart = linear if kind == "none" else means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
     trial = build(apart, None if crossed is None else crossed[HELD])
     return with_calibration(built, fitted_calibration(trial, ready, pairs, held))
 

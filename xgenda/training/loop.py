@@ -15,7 +15,7 @@ import xarray as xr
 
 from xgenda.devices import resolve_device
 from xgenda.engine import check_seed
-from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag
+from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag, check_pair
 from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
@@ -28,7 +28,12 @@ from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import ANCHORS, continue_prior, train_prior
 from xgenda.training.windows import Samples, read_samples
 
-CLASSICAL = ("target", "factor", "method", "calibrate")  # what methods in closed form take of what belongs to task 'downscale', or do without
+CLASSICAL = (
+    "target",
+    "factor",
+    "method",
+    "calibrate",
+)  # what methods in closed form take of what belongs to task 'downscale', or do without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -282,14 +287,14 @@ def train(
 
 def _tile(tile: Any) -> Any:
     """Return rows and columns of a tile, or 'auto'."""
-    if tile is None or tile == "auto":
+    if tile is None or (isinstance(tile, str) and tile == "auto"):
         return tile
-    pair = (tile, tile) if isinstance(tile, int) else tuple(tile)
-    if len(pair) != 2 or any(isinstance(n, str) or check_count("tile", n) % 4 for n in pair):
+    pair = check_pair("tile", tile)
+    if any(n % 4 for n in pair):
         raise OptionError(
             f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64, or 'auto'."
         )
-    return int(pair[0]), int(pair[1])
+    return pair
 
 
 def _trained_prior(

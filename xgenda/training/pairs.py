@@ -13,7 +13,7 @@ import xarray as xr
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import GridError, OptionError, StateError
-from xgenda.grids import Grid
+from xgenda.grids import Grid, factor_between
 from xgenda.models.blocks import Blocks
 from xgenda.models.conditions import lead_times, neighbours, spacing_of_times
 from xgenda.models.spec import VariableSpec
@@ -113,7 +113,7 @@ def read_pairs(
         for name, samples in (("target", fine), ("ds", coarse)):
             if samples.valid is not None:
                 raise StateError(_MASKED.format(name))
-        factor = _factor_between(fine.grid, coarse.grid)
+        factor = factor_between(fine.grid, coarse.grid)
         coarse = _in_units_of(coarse, fine)
         source = metadata.as_dataset(target, "target")
     order, spacing = _offsets(offsets, coarse, spacing)
@@ -163,16 +163,6 @@ def _block_means(fine: Samples, factor: int, weights: str) -> Samples:
 
     means = Blocks(fine.grid, factor, weights).mean(torch.as_tensor(fine.values)).numpy()
     return dataclasses.replace(fine, values=means, grid=fine.grid.coarsened(factor))
-
-
-def _factor_between(fine: AnyGrid, coarse: AnyGrid) -> int | None:
-    """Return the factor by which coarse cells are blocks of fine ones, or None where they are not."""
-    if not isinstance(fine, Grid) or not isinstance(coarse, Grid):
-        return None
-    factor, left = divmod(fine.shape[0], coarse.shape[0])
-    if left or factor < 2 or coarse.shape[1] * factor != fine.shape[1]:
-        return None
-    return factor if fine.coarsened(factor).same_as(coarse) else None
 
 
 def _in_units_of(coarse: Samples, fine: Samples) -> Samples:
