@@ -113,7 +113,7 @@ def test_new_variables_on_a_curvilinear_grid_from_neighbouring_times(
     inputs = pair_model.spec.inputs
     assert inputs is not None
     assert (inputs.offsets, inputs.spacing, inputs.cycle, inputs.statics) == ((0, -1, 1), 21600.0, "hour", ("orog",))
-    assert "orog; season and hour" in repr(pair_model)
+    assert "orog; hour of the day" in repr(pair_model)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no neighbours in ds")

@@ -318,6 +318,8 @@ def _assemble(
     for c, ((name, _), v) in enumerate(zip(outputs, spec.variables, strict=True)):
         array = xr.DataArray(values[:, :, c] if time else values[0, :, c], dims=([time] if time else []) + ["member", *dims])
         attrs = {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a}
+        if (mapping := spec.options.get("target", {}).get("mapping")) is not None and mapping["name"] in coordinates:
+            attrs["grid_mapping"] = str(mapping["name"])
         out[name] = array.transpose(*order).assign_attrs(attrs)
     coords: dict[Any, Any] = {n: c for n, c in ds.coords.items() if not set(before) & set(c.dims)}
     if time is not None and len(kept) < ds.sizes[time]:

@@ -146,7 +146,8 @@ def _matched(state: State, reference: xr.Dataset) -> Iterator[tuple[str, np.ndar
             members, given = xr.align(members, given, join="exact")
         except ValueError as problem:
             raise OptionError(
-                f"truth[{n!r}] and the ensemble have different coordinates: {problem}. Select the common ones: ensemble.sel(time=truth.time)"
+                f"truth[{n!r}] and the ensemble have different coordinates: {problem}. Select the common ones: "
+                f"truth.sel(time=ensemble.time), or the other way round"
             ) from problem
         given = given.broadcast_like(members.isel({layout.member or "member": 0}, drop=True))
         order = (layout.member or "member", *given.dims)
@@ -310,7 +311,7 @@ def _point_scores(members: np.ndarray, truth: np.ndarray, error: np.ndarray | fl
     variance = members.var(0, ddof=1) * (m + 1) / m + np.asarray(error) ** 2 if m > 1 else np.full(truth.shape, np.nan)
     variance = np.where(np.isnan(truth), np.nan, variance)  # spread and skill are averaged over the same cells
     with np.errstate(divide="ignore", invalid="ignore"):
-        chi2 = (mean - truth) ** 2 / variance
+        chi2 = np.where(variance > 0, (mean - truth) ** 2 / variance, np.nan)  # where nothing is uncertain it says nothing
     return {
         "square": (mean - truth) ** 2, "mae": np.abs(mean - truth), "bias": mean - truth, "crps": fair_crps(members, truth),
         "variance": variance, "chi2": chi2,

@@ -82,6 +82,11 @@ def interpolated_to(source: AnyGrid, target: AnyGrid) -> LinearMap:
     GridError
         If the fine grid reaches beyond the coarse cells.
     """
+    if spacing_of(target) > 1.01 * spacing_of(source):
+        raise GridError(
+            f"The fine grid, {target.describe()}, is coarser than the coarse one, {source.describe()}. Were they exchanged? The coarse fields come "
+            f"first: xgenda.train(coarse, target=fine, task='downscale')"
+        )
     latitude, longitude = target.points()
     found, inside = interpolation(source, latitude, longitude)
     if isinstance(source, Grid) and isinstance(target, Grid):
@@ -91,7 +96,7 @@ def interpolated_to(source: AnyGrid, target: AnyGrid) -> LinearMap:
     if not len(lost):
         return found
     held = nearest(source, latitude[lost], longitude[lost])
-    far = _distance(source, held, latitude[lost], longitude[lost]) > _spacing(source)
+    far = _distance(source, held, latitude[lost], longitude[lost]) > spacing_of(source)
     if far.sum() > OUTSIDE * target.size:
         raise GridError(
             f"{far.sum()} of {target.size} fine cells lie more than one cell beyond the coarse fields ({source.describe()}); "
@@ -138,7 +143,7 @@ def _distance(source: AnyGrid, held: LinearMap, latitude: np.ndarray, longitude:
     return np.asarray(np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))))
 
 
-def _spacing(source: AnyGrid) -> float:
+def spacing_of(source: AnyGrid) -> float:
     """Return the usual distance of neighbouring cells in degrees, across a diagonal."""
     phi, lam = (p.reshape(source.plane) for p in source.points())
     places = unit_vectors(phi, lam)

@@ -98,7 +98,7 @@ def train(
         For 'downscale' without `target`: the fine fields are those of `ds`, the coarse ones their means over blocks of so many cells along
         each axis.
     method
-        For 'downscale': 'diffusion', or a classical method to compare with: 'bilinear' (interpolation of coarse anomalies), 'bcsd'
+        For 'downscale': 'diffusion', or a classical method to compare with: 'bilinear' (interpolation of the coarse values), 'bcsd'
         (quantile mapping and spatial disaggregation) or 'ridge' (regression on all coarse fields), each with its own past errors as members.
     stages
         For 'downscale': 'both', a linear mean chosen by cross-validation, a network that regresses what it leaves, and a diffusion
@@ -130,7 +130,8 @@ def train(
         Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'.
     transform, offset
         'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
-        such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero.
+        such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero and not above
+        twice the largest training value; `bounds` says otherwise. The offset is best about what can be measured: 0.1 mm for daily precipitation.
     bounds
         Lowest and highest value per variable, which results keep to, None for none: ``bounds={"relative_humidity": (0, 100)}``.
     anchor
