@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -369,3 +370,45 @@ def test_a_globe_in_rows_still_wraps_around(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         found = model.network_on(network, place, cut=cut)
         assert getattr(found, "network", found).periodic is expected
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_network_call_of_the_training_is_larger_than_a_batch_or_a_tile(
+    fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation and the mean of the first stage too; and that mean is what `downscale` makes of tiles."""
+    from xgenda.networks.unet import UNet
+
+    seen: set[tuple[int, ...]] = set()
+    forward = UNet.forward
+
+    def noted(self: UNet, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        seen.add((len(x), *x.shape[-2:]))
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(UNet, "forward", noted)
+    amplitude = np.random.default_rng(4).normal(size=(72, 1, 1))
+    pattern = np.sin(np.arange(12.0)) * np.cos(np.arange(8.0))[:, None]
+    bent = series(72)  # what no linear map explains
+    bent["t2m"] = (bent.t2m.dims, 280 + amplitude + 3 * np.abs(amplitude) * pattern, fine.t2m.attrs)
+    longer = FAST | {"steps": 150, "learning_rate": 1e-2}
+    model = xgenda.train(bent, factor=4, tile=4, batch_size=8, calibrate=False, conserve=False, **longer)
+    assert isinstance(model, CorrectiveModel)
+    assert model.regression is not None
+    assert {size[1:] for size in seen} == {(4, 4)}
+    assert max(size[0] for size in seen) <= 8
+
+
+def test_lead_times_between_those_of_the_networks_are_refused(
+    model: xgenda.GenerativeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(model, CorrectiveModel)
+    monkeypatch.setitem(model.spec.options, "lead_index", True)  # type: ignore[arg-type]
+    monkeypatch.setattr(model, "inputs", dataclasses.replace(model.inputs, lead_time=21600.0))
+    request = SimpleNamespace(labels=["a", "b", "c"], planes=torch.tensor([[0.0], [1.001], [0.0]]))
+    assert list(model._groups(request, 4)) == [([0, 2], 0), ([1], 1)]  # type: ignore[arg-type]
+    request.planes[1] = 1.5
+    with pytest.raises(OptionError, match="The lead time at b is 9 h, and .* knows multiples of 6 h"):
+        list(model._groups(request, 4))  # type: ignore[arg-type]

@@ -253,7 +253,15 @@ class CorrectiveModel(GenerativeModel):
         leads: list[int | None] = [None] * len(request.labels)
         if self.spec.options.get("lead_index"):
             assert request.planes is not None
-            leads = [round(float(p)) for p in request.planes[:, -1]]
+            steps = request.planes[:, -1]
+            odd = torch.nonzero((steps - steps.round()).abs() > 0.01).flatten()
+            if len(odd):
+                step = float(self.inputs.lead_time or 1.0)
+                raise OptionError(
+                    f"The lead time at {request.labels[int(odd[0])]} is {float(steps[odd[0]]) * step / 3600:g} h, and "
+                    f"model={self.spec.name!r} knows multiples of {step / 3600:g} h. Select such times."
+                )
+            leads = [round(float(p)) for p in steps]
         for lead in dict.fromkeys(leads):
             rows = [i for i, found in enumerate(leads) if found == lead]
             yield from ((rows[start : start + size], lead) for start in range(0, len(rows), size))

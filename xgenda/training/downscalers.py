@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.tiles import decorrelation_length, suggest_tile
+from xgenda.diffusion.tiles import TiledNetwork, Tiling, decorrelation_length, suggest_tile
 from xgenda.errors import GridError, OptionError
 from xgenda.grids import rectilinear
 from xgenda.models import means
@@ -207,7 +207,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     )  # fmt: skip
     conserve = _conserved(ready, recipe)
     _check_tile(recipe, pairs)
-    channels, plane = ready.shape[0], ready.shape[1:]
+    channels, plane = ready.shape[0], (ready.shape[1], ready.shape[2])
     everywhere = ready.features.everywhere()
     given = ready.features.of(ready.interpolated, ready.planes, everywhere)
     fold = torch.as_tensor(ready.fold)
@@ -239,8 +239,15 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         )
         if first["best_step"] > 0 and first["correction_weight"]:
             regression = network
+            whole: nn.Module = network
+            if recipe.tile is not None:  # as it will be asked
+                stride = int(network.stride)
+                shared = [stride * (t // 4 // stride) for t in recipe.tile]
+                whole = TiledNetwork(
+                    network, Tiling(plane, recipe.tile, (shared[0], shared[1]), multiple=stride), optimiser.batch_size
+                )
             with torch.no_grad():
-                found = [network(torch.zeros(len(c), *ready.shape), torch.zeros(len(c)), c) for c in condition.split(16)]
+                found = [whole(torch.zeros(len(c), *ready.shape), torch.zeros(len(c)), c) for c in condition.split(16)]
             predicted = predicted + torch.cat(found).double() * spread
         else:
             regression_options = None

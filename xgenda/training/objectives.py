@@ -32,6 +32,11 @@ class Batch:
     target: Tensor
     corner: tuple[int, int] | None = None
 
+    def of(self, rows: Tensor) -> Batch:
+        """Return some of the samples."""
+        condition = None if self.condition is None else self.condition[rows]
+        return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner)
+
 
 class Denoising:
     """Denoising of standardised states.

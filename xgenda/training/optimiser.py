@@ -161,13 +161,18 @@ class Optimiser:
         network.eval()
         product = power = target = 0.0
         for b in batches:
-            found, wanted = self._apply(network, b), b.target.to(self.device)
+            found, wanted = self._answers(network, b), b.target
             product += float((found * wanted).double().mean()) / len(batches)
             power += float((found**2).double().mean()) / len(batches)
             target += float((wanted**2).double().mean()) / len(batches)
         weight = min(1.0, max(0.0, product / power)) if power > 0 else 0.0
         network.scale_output(weight)
         return weight, weight**2 * power - 2 * weight * product + target
+
+    def _answers(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
+        """Return what the network gives for a large batch, a few samples at a time, on the CPU."""
+        parts = torch.arange(len(batch.x)).split(self.batch_size)
+        return torch.cat([self._apply(network, batch.of(rows)).cpu() for rows in parts])
 
     def _apply(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
         condition = None if batch.condition is None else batch.condition.to(self.device)
@@ -187,6 +192,6 @@ class Optimiser:
     @torch.no_grad()
     def _validate(self, network: UNet | SongUNet, batches: list[Batch]) -> float:
         network.eval()
-        found = float(np.mean([float(self._loss(network, b)) for b in batches]))
+        found = float(np.mean([float((self._answers(network, b) - b.target).square().mean()) for b in batches]))
         network.train()
         return found
