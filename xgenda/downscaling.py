@@ -192,6 +192,11 @@ def downscale(
     call = f"downscale(model={spec.name!r}, members={members}, seed={drawn_seed})"
     known = [n for n, _ in outputs if n in state.ds]
     out = metadata.carry_metadata(result, state.ds, known, call=call, provenance=provenance)
+    mapping = spec.options.get("target", {}).get("mapping")
+    for name in (n for n, _ in outputs):  # those of the coarse fields are of another grid
+        out[name].attrs = {k: v for k, v in out[name].attrs.items() if k not in ("grid_mapping", "coordinates", "cell_measures")}
+        if mapping is not None and mapping["name"] in coordinates:
+            out[name].attrs["grid_mapping"] = str(mapping["name"])
     if any(n in state.verticals for n in state.variables(known)):
         out = state.leave(out).assign_coords(coordinates)
     return out
@@ -318,8 +323,6 @@ def _assemble(
     for c, ((name, _), v) in enumerate(zip(outputs, spec.variables, strict=True)):
         array = xr.DataArray(values[:, :, c] if time else values[0, :, c], dims=([time] if time else []) + ["member", *dims])
         attrs = {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a}
-        if (mapping := spec.options.get("target", {}).get("mapping")) is not None and mapping["name"] in coordinates:
-            attrs["grid_mapping"] = str(mapping["name"])
         out[name] = array.transpose(*order).assign_attrs(attrs)
     coords: dict[Any, Any] = {n: c for n, c in ds.coords.items() if not set(before) & set(c.dims)}
     if time is not None and len(kept) < ds.sizes[time]:

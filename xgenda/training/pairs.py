@@ -120,15 +120,15 @@ def read_pairs(
         source = metadata.as_dataset(target, "target")
     order, spacing = _offsets(offsets, coarse, spacing)
     places, kept = _match(fine, coarse, order, spacing)
+    if len(kept) < fewest:
+        raise StateError(
+            f"Of {len(fine.values)} fine fields {len(kept)} have all the coarse ones that they need; at least {fewest} are needed."
+        )
     ends = max(order) - min(order)  # the first and the last lack neighbours in any case
     if len(kept) < min(len(fine.values) - ends, len(fine.values) * (1 - FEW_LOST)):
         warnings.warn(
             f"{len(fine.values) - len(kept)} of {len(fine.values)} fine fields have not all the coarse ones that they need, and are left out.",
             stacklevel=3,
-        )
-    if len(kept) < fewest:
-        raise StateError(
-            f"Of {len(fine.values)} fine fields {len(kept)} have all the coarse ones that they need; at least {fewest} are needed."
         )
     lead = None
     if lead_time:
