@@ -12,7 +12,9 @@ import xarray as xr
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 import xgenda
-from xgenda.models.calibration import smoothed
+from xgenda.grids import Grid
+from xgenda.models.blocks import Blocks
+from xgenda.models.calibration import Calibration, smoothed
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.features import wrapped_between
 from xgenda.training.objectives import Denoising, Regression
@@ -131,3 +133,38 @@ def test_the_filter_of_the_calibration_is_gaussian(width: float) -> None:
 
     expected = np.stack([filtered(f.numpy()) / filtered(ones) for f in fields])
     np.testing.assert_allclose(smoothed(fields, width), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+@pytest.mark.parametrize("weights", ["cells", "areas"])
+def test_smooth_fields_have_the_means_of_their_blocks_and_no_edges(wraps: bool, weights: str) -> None:
+    grid = Grid(np.linspace(30, 70, 24), np.linspace(0, 40, 32))
+    blocks = Blocks(grid, 8, weights, wraps)
+    means = torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = blocks.smooth(means)
+    torch.testing.assert_close(blocks.mean(found), means)
+    steps = blocks.added(torch.zeros(5, 24, 32, dtype=torch.float64), means)
+    assert float(found.diff(dim=-1).abs().max()) < 0.5 * float(steps.diff(dim=-1).abs().max())
+    assert float(found.std()) < 2 * float(steps.std())
+    if wraps and weights == "cells":
+        torch.testing.assert_close(blocks.smooth(means.roll((1, 1), (1, 2))), found.roll((8, 8), (1, 2)))
+    part = blocks.on((np.arange(8, 24), np.arange(32)))
+    torch.testing.assert_close(part.mean(part.smooth(means[:, 1:])), means[:, 1:])
+
+
+def test_calibration_leaves_block_means_and_no_edges(fields: xr.Dataset) -> None:
+    """Deviations whose smooth part is multiplied lose their block means by a smooth field: no more roughness than they had."""
+    model = xgenda.train(fields, stages="residual", steps=1, calibrate=False, **FAST)
+    assert isinstance(model, CorrectiveModel)
+    assert model.blocks is not None
+    deviations = torch.randn(4, 2, NY, NX, dtype=torch.float64)
+    wide = Calibration((8.0, 2.0), ((1.0, 2.0, 1.0), (1.0, 1.0, 1.0)))
+    smooth_one = smoothed(deviations, 2.0)
+    kept = model.without_means(wide(smooth_one))
+    torch.testing.assert_close(model.blocks.mean(kept), torch.zeros(4, 2, NY // FACTOR, NX // FACTOR, dtype=torch.float64))
+    stepped = model.blocks.added(wide(smooth_one)[:, 0], torch.zeros(4, NY // FACTOR, NX // FACTOR, dtype=torch.float64))
+    jumps = [
+        float(f[..., FACTOR - 1 :: FACTOR, :][..., :-1, :].sub(f[..., FACTOR::FACTOR, :]).square().mean())
+        for f in (kept[:, 0], stepped)
+    ]
+    assert jumps[0] < 0.5 * jumps[1]

@@ -84,7 +84,16 @@ def simulated(path: Path, seeds: Sequence[int], count: int, every: str) -> xr.Da
 PAIRS: dict[str, Callable[[Path, int, int], Pair]] = {"a1b": a1b, "ocean": ocean}
 
 
-def ways(pair: Pair, members: int) -> dict[str, Callable[[xr.Dataset], xr.Dataset]]:
+def calibrated(pair: Pair, path: Path) -> xgenda.GenerativeModel:
+    """Return the diffusion model, calibrated on the validation data, from the cache where it has it."""
+    if not path.exists():
+        begin = time.perf_counter()
+        xgenda.calibrate(pair.model, pair.validation).save(path)
+        print(f"calibrated in {time.perf_counter() - begin:.0f} s")
+    return xgenda.load_model(path)
+
+
+def ways(pair: Pair, members: int, better: xgenda.GenerativeModel) -> dict[str, Callable[[xr.Dataset], xr.Dataset]]:
     """Return each method as a function of the coarse fields."""
     own: dict[str, Any] = {"task": "downscale", "factor": pair.factor, **pair.options}
     own.pop("time_features", None)
@@ -98,17 +107,12 @@ def ways(pair: Pair, members: int) -> dict[str, Callable[[xr.Dataset], xr.Datase
         model = xgenda.train(pair.training, method=method, **own)
         out[f"{method}, mean"] = by(model, stage="mean")
         out[f"{method}, past errors"] = by(model)
-    prior = xgenda.load_model(pair.prior)
-    out[f"zero-shot, prior {pair.prior}"] = lambda coarse: on_grid_of(
-        pair.test, coarse.genda.downscale(model=prior, members=members, seed=0)
-    )
-    begin = time.perf_counter()
-    calibrated = xgenda.calibrate(pair.model, pair.validation)
-    print(f"calibrated in {time.perf_counter() - begin:.0f} s: {calibrated.spec.training['calibration']}")
     out["diffusion, mean"] = by(pair.model, stage="mean")
     out["diffusion"] = by(pair.model)
-    out["diffusion, calibrated"] = by(calibrated)
-    out["diffusion, calibrated, dpm++ 12"] = by(calibrated, sampler="dpm++", steps=12)
+    out["diffusion, calibrated"] = by(better)
+    out["diffusion, calibrated, dpm++ 12"] = by(better, sampler="dpm++", steps=12)
+    zero_shot = by(xgenda.load_model(pair.prior), sampler="dpm++", steps=12, target=None)
+    out[f"prior {pair.prior}, zero-shot, dpm++ 12"] = lambda coarse: on_grid_of(pair.test, zero_shot(coarse))
     return out
 
 
@@ -177,6 +181,7 @@ def main() -> None:
     parser.add_argument("--pair", nargs="*", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--members", type=int, default=16)
     parser.add_argument("--every", type=int, default=1, help="use every how manyth test date")
+    parser.add_argument("--only", default="", help="part of the name of the methods to score")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the training")
     parser.add_argument("--picture", default=None, help="file for a picture of the first date of the last pair")
     options = parser.parse_args()
@@ -185,9 +190,13 @@ def main() -> None:
         pair = PAIRS[name](options.cache, options.every, options.steps)
         coarse = pair.test.coarsen(latitude=pair.factor, longitude=pair.factor).mean()
         print(f"\n{name}, x{pair.factor}, {pair.test.sizes['time']} test dates, {options.members} members")
-        methods = ways(pair, options.members)
+        better = calibrated(pair, options.cache / f"{name}_calibrated.safetensors")
+        print(f"factors of the calibration: {better.spec.training['calibration']}")
+        methods = ways(pair, options.members, better)
         print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
         for method, way in methods.items():
+            if options.only not in method:
+                continue
             begin = time.perf_counter()
             found = way(coarse)
             each = (time.perf_counter() - begin) / pair.test.sizes["time"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +50,15 @@ def bands(fields: Tensor, widths: tuple[float, ...]) -> list[Tensor]:
 
 def smoothed(fields: Tensor, width: float) -> Tensor:
     """Return fields under a Gaussian filter with a standard deviation of `width` cells, renormalised at the edges."""
-    rows, columns = (_filter(n, width, fields.dtype) for n in fields.shape[-2:])
+    rows, columns = (filter_matrix(n, width, fields.dtype) for n in fields.shape[-2:])
     return rows @ fields @ columns.T
 
 
-def _filter(n: int, width: float, dtype: torch.dtype) -> Tensor:
+def filter_matrix(n: int, width: float, dtype: torch.dtype, wraps: bool = False) -> Tensor:
     """Return the filter along an axis as a matrix: a product of matrices is much faster than a convolution with so long a kernel."""
-    apart = torch.arange(n, dtype=dtype)[:, None] - torch.arange(n, dtype=dtype)
-    kernel = torch.exp(-0.5 * (apart / width) ** 2).masked_fill(apart.abs() > _radius(width), 0.0)
+    apart = (torch.arange(n, dtype=dtype)[:, None] - torch.arange(n, dtype=dtype)).abs()
+    apart = torch.minimum(apart, n - apart) if wraps else apart
+    kernel = torch.exp(-0.5 * (apart / width) ** 2).masked_fill(apart > _radius(width), 0.0)
     return kernel / kernel.sum(1, keepdim=True)
 
 
@@ -64,7 +66,9 @@ def _radius(width: float) -> int:
     return math.ceil(REACH * width)
 
 
-def fit_calibration(error: Tensor, members: Tensor, widths: tuple[float, ...]) -> Calibration:
+def fit_calibration(
+    error: Tensor, members: Tensor, widths: tuple[float, ...], project: Callable[[Tensor], Tensor] | None = None
+) -> Calibration:
     r"""Return the factors that make spread and error agree on withheld times, per channel and scale.
 
     With t what the mean leaves of the truth, r the deviations of M members from it, and a the factor, the error of the ensemble mean is to be
@@ -78,11 +82,14 @@ def fit_calibration(error: Tensor, members: Tensor, widths: tuple[float, ...]) -
         Deviations from the mean, shape (n, M, channels, rows, columns).
     widths
         See `Calibration`.
+    project
+        What happens to multiplied deviations afterwards, such as the removal of their block means.
     """
     truth = bands(error, widths)
     factors = torch.ones(error.shape[1], len(widths) + 1, dtype=torch.float64)
     for _ in range(ROUNDS):  # the parts are not independent of each other: what one is multiplied by, its neighbours see
-        found = bands(Calibration(widths, tuple(map(tuple, factors.tolist())))(members), widths)
+        multiplied = Calibration(widths, tuple(map(tuple, factors.tolist())))(members)
+        found = bands(multiplied if project is None else project(multiplied), widths)
         for b, (t, r) in enumerate(zip(truth, found, strict=True)):
             factors[:, b] = (factors[:, b] * _factor(t, r)).clamp(*LIMITS)
     return Calibration(widths, tuple(map(tuple, factors.tolist())))

@@ -448,7 +448,7 @@ def fitted_calibration(model: CorrectiveModel, ready: Prepared, pairs: Pairs, am
     )  # fmt: skip
     mean, members = model.deviations(request)
     scale = float(model.spec.factor or _ratio(model))
-    return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2))
+    return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2), model.without_means)
 
 
 def _ratio(model: CorrectiveModel) -> float:
