@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 PROGRAMS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -61,3 +63,34 @@ def test_kolmogorov_vorticity(kolmogorov: ModuleType) -> None:
     # solid rotation turns twice as fast as it looks
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
     torch.testing.assert_close(kolmogorov.vorticity(torch.stack([-y, x])), torch.full((4, 4), 2.0))
+
+
+def test_downscaling_octaves() -> None:
+    # a wave lies in the octave of its wavelength, with its variance
+    dims, coords = ("time", "latitude", "longitude"), {"latitude": 40 + 0.1 * np.arange(64), "longitude": 0.1 * np.arange(64)}
+    for wavelength, octave in ((2.5, 1), (5.0, 2), (3.2, 1), (32.0, 5)):
+        wave = np.cos(2 * np.pi * np.round(64 / wavelength) * np.arange(64) / 64) * np.ones((1, 64, 1))
+        found = program("downscaling").octaves(xr.Dataset({"t": (dims, wave)}, coords=coords), "both").t
+        assert float(found.sel(octave=octave)) == pytest.approx(0.5)
+        assert float(found.sum()) == pytest.approx(0.5)
+
+
+def test_downscaling_scores_of_the_truth_itself() -> None:
+    downscaling = program("downscaling")
+    rng = np.random.default_rng(0)
+    dims = ("time", "latitude", "longitude")
+    coords = {
+        "time": np.array(["2000-01-01", "2001-01-01"], "datetime64[ns]"),
+        "latitude": 40.0 + np.arange(32),
+        "longitude": np.arange(32.0),
+    }
+    truth = xr.Dataset({"t": (dims, rng.normal(size=(2, 32, 32)), {"units": "K"})}, coords=coords)
+    members = truth + xr.Dataset({"t": (("member", *dims), rng.normal(size=(15, 2, 32, 32)) * 1e-3)})
+    members["t"].attrs = truth.t.attrs
+    pair = downscaling.Pair(4, truth, truth, truth, {}, None, "")
+    (row,) = downscaling.table(members, truth, pair).values()
+    assert float(row[0]) < 1e-3
+    assert row[5] == "1.00"
+    assert row[6] == "1.00-1.00"
+    (single,) = downscaling.table(truth, truth, pair).values()
+    assert single == ["0.0000", "0.0000", "-", "-", "-", "-", "-", "1.00", "0e+00"]

@@ -175,31 +175,15 @@ def test_sparse_observations() -> None:
     assert 0.35 < float(departures.innovation.std()) < 0.65
 
 
-def test_the_baselines_of_downscaling() -> None:
-    truth, train = demo.crop(demo.withheld_years(every=8)), demo.crop(demo.training_years())
-    coarse = demo.coarsen(truth)
-    ridge = demo.ridge_downscaler(train)
-    assert demo.PENALTIES[0] < ridge.penalty < demo.PENALTIES[-1]
-    assert ridge.residuals.shape == (60, 36 * 48)
-    bilinear = demo.scores(demo.bilinear_downscaler(coarse, truth), truth)
-    single = demo.scores(ridge(coarse), truth)
-    several = demo.scores(ridge.ensemble(coarse, members=8, seed=0), truth)
-    assert single["rmse"] < 0.3 * bilinear["rmse"]
-    assert several["crps"] < single["crps"]  # a field alone says nothing of its error
-    assert np.isnan(single["spread_skill"])
-    assert 0.3 < several["spread_skill"] < 1.5
-
-
-def test_the_baselines_follow_the_order_of_the_data() -> None:
-    def flip(ds: xr.Dataset) -> xr.Dataset:
-        return ds.isel(latitude=slice(None, None, -1))
-
-    train, test = demo.crop(demo.training_years()), demo.crop(demo.withheld_years(every=20))
-    up, down = demo.ridge_downscaler(train), demo.ridge_downscaler(flip(train))
-    xr.testing.assert_allclose(up(demo.coarsen(test)), flip(down(demo.coarsen(flip(test)))))
-    xr.testing.assert_allclose(
-        demo.bilinear_downscaler(demo.coarsen(test), test), flip(demo.bilinear_downscaler(demo.coarsen(flip(test)), flip(test)))
-    )
+def test_the_experiment_of_downscaling() -> None:
+    """Ridge regression is far better than interpolation, and a field alone says nothing of its error."""
+    table = demo.downscaling_experiment("t2m-north-america-x4", members=8, every=10, steps=6).table
+    single, several = table.loc["ridge regression"], table.loc["ridge regression + past errors"]
+    assert single.rmse < 0.3 * table.rmse["bilinear interpolation"]
+    assert several.crps < single.crps
+    assert np.isnan(single.spread_skill)
+    assert 0.3 < several.spread_skill < 1.5
+    assert table.crps["xgenda: t2m-north-america-x4"] < several.crps
 
 
 @pytest.mark.slow

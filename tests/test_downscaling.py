@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_new_variables_on_a_curvilinear_grid_from_neighbouring_times(
     inputs = pair_model.spec.inputs
     assert inputs is not None
     assert (inputs.offsets, inputs.spacing, inputs.cycle, inputs.statics) == ((0, -1, 1), 21600.0, "hour", ("orog",))
-    assert "orog; season and hour" in repr(pair_model)
+    assert "orog; hour of the day" in repr(pair_model)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no neighbours in ds")
@@ -310,6 +311,33 @@ def test_chunks_of_the_result_have_the_noise_of_their_cells(fine: xr.Dataset, no
             coarse.genda.downscale(model=model, chunks=chunks)  # type: ignore[arg-type]
 
 
+def test_a_plan_counts_calls_tiles_and_chunks(tiled: xgenda.GenerativeModel, fine: xr.Dataset) -> None:
+    coarse = coarse_of(fine).isel(time=[0, 3])
+    assert isinstance(tiled, CorrectiveModel)
+    found = xgenda.plan(coarse, model=tiled, members=3, steps=5, overlap=4)
+    rows, columns = 3, 3  # tiles of 8 x 12 with 4 shared cells in 16 x 24
+    assert (found.tile, found.tiles, found.parts, found.samples) == ((8, 12), rows * columns, 1, 6)
+    assert found.calls == 6 * 9 * rows * columns + (2 * rows * columns if tiled.regression is not None else 0)
+    whole = xgenda.plan(coarse, model=tiled, members=3, steps=5, tile=None, sampler="dpm++", chunks=(8, 8))
+    assert (whole.parts, whole.tiles, whole.part) == (6, 1, (16, 24))
+    assert whole.calls == 6 * 5 * 6 + (12 if tiled.regression is not None else 0)
+    assert "6 of at most 16 x 24 cells with their halo" in repr(whole)
+    assert xgenda.plan(coarse, model=tiled, members=16, tile=None).memory > whole.memory > 0
+    with pytest.raises(OptionError, match="is no diffusion model for downscaling; there is nothing to plan"):
+        xgenda.plan(coarse, model=xgenda.train(fine, task="downscale", factor=4, method="bilinear"))
+
+
+def test_tiles_are_chosen_for_large_grids_only(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = xgenda.train(fine, task="downscale", factor=4, tile="auto", calibrate=False, **FAST)
+    assert small.spec.options["tile"] is None
+    assert re.fullmatch(r"\d+ rows, \d+ columns", small.spec.training["residual_correlated_over"])
+    monkeypatch.setattr("xgenda.training.downscalers.LARGEST_PLANE", 20)
+    monkeypatch.setattr("xgenda.training.downscalers.suggest_tile", lambda residual, stride: ((12, 12), (4, 4)))
+    large = xgenda.train(fine, task="downscale", factor=4, tile="auto", calibrate=False, **FAST | {"anchor": "auto"})
+    assert large.spec.options["tile"] == [12, 12]
+    assert large.spec.training["anchor"] == "none"
+
+
 def test_a_gaussian_of_the_whole_grid_cannot_be_cut(fine: xr.Dataset) -> None:
     model = xgenda.train(fine, task="downscale", factor=4, calibrate=False, **FAST | {"anchor": "eof"})
     with pytest.raises(OptionError, match="has a Gaussian of the whole grid.*anchor=None"):
@@ -383,11 +411,9 @@ def test_bilinear_is_interpolation(fine: xr.Dataset) -> None:
     coarse = coarse_of(fine)
     model = xgenda.train(fine, task="downscale", factor=4, method="bilinear")
     found = coarse.isel(time=[1, 2]).genda.downscale(model=model, stage="mean")
-    expected = xgenda.demo.bilinear_downscaler(coarse.isel(time=[1, 2]), fine) if hasattr(xgenda, "demo") else None
-    from xgenda.demo import bilinear_downscaler
-
-    expected = bilinear_downscaler(coarse.isel(time=[1, 2]), fine)
-    np.testing.assert_allclose(found.t2m, expected.t2m, rtol=1e-6)
+    inside = {d: fine[d].clip(coarse[d].min(), coarse[d].max()) for d in ("latitude", "longitude")}  # the edge value is held
+    expected = coarse.t2m.isel(time=[1, 2]).interp(inside, method="linear").transpose("time", "latitude", "longitude")
+    np.testing.assert_allclose(found.t2m, expected, rtol=1e-6)
 
 
 def test_ridge_is_better_than_interpolation_and_its_errors_are_out_of_sample(fine: xr.Dataset, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_variable_of_small_numbers_varies() -> None:
 def test_the_logarithm_needs_positive_values() -> None:
     values = fields()
     values[3, 1, 0, 0] = -0.5
-    with pytest.raises(StateError, match=r"Channel 1 is scaled by log\(x \+ 0.001\) and holds -0.5; clip it: ds.clip\(min=0\)"):
+    with pytest.raises(StateError, match=r"'b' is to be scaled by log.* and holds -0.5. Clip it: ds.'b'..clip\(min=0\)"):
         fit_scaling(values, None, ["a", "b"], transform={"b": "log"})
     scaling = fit_scaling(values, None, ["a", "b"], transform={"b": "log"}, offset={"b": 1.0})
     assert scaling.offsets == (1e-3, 1.0)

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 import xgenda
 from xgenda.errors import GridError, ObservationError, OptionError, UnitsError
-from xgenda.verification import METRICS, fair_crps
+from xgenda.verification import METRICS, fair_crps, power_spectrum, rank_histogram
 
 
 def crps_by_double_sum(ensemble: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -222,6 +222,94 @@ def test_a_perfect_ensemble_at_points_with_error() -> None:
     without = xgenda.verify(ensemble, obs, error=1e-6)
     assert score(without, "spread") < score(scores, "spread")
     assert score(without, "crps") == pytest.approx(score(scores, "crps"))
+
+
+# -- ranks and spectra -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_by_hand() -> None:
+    ensemble, truth = fields(3, 2), fields(None, 2, seed=1)
+    truth["t2m"][0, 0, 0] = np.nan
+    truth["t2m"][1, 2, 3] = ensemble.t2m[1, 1, 2, 3]  # a tie, which leaves two ranks open
+    below = (ensemble.t2m.values < truth.t2m.values).sum(0)
+    tied = below[1, 2, 3]
+    found = rank_histogram(ensemble, truth)
+    expected = np.bincount(np.delete(below.ravel(), [0, 48 + 2 * 8 + 3]), minlength=4)
+    difference = found.t2m.values - expected
+    assert difference.sum() == 1
+    assert np.flatnonzero(difference)[0] in (tied, tied + 1)
+    assert found["rank"].values.tolist() == [0, 1, 2, 3]
+    by_time = rank_histogram(ensemble.transpose(..., "member"), truth, dims=["longitude", "latitude"])
+    assert set(by_time.t2m.dims) == {"rank", "time"}
+    xr.testing.assert_equal(by_time.t2m.sum("time"), found.t2m)
+    with pytest.raises(OptionError, match=r"ensemble\['t2m'\] has one member; ranks need at least 2"):
+        rank_histogram(fields(1), truth.isel(time=[0]))
+
+
+@pytest.mark.parametrize(("scale", "outermost"), [(1.0, 2 / 10), (0.5, None), (2.0, None)])
+def test_ranks_are_flat_for_a_perfect_ensemble(scale: float, outermost: float | None) -> None:
+    counts = rank_histogram(fields(9, 10, 40, 50, scale=scale), fields(None, 10, 40, 50, seed=1)).t2m.values
+    share = (counts[0] + counts[-1]) / counts.sum()
+    if outermost is None:  # too little spread fills the outermost ranks, too much empties them
+        assert (share > 0.35) if scale < 1 else (share < 0.1)
+    else:
+        assert (counts / counts.sum()) == pytest.approx(np.full(10, 0.1), abs=4 * np.sqrt(0.09 / counts.sum()))
+
+
+def test_tied_ranks_are_equally_likely() -> None:
+    dry = fields(9, 5, 40, 50) * 0.0
+    counts = rank_histogram(dry, dry.isel(member=0, drop=True)).t2m.values
+    assert counts / counts.sum() == pytest.approx(np.full(10, 0.1), abs=0.02)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(6, 15), st.integers(6, 15), st.integers(0, 1000), st.sampled_from([False, True, "both"]))
+def test_the_spectrum_adds_up_to_the_variance(ny: int, nx: int, seed: int, periodic: bool) -> None:
+    ds = fields(2, 3, ny, nx, seed)
+    found = power_spectrum(ds, periodic=periodic)  # type: ignore[arg-type]
+    assert found.t2m.dims == ("member", "time", "wavenumber")
+    np.testing.assert_allclose(found.t2m.sum("wavenumber"), ds.t2m.var(["latitude", "longitude"]), rtol=1e-9)
+    assert found.t2m.attrs["units"] == "(K)2"
+    np.testing.assert_allclose(found.wavelength * found.wavenumber, 1.0)
+    turned = power_spectrum(ds.transpose("longitude", "member", "latitude", "time"), periodic=periodic)  # type: ignore[arg-type]
+    xr.testing.assert_allclose(turned, found)
+
+
+def test_waves_are_found_at_their_wavenumber() -> None:
+    ds = fields(None, 1, 24, 32)
+    y, x = np.meshgrid(np.arange(24), np.arange(32), indexing="ij")
+
+    def peak(wave: np.ndarray, periodic: bool | str) -> float:
+        power = power_spectrum(ds.copy(data={"t2m": wave[None]}), periodic=periodic).t2m.isel(time=0)  # type: ignore[arg-type]
+        assert float(power.max()) == pytest.approx(float(power.sum()), rel=1e-9)
+        return float(power.wavenumber[int(power.values.argmax())])
+
+    both = np.cos(2 * np.pi * (6 / 24 * y + 8 / 32 * x) + 1.0)
+    assert peak(both, "both") == pytest.approx(np.hypot(0.25, 0.25), abs=0.5 / 24)
+    mirrored = np.cos(np.pi * 9 * (y + 0.5) / 24) * np.cos(np.pi * 4 * (x + 0.5) / 32)
+    assert peak(mirrored, False) == pytest.approx(np.hypot(9 / 48, 4 / 64), abs=0.5 / 48)
+    around = np.cos(np.pi * 9 * (y + 0.5) / 24) * np.cos(2 * np.pi * 4 * x / 32 + 0.3)
+    assert peak(around, True) == pytest.approx(np.hypot(9 / 48, 4 / 32), abs=0.5 / 32)
+
+
+def test_a_trend_across_a_region_stays_at_large_scales() -> None:
+    ds = fields(None, 1, 40, 40)
+    trend = ds.copy(data={"t2m": np.broadcast_to(np.arange(40.0), (1, 40, 40))})
+    small = {p: power_spectrum(trend, periodic=p).t2m.sel(wavenumber=slice(0.25, None)).sum() for p in (False, "both")}
+    assert float(small[False]) < 0.01 * float(small["both"])
+
+
+def test_spectra_that_are_refused() -> None:
+    ds = fields(None)
+    with pytest.raises(OptionError, match="ds holds NaN; fill the gaps"):
+        power_spectrum(ds.where(ds.latitude > 30))
+    with pytest.raises(OptionError, match="periodic='x' is not accepted"):
+        power_spectrum(ds, periodic="x")  # type: ignore[arg-type]
+    points = xr.Dataset(
+        {"t": ("point", np.zeros(4))}, coords={"latitude": ("point", np.arange(4.0)), "longitude": ("point", np.arange(4.0))}
+    )
+    with pytest.raises(GridError, match="ds has no rows and columns"):
+        power_spectrum(points)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -23,12 +23,11 @@ from xgenda.departures import fit_covariance, innovations
 from xgenda.downscaling import downscale
 from xgenda.errors import OptionError, OutputExistsError, check_count, missing_dependency
 from xgenda.files import aside
-from xgenda.grids import Grid, Orientation, grid_of
-from xgenda.maps import bilinear_between
 from xgenda.models.gaussian import gaussian_prior
 from xgenda.models.generative import GenerativeModel
 from xgenda.observations.quality import Quality
 from xgenda.plotting import plot_analysis
+from xgenda.training.loop import train
 from xgenda.verification import verify
 
 STATION_ERROR = 1.0  # K, instrument and representativeness together
@@ -37,7 +36,6 @@ BACKGROUND_STD, BACKGROUND_LENGTH = 1.9, 200e3  # K and m, of the covariance fun
 POINT_ERROR = 0.5  # K, of the simulated observations
 LAST_TRAINING_YEAR, FIRST_TEST_YEAR = 2039, 2060
 FACTOR = 4
-PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-1.0, 4.1, 0.5))
 #: What the cross-validation of `gaussian_prior(training_years())` finds, in minutes; given here to save them.
 SAMPLE_COVARIANCES: Mapping[str, Mapping[str, Any]] = {
     "Gaussian prior, localised": {"covariance": "localized", "radius": 14734e3, "inflation": 1.2},
@@ -312,119 +310,21 @@ def sparse_observations(truth: xr.Dataset, count: int = 40, error: float = POINT
     )
 
 
-@dataclass(frozen=True, eq=False)
-class RidgeDownscaler:
-    """Ridge regression of what bilinear interpolation of the block means leaves, on all block means.
-
-    Attributes
-    ----------
-    grid, orientation
-        Of the fine fields.
-    penalty
-        Chosen on the last block of the training years.
-    residuals
-        Errors of the predictions of that block by a fit without it, shape (n, cells): what the prediction leaves open.
-    """
-
-    template: xr.Dataset
-    grid: Grid
-    orientation: Orientation
-    factor: int
-    penalty: float
-    centre: np.ndarray
-    offset: np.ndarray
-    slope: np.ndarray
-    residuals: np.ndarray
-
-    def __call__(self, coarse: xr.Dataset) -> xr.Dataset:
-        """Return the prediction, a single field per time."""
-        return self._wrap(coarse, self._predict(coarse), ("time",))
-
-    def ensemble(self, coarse: xr.Dataset, members: int = 16, seed: int = 0) -> xr.Dataset:
-        """Return the prediction plus whole fields of out-of-sample errors, drawn without replacement for each time."""
-        rng = np.random.default_rng(seed)
-        mean = self._predict(coarse)
-        chosen = [rng.choice(len(self.residuals), members, replace=False) for _ in mean]
-        values = np.stack([m + self.residuals[c] for m, c in zip(mean, chosen, strict=True)], 1)
-        return self._wrap(coarse, values, ("member", "time"))
-
-    def _predict(self, coarse: xr.Dataset) -> np.ndarray:
-        (name,) = coarse.data_vars
-        _, orientation = grid_of(coarse)
-        values = orientation.to_model(coarse[name].transpose("time", "latitude", "longitude").values.astype(float))
-        flat = values.reshape(len(values), -1)
-        up = bilinear_between(self.grid.coarsened(self.factor), self.grid)
-        return np.asarray(up(flat) + self.offset + (flat - self.centre) @ self.slope)
-
-    def _wrap(self, coarse: xr.Dataset, values: np.ndarray, dims: tuple[str, ...]) -> xr.Dataset:
-        (name,) = coarse.data_vars
-        stored = self.orientation.from_model(values.reshape(*values.shape[:-1], *self.grid.shape))
-        array = xr.DataArray(stored, dims=(*dims, "latitude", "longitude"), attrs=coarse[name].attrs)
-        return array.to_dataset(name=name).assign_coords(
-            time=coarse["time"], latitude=self.template["latitude"], longitude=self.template["longitude"]
-        )
-
-
-def ridge_downscaler(train_fine: xr.Dataset, factor: int = FACTOR) -> RidgeDownscaler:
-    """Fit a ridge regression from block means to fine fields, in closed form.
-
-    Parameters
-    ----------
-    train_fine
-        Fine fields of the training years, one variable along time. The penalty is the one that predicts the last sixth of the
-        years best when fitted without them; the fit is then repeated with all.
-    factor
-        Cells per block along each axis.
-    """
-    (name,) = train_fine.data_vars
-    grid, orientation = grid_of(train_fine)
-    fine = orientation.to_model(train_fine[name].transpose("time", "latitude", "longitude").values.astype(float))
-    ny, nx = grid.coarsened(factor).shape
-    coarse = fine.reshape(len(fine), ny, factor, nx, factor).mean((2, 4)).reshape(len(fine), -1)
-    left = fine.reshape(len(fine), -1) - bilinear_between(grid.coarsened(factor), grid)(coarse)
-    year = train_fine["time"].dt.year.values
-    held = year > year.max() - (np.ptp(year) + 1) // 6
-    area = grid.areas().ravel()
-    errors = {}
-    for penalty in PENALTIES:
-        centre, offset, slope = _ridge(coarse[~held], left[~held], penalty)
-        errors[penalty] = left[held] - offset - (coarse[held] - centre) @ slope
-    best = min(PENALTIES, key=lambda p: float((errors[p] ** 2 @ area).sum()))
-    template = train_fine[["latitude", "longitude"]].reset_coords(drop=True)
-    return RidgeDownscaler(template, grid, orientation, factor, best, *_ridge(coarse, left, best), errors[best])
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    centre, offset = x.mean(0), y.mean(0)
-    z = x - centre
-    return centre, offset, np.asarray(np.linalg.solve(z.T @ z + penalty * np.eye(z.shape[1]), z.T @ (y - offset)))
-
-
-def bilinear_downscaler(coarse: xr.Dataset, fine_grid: xr.Dataset) -> xr.Dataset:
-    """Interpolate block means to a fine grid; beyond the outermost centres the edge value is held."""
-    (name,) = coarse.data_vars
-    (source, stored), (target, orientation) = grid_of(coarse), grid_of(fine_grid)
-    values = stored.to_model(coarse[name].transpose("time", "latitude", "longitude").values.astype(float))
-    up = bilinear_between(source, target)(values.reshape(len(values), -1)).reshape(len(values), *target.shape)
-    array = xr.DataArray(orientation.from_model(up), dims=("time", "latitude", "longitude"), attrs=coarse[name].attrs)
-    return array.to_dataset(name=name).assign_coords(
-        time=coarse["time"], latitude=fine_grid["latitude"], longitude=fine_grid["longitude"]
-    )
-
-
 def downscaling_experiment(
     model: ModelLike, *, members: int = 16, seed: int = 0, every: int = 10, steps: int | None = None
 ) -> Experiment:
     """Downscale the block means of test years, beside bilinear interpolation and ridge regression."""
     truth = crop(withheld_years(every))
     coarse = coarsen(truth)
-    ridge = ridge_downscaler(crop(training_years()))
-    fine = downscale(coarse, model=model, members=members, seed=seed, steps=steps)
+    fields = crop(training_years())
+    bilinear, ridge = (train(fields, task="downscale", factor=FACTOR, method=m) for m in ("bilinear", "ridge"))
+    keyword: dict[str, Any] = {"members": members, "seed": seed, "target": truth}
+    fine = downscale(coarse, model=model, steps=steps, **keyword)
     rows = {
-        "bilinear interpolation": bilinear_downscaler(coarse, truth),
-        "ridge regression": ridge(coarse),
-        "ridge regression + past errors": ridge.ensemble(coarse, members, seed),
-        f"xgenda: {_name(model)}": fine.assign_coords(latitude=truth["latitude"], longitude=truth["longitude"]),
+        "bilinear interpolation": downscale(coarse, model=bilinear, stage="mean", **keyword),
+        "ridge regression": downscale(coarse, model=ridge, stage="mean", **keyword),
+        "ridge regression + past errors": downscale(coarse, model=ridge, **keyword),
+        f"xgenda: {_name(model)}": fine,
     }
     table = pd.DataFrame({k: scores(v, truth) for k, v in rows.items()}).T
     return Experiment(f"downscaling x{FACTOR}, {_years(truth)}", table, truth, fine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,17 @@ import xarray as xr
 
 from xgenda import metadata, operators, states
 from xgenda.assimilation import assimilate
-from xgenda.errors import ModelNotFoundError, OptionError
+from xgenda.engine import IMPLAUSIBLE
+from xgenda.errors import GridError, ModelNotFoundError, OptionError, StateError
 from xgenda.grids import factor_between
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.spec import ModelSpec
 from xgenda.models.templates import axes_of_result
+from xgenda.models.variables import VariableSpec
 from xgenda.regridding import Regridder
+from xgenda.weights import interpolation
 
+LEAST_INSIDE = 0.5  # of the coarse cells
 SHARE_OF_SPREAD = 0.02  # of the climatological standard deviation: the error that coarse values are taken to have
 
 
@@ -41,6 +46,7 @@ def downscale_by_prior(
             f"xgenda.train(fine, task='downscale', factor=4)"
         )
     metadata.check_dims(state.ds, names, state.layout)
+    _check_prior(state, spec, names, there, error)
     fine = _blank(state, spec, target, dict(zip((v.name for v in there), names, strict=True)))
     factor = factor_between(spec.grid, state.grid)
     coarse = state.ds[names].rename({n: f"coarse_{n}" for n in names})
@@ -64,6 +70,38 @@ def downscale_by_prior(
         fine, coarse, model=model, error=given, members=members, seed=seed, operators=maps, background_check=None, **options
     )  # fmt: skip
     return out
+
+
+def _check_prior(state: states.State, spec: ModelSpec, names: list[str], there: list[VariableSpec], error: Any) -> None:
+    """Refuse errors that are no errors, a product of another region, and values far from the climate of the prior."""
+    for name, sigma in error.items() if isinstance(error, Mapping) else () if error is None else [("", error)]:
+        if name and name not in names:
+            raise OptionError(f"error names {name!r}, and ds has {', '.join(map(repr, names))}.")
+        if isinstance(sigma, bool) or not isinstance(sigma, numbers.Real) or not 0 < float(sigma) < np.inf:
+            raise OptionError(
+                f"error={error!r} is not accepted; give a standard deviation above zero in the units of ds, or a mapping per variable."
+            )
+    assert spec.grid is not None
+    inside = interpolation(spec.grid, *state.grid.points())[1].mean()
+    if inside < LEAST_INSIDE:
+        raise GridError(
+            f"{100 * (1 - inside):.0f} % of the coarse cells lie outside of the grid of model={spec.name!r}, {spec.grid.describe()}; ds is on "
+            f"{state.grid.describe()}. Crop ds to that region, or take another model."
+        )
+    scaling = spec.scaling
+    if scaling is None or not scaling.is_affine:
+        return
+    for n, v in zip(names, there, strict=True):
+        if state.ds[n].chunks is not None:
+            continue
+        scale, offset = metadata.unit_factors_of(state.ds[n], v.units)
+        c = spec.variables.index(v)
+        found, usual = float(state.ds[n].mean()) * scale + offset, float(scaling.mean[0, c].mean())
+        if abs(found - usual) > IMPLAUSIBLE * float(scaling.std[c].mean() + scaling.mean[0, c].std()):
+            raise StateError(
+                f"ds[{n!r}] has mean {found:.5g}, and the model was trained on a mean of {usual:.5g} {v.units or ''}. Other units? Set the true "
+                f"ones: ds[{n!r}].attrs['units'] = 'degC'"
+            )
 
 
 def _blank(state: states.State, spec: ModelSpec, target: Any, known: Mapping[str, str]) -> xr.Dataset:

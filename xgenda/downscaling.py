@@ -192,6 +192,11 @@ def downscale(
     call = f"downscale(model={spec.name!r}, members={members}, seed={drawn_seed})"
     known = [n for n, _ in outputs if n in state.ds]
     out = metadata.carry_metadata(result, state.ds, known, call=call, provenance=provenance)
+    mapping = spec.options.get("target", {}).get("mapping")
+    for name in (n for n, _ in outputs):  # those of the coarse fields are of another grid
+        out[name].attrs = {k: v for k, v in out[name].attrs.items() if k not in ("grid_mapping", "coordinates", "cell_measures")}
+        if mapping is not None and mapping["name"] in coordinates:
+            out[name].attrs["grid_mapping"] = str(mapping["name"])
     if any(n in state.verticals for n in state.variables(known)):
         out = state.leave(out).assign_coords(coordinates)
     return out

@@ -196,6 +196,11 @@ def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argumen
             if needed not in dims:
                 raise CoordinateError(f"{argument}[{name!r}] has dimensions {dims} and lacks {needed!r}.")
         extra = [d for d in dims if d not in known]
+        if extra and str(extra[0]) in ("time", "valid_time", "date") and extra[0] not in ds.coords:
+            raise CoordinateError(
+                f"{argument} has the dimension {extra[0]!r} of size {ds.sizes[extra[0]]}, and no times along it. Assign them: "
+                f"{argument}.assign_coords({extra[0]}=pandas.date_range('2020-01-01', periods={ds.sizes[extra[0]]}))"
+            )
         if extra:
             raise CoordinateError(
                 f"{argument}[{name!r}] has the extra dimension {extra[0]!r} of size {ds.sizes[extra[0]]}; "
@@ -310,7 +315,9 @@ def unit_factors(found: str, wanted: str) -> tuple[float, float]:
         )
     except Exception as error:
         raise UnitsError(
-            f"Units {found!r} cannot be converted to {wanted!r}. Set the true ones: ds['name'].attrs['units'] = {wanted!r}"
+            f"Units {found!r} cannot be converted to {wanted!r}. If they are written wrongly, set the true ones: "
+            f"ds['name'].attrs['units'] = {wanted!r}. If they measure something else, convert the values first, for example precipitation: "
+            f"ds['pr'] = (ds['pr'] * 86400).assign_attrs(units='mm day-1') from kg m-2 s-1"
         ) from error
     return float(one - zero), float(zero)
 
@@ -399,11 +406,20 @@ def time_labels(time: xr.DataArray | None, size: int = 1) -> np.ndarray:
             raise CoordinateError(f"The time coordinate {time.name!r} holds NaT. Drop those: ds.dropna({time.name!r})")
         return np.datetime_as_string(values, unit="ns")
     if values.dtype.kind == "O":
-        return np.array([f"{v.isoformat()}[{getattr(v, 'calendar', '')}]" for v in values])
+        return np.array([_cftime_label(v) for v in values])
     raise CoordinateError(
         f"The time coordinate {time.name!r} has dtype {values.dtype}; decode it: xarray.decode_cf(ds), "
         f"or ds.assign_coords({time.name}=pandas.to_datetime(ds[{str(time.name)!r}]))"
     )
+
+
+def _cftime_label(value: Any) -> str:
+    """Return the label of a cftime date; in the calendar of datetime64 that of the same instant there."""
+    calendar = str(getattr(value, "calendar", ""))
+    same = calendar == "proleptic_gregorian" or (calendar in ("standard", "gregorian") and value.year > 1582)
+    if same and 1678 <= value.year <= 2261:
+        return str(np.datetime_as_string(np.datetime64(value.isoformat(), "ns"), unit="ns"))
+    return f"{value.isoformat()}[{calendar}]"
 
 
 def seconds_between(values: np.ndarray) -> np.ndarray:

@@ -64,9 +64,13 @@ class Plan:
             else f"{self.parts} of at most {self.part[0]} x {self.part[1]} cells with their halo",
             "tiles": "none" if self.tiles == 1 else f"{self.tiles} of {self.tile[0]} x {self.tile[1]} cells in each",
             "network calls": f"{self.calls}, each on one tile of one sample",
-            "memory": f"{self.memory / 2**30:.2f} GiB for each part that is computed at the same time",
+            "memory": f"{_bytes(self.memory)} for each part that is computed at the same time",
         }
         return f"<xgenda.Plan for {self.model!r}>\n" + "\n".join(f"  {k:<14} {v}" for k, v in rows.items())
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def plan(

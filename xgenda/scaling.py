@@ -24,6 +24,7 @@ Cycle = Literal["none", "dayofyear", "hour", "dayofyear+hour"]
 CYCLES = ("none", "dayofyear", "hour", "dayofyear+hour")
 TRANSFORMS = ("none", "log")
 HARMONICS = 2
+BEYOND = 2.0  # times the largest training value, which results of a logarithm keep to
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +186,8 @@ def fit_scaling(
     offset
         Offset of the logarithm in the units of the variable, for all or per variable.
     bounds
-        Lowest and highest value per variable, None where there is none; a logarithm bounds its variable by zero.
+        Lowest and highest value per variable, None where there is none. By default a logarithm bounds its variable by zero and by `BEYOND`
+        times the largest value, because the exponential of an unlikely residual is a value that nobody has seen.
     pointwise_std
         One standard deviation per cell instead of one per variable.
     homogeneous
@@ -210,6 +212,12 @@ def fit_scaling(
             f"use climatology='none' or give more data."
         )
     blank = Scaling(np.zeros((1, len(names), 1, 1)), np.ones((len(names), 1, 1)), "none", tuple(per), tuple(offsets))
+    for c, name in enumerate(names):
+        if per[c] == "log" and (lowest := float(values[:, c].min())) + offsets[c] <= 0:
+            raise StateError(
+                f"{name!r} is to be scaled by log(x + {offsets[c]:g}) and holds {lowest:.6g}. Clip it: ds[{name!r}].clip(min=0), or take the "
+                f"logarithm of others only: transform={{'precipitation': 'log'}}"
+            )
     transformed = blank.transform(values)
     mean = np.linalg.lstsq(basis, transformed.reshape(len(values), -1), rcond=None)[0].reshape(-1, *values.shape[1:])
     if homogeneous:
@@ -230,10 +238,10 @@ def fit_scaling(
 
 def _bounds_of(name: str, values: np.ndarray, transform: str, given: Sequence[float | None] | None) -> tuple[float, float]:
     """Return the bounds of a variable, which its fields must keep to."""
-    if given is None:  # what has a logarithm has no negative values, which exp(z) - offset can be
-        return (0.0, math.inf) if transform == "log" and values.min() >= 0 else (-math.inf, math.inf)
-    pair = tuple(given) if hasattr(given, "__len__") else ()
-    if len(pair) != 2 or any(b is not None and not math.isfinite(b) for b in pair) or (None not in pair and pair[0] >= pair[1]):  # type: ignore[operator]
+    if given is None:  # exp(z) - offset can be negative, and far beyond anything
+        return (0.0, BEYOND * float(values.max())) if transform == "log" and values.min() >= 0 else (-math.inf, math.inf)
+    pair = tuple(given) if isinstance(given, (tuple, list)) else ()
+    if len(pair) != 2 or any(b is not None and not math.isfinite(b) for b in pair) or (None not in pair and pair[0] >= pair[1]):
         raise OptionError(
             f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"
         )

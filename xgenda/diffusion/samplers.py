@@ -174,7 +174,7 @@ def _check_finite(x: Tensor, step: int, sigma: float, following: float) -> None:
         what = "has diverged" if torch.isfinite(x).all() else "is not finite"
         raise StateError(
             f"The state {what} after step {step} of the sampler (sigma = {sigma:.4g}), in {int(bad.sum())} of {len(x)} members of a "
-            f"batch. Use guidance='anchor' where the model has a Gaussian, more steps, or larger observation errors."
+            f"batch. Use more steps; in assimilation also guidance='anchor' where the model has a Gaussian, or larger observation errors."
         )
 
 

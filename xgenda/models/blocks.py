@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xgenda.grids import Grid
+from xgenda.models.calibration import filter_matrix
 from xgenda.scaling import Scaling
 
 WEIGHTS = ("cells", "areas")
@@ -25,10 +26,12 @@ class Blocks:
         Cells along each side of a block.
     weights
         'cells' or 'areas'.
+    wraps
+        Whether both axes wrap around.
     """
 
-    def __init__(self, grid: Grid, factor: int, weights: str = "cells") -> None:
-        self.factor, self.shape = factor, grid.coarsened(factor).shape
+    def __init__(self, grid: Grid, factor: int, weights: str = "cells", wraps: bool = False) -> None:
+        self.factor, self.shape, self.wraps = factor, grid.coarsened(factor).shape, wraps
         fine = torch.as_tensor(grid.areas()) if weights == "areas" else torch.ones(grid.shape, dtype=torch.float64)
         self.weights = fine / self._spread(self._sums(fine))
 
@@ -38,6 +41,7 @@ class Blocks:
         out = copy.copy(self)
         out.weights = self.weights.index_select(0, rows).index_select(1, columns)
         out.shape = (len(rows) // self.factor, len(columns) // self.factor)
+        out.wraps = self.wraps and out.shape == self.shape
         return out
 
     def mean(self, fields: Tensor) -> Tensor:
@@ -54,6 +58,20 @@ class Blocks:
     def added(self, fields: Tensor, means: Tensor) -> Tensor:
         """Return the fields with these block means, by adding a number to each block."""
         return fields + self._spread(means - self.mean(fields))
+
+    def smooth(self, means: Tensor) -> Tensor:
+        """Return smooth fields (..., rows, columns) with these block means: no edges between blocks, unlike one number for each block."""
+        along = (self.weights[:, : self.factor].sum(1), self.weights[: self.factor].sum(0))
+        rows, columns = (self._smooth_along(w).to(means) for w in along)
+        return rows @ means @ columns.T
+
+    def _smooth_along(self, weights: Tensor) -> Tensor:
+        """Return the map of means of intervals, with these weights of the cells in each, to a smooth sequence: blurred steps, inverted."""
+        n, count = len(weights), len(weights) // self.factor
+        steps = torch.eye(count, dtype=torch.float64).repeat_interleave(self.factor, 0)
+        blurred = filter_matrix(n, self.factor / 4, torch.float64, self.wraps) @ steps
+        found: Tensor = blurred @ torch.linalg.inv((steps.T * weights) @ blurred)
+        return found
 
     def scaled(self, fields: Tensor, means: Tensor, low: float) -> Tensor:
         """Return the fields with these block means, by scaling what is above `low` in each block.

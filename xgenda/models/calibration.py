@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 LIMITS = (0.5, 2.0)  # of a factor; what needs more is another model
 ROUNDS = 4
@@ -50,22 +50,25 @@ def bands(fields: Tensor, widths: tuple[float, ...]) -> list[Tensor]:
 
 def smoothed(fields: Tensor, width: float) -> Tensor:
     """Return fields under a Gaussian filter with a standard deviation of `width` cells, renormalised at the edges."""
-    radius = _radius(width)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=fields.dtype) / width) ** 2)
-    flat = fields.reshape(-1, 1, *fields.shape[-2:])
-    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
-        k = kernel.reshape(shape)
-        padding = (radius, 0) if shape[2] == -1 else (0, radius)
-        norm = functional.conv2d(torch.ones_like(flat[:1]), k, padding=padding)
-        flat = functional.conv2d(flat, k, padding=padding) / norm
-    return flat.reshape(fields.shape)
+    rows, columns = (filter_matrix(n, width, fields.dtype) for n in fields.shape[-2:])
+    return rows @ fields @ columns.T
+
+
+def filter_matrix(n: int, width: float, dtype: torch.dtype, wraps: bool = False) -> Tensor:
+    """Return the filter along an axis as a matrix: a product of matrices is much faster than a convolution with so long a kernel."""
+    apart = (torch.arange(n, dtype=dtype)[:, None] - torch.arange(n, dtype=dtype)).abs()
+    apart = torch.minimum(apart, n - apart) if wraps else apart
+    kernel = torch.exp(-0.5 * (apart / width) ** 2).masked_fill(apart > _radius(width), 0.0)
+    return kernel / kernel.sum(1, keepdim=True)
 
 
 def _radius(width: float) -> int:
     return math.ceil(REACH * width)
 
 
-def fit_calibration(error: Tensor, members: Tensor, widths: tuple[float, ...]) -> Calibration:
+def fit_calibration(
+    error: Tensor, members: Tensor, widths: tuple[float, ...], project: Callable[[Tensor], Tensor] | None = None
+) -> Calibration:
     r"""Return the factors that make spread and error agree on withheld times, per channel and scale.
 
     With t what the mean leaves of the truth, r the deviations of M members from it, and a the factor, the error of the ensemble mean is to be
@@ -79,11 +82,14 @@ def fit_calibration(error: Tensor, members: Tensor, widths: tuple[float, ...]) -
         Deviations from the mean, shape (n, M, channels, rows, columns).
     widths
         See `Calibration`.
+    project
+        What happens to multiplied deviations afterwards, such as the removal of their block means.
     """
     truth = bands(error, widths)
     factors = torch.ones(error.shape[1], len(widths) + 1, dtype=torch.float64)
     for _ in range(ROUNDS):  # the parts are not independent of each other: what one is multiplied by, its neighbours see
-        found = bands(Calibration(widths, tuple(map(tuple, factors.tolist())))(members), widths)
+        multiplied = Calibration(widths, tuple(map(tuple, factors.tolist())))(members)
+        found = bands(multiplied if project is None else project(multiplied), widths)
         for b, (t, r) in enumerate(zip(truth, found, strict=True)):
             factors[:, b] = (factors[:, b] * _factor(t, r)).clamp(*LIMITS)
     return Calibration(widths, tuple(map(tuple, factors.tolist())))

@@ -46,7 +46,7 @@ class ClassicalModel(GenerativeModel):
             raise OptionError("A downscaling model needs a grid, a scaling and inputs.")
         self.spec, self.mean, self.errors, self.tables = spec, mean, errors, tables
         self.scaling, self.inputs = spec.scaling, spec.inputs
-        self.features = Features(spec.inputs, spec.grid, None)
+        self.features = Features(spec.inputs, spec.grid, None, spec.wraps)
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options; there is nothing to sample."""

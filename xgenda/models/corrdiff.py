@@ -31,7 +31,7 @@ from xgenda.scaling import Scaling
 
 SIGMAS = (0.002, 800.0)  # of the published sampler
 STEPS = 18
-Statistics = Mapping[str, tuple[float, float]]
+Statistics = Mapping[str, Any]  # pairs of a mean and a standard deviation, checked
 
 
 def read_corrdiff(
@@ -156,7 +156,13 @@ def _described(state: states.State, statistics: Statistics, prefix: str) -> tupl
     pairs = []
     for n in names:
         found = statistics.get(f"{prefix}{n}", statistics.get(n))
-        if found is None or len(tuple(found)) != 2 or not np.isfinite(found).all() or not found[1] > 0:
+        if (
+            found is None
+            or not isinstance(found, (tuple, list))
+            or len(found) != 2
+            or not np.isfinite(found).all()
+            or not found[1] > 0
+        ):
             raise OptionError(
                 f"statistics has {found!r} for {n!r}; its mean and its standard deviation are needed: {{{n!r}: (mean, std)}}"
             )
@@ -218,6 +224,8 @@ def read_corrdiff_output(path: str | os.PathLike[str], group: str = "prediction"
         If it has no times or positions.
     """
     file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist.")
     try:
         root = xr.open_dataset(file, engine="netcdf4")
         fields = xr.open_dataset(file, engine="netcdf4", group=group)

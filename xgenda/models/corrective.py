@@ -89,7 +89,7 @@ class CorrectiveModel(GenerativeModel):
         self.grid, self.scaling, self.inputs = spec.grid, spec.scaling, spec.inputs
         self.regression = None if regression is None else regression.eval().requires_grad_(False)
         self.denoiser = denoiser.eval().requires_grad_(False)
-        self.features = Features(spec.inputs, spec.grid, statics)
+        self.features = Features(spec.inputs, spec.grid, statics, spec.wraps)
         options = spec.options
         self.sigma_min, self.sigma_max, self.unit = (float(options[k]) for k in ("sigma_min", "sigma_max", "unit"))
         self.mean_condition = bool(options["mean_condition"])
@@ -99,7 +99,9 @@ class CorrectiveModel(GenerativeModel):
         self.conserved = None if given is None else Conserved(given["weights"], tuple(given["channels"]), tuple(given["inputs"]))
         self.blocks = None
         if self.conserved is not None:
-            self.blocks = Blocks(rectilinear(spec.grid, spec.name), check_count("factor", spec.factor, 2), self.conserved.weights)
+            self.blocks = Blocks(
+                rectilinear(spec.grid, spec.name), check_count("factor", spec.factor, 2), self.conserved.weights, spec.wraps
+            )
 
     # -- options --------------------------------------------------------------------------------------------------------------
 
@@ -197,7 +199,8 @@ class CorrectiveModel(GenerativeModel):
             if residual is not None:
                 z = z + self.unit * residual
             if self.calibration is not None and residual is not None and centre is not None:
-                z = z + self.unit * (self.calibration(residual - centre) - (residual - centre))
+                deviation = residual - centre
+                z = z + self.unit * (self.without_means(self.calibration(deviation), outer) - deviation)
             out[part.rows] = part.physical(z)[..., trim[0], trim[1]]
         return out.flatten(-2)
 
@@ -220,6 +223,16 @@ class CorrectiveModel(GenerativeModel):
             means[part.rows] = part.mean + self.unit * centre[:, 0]
             found[part.rows] = self.unit * (residual - centre)
         return means, found
+
+    def without_means(self, deviations: Tensor, place: Place | None = None) -> Tensor:
+        """Return standardised deviations (..., channels, rows, columns), on a window, less smooth fields that have their block means."""
+        if self.blocks is None or self.conserved is None:
+            return deviations
+        blocks, out = self.blocks if place is None else self.blocks.on(place), deviations.clone()
+        for c in self.conserved.channels:  # of others a deviation with no means does not keep the means of the field
+            if self.scaling.transforms[c] == "none" and self.scaling.bounds[c][0] == -np.inf and self.scaling.std[c].size == 1:
+                out[..., c, :, :] -= blocks.smooth(blocks.mean(out[..., c, :, :]))
+        return out
 
     def _sampled(self, request: Request, outer: Place, centred: bool) -> Iterator[tuple[_Part, Tensor | None, Tensor | None]]:
         """Yield some times after the other: what their samples share, the residuals of all members in their unit, and their mean."""

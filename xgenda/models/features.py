@@ -29,11 +29,13 @@ class Features:
         Fine grid.
     statics
         Fields that never change, standardised, shape (statics, rows, columns).
+    wraps
+        Whether the grid is a doubly periodic box, of whose blocks of cells the coarse ones are made.
     """
 
-    def __init__(self, conditions: Conditions, grid: AnyGrid, statics: Tensor | None) -> None:
+    def __init__(self, conditions: Conditions, grid: AnyGrid, statics: Tensor | None, wraps: bool = False) -> None:
         self.conditions, self.shape, self.statics = conditions, grid.plane, statics
-        self.map = interpolated_to(conditions.grid, grid)
+        self.map = wrapped_between(conditions.grid.plane, grid.plane) if wraps else interpolated_to(conditions.grid, grid)
 
     @property
     def channels(self) -> int:
@@ -80,6 +82,11 @@ def interpolated_to(source: AnyGrid, target: AnyGrid) -> LinearMap:
     GridError
         If the fine grid reaches beyond the coarse cells.
     """
+    if spacing_of(target) > 1.01 * spacing_of(source):
+        raise GridError(
+            f"The fine grid, {target.describe()}, is coarser than the coarse one, {source.describe()}. Were they exchanged? The coarse fields come "
+            f"first: xgenda.train(coarse, target=fine, task='downscale')"
+        )
     latitude, longitude = target.points()
     found, inside = interpolation(source, latitude, longitude)
     if isinstance(source, Grid) and isinstance(target, Grid):
@@ -89,13 +96,26 @@ def interpolated_to(source: AnyGrid, target: AnyGrid) -> LinearMap:
     if not len(lost):
         return found
     held = nearest(source, latitude[lost], longitude[lost])
-    far = _distance(source, held, latitude[lost], longitude[lost]) > _spacing(source)
+    far = _distance(source, held, latitude[lost], longitude[lost]) > spacing_of(source)
     if far.sum() > OUTSIDE * target.size:
         raise GridError(
             f"{far.sum()} of {target.size} fine cells lie more than one cell beyond the coarse fields ({source.describe()}); "
             f"the fine grid is {target.describe()}. Crop the fine fields, or give coarse ones of a larger region."
         )
     return found.replaced(lost, held)
+
+
+def wrapped_between(source: tuple[int, int], target: tuple[int, int]) -> LinearMap:
+    """Build bilinear interpolation from blocks of cells to the cells, on a doubly periodic plane of rows and columns."""
+    steps = []
+    for n, m in zip(source, target, strict=True):
+        place = (np.arange(m) + 0.5) * n / m - 0.5
+        low = np.floor(place).astype(int)
+        steps.append((np.stack([low, low + 1]) % n, np.stack([low + 1 - place, place - low])))
+    (rows, down), (columns, along) = steps
+    index = rows[:, None, :, None] * source[1] + columns[None, :, None, :]
+    weight = down[:, None, :, None] * along[None, :, None, :]
+    return LinearMap.from_rows(index.reshape(4, -1).T, weight.reshape(4, -1).T, source[0] * source[1])
 
 
 def _check_within(source: Grid, target: Grid) -> None:
@@ -123,7 +143,7 @@ def _distance(source: AnyGrid, held: LinearMap, latitude: np.ndarray, longitude:
     return np.asarray(np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1))))
 
 
-def _spacing(source: AnyGrid) -> float:
+def spacing_of(source: AnyGrid) -> float:
     """Return the usual distance of neighbouring cells in degrees, across a diagonal."""
     phi, lam = (p.reshape(source.plane) for p in source.points())
     places = unit_vectors(phi, lam)

@@ -124,7 +124,7 @@ def described_inputs(inputs: Conditions) -> dict[str, str]:
     """Return what a downscaling model takes, in a line or two."""
     also = [
         *inputs.statics,
-        *(["season and hour"] if inputs.cycle != "none" else []),
+        *(n for c, n in (("dayofyear", "season"), ("hour", "hour of the day")) if c in inputs.cycle),
         *(["lead time"] if inputs.lead_time else []),
     ]
     times = "" if inputs.spacing is None else f", at {len(inputs.offsets)} times {inputs.spacing / 3600:g} h apart"

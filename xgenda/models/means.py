@@ -1,11 +1,12 @@
 r"""The classical mean of a downscaler: a linear map from the coarse fields, chosen by cross-validation.
 
-Four kinds, each one more general than the one before, because a sample is often too small for the better ones:
+Five kinds, the first four each one more general than the one before, because a sample is often too small for the better ones:
 
 - ``interpolation``: the matching coarse anomaly, interpolated;
 - ``local``: each fine cell regressed on all coarse fields interpolated to it;
 - ``ridge``: what interpolation leaves, regressed on all coarse fields everywhere;
-- ``covariance``: the conditional mean S B^T (B S B^T)^-1 c of a Gaussian with localised sample covariance S, given block means c = B x.
+- ``covariance``: the conditional mean S B^T (B S B^T)^-1 c of a Gaussian with localised sample covariance S, given block means c = B x;
+- ``homogeneous``: the same with the homogeneous covariance of fields on a doubly periodic box, fitted in spectral space.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xgenda.diffusion.anchors import Spectral, SpectralConditional
 from xgenda.diffusion.covariances import DENSE_LIMIT
 from xgenda.grids import Grid
 from xgenda.models.blocks import Blocks
 from xgenda.models.fitting import kernel_on
 
-KINDS = ("interpolation", "local", "ridge", "covariance")
+KINDS = ("interpolation", "local", "ridge", "covariance", "homogeneous")
 PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-1.0, 4.1, 0.5))
 LOCAL_PENALTIES = (1.0, 10.0, 100.0)
 RADII_KM = (500.0, 1000.0, 1500.0, 2000.0, 3000.0, 4000.0, 6000.0, 10000.0)
@@ -124,6 +126,8 @@ class Pairs:
         there is none, or one of them is a logarithm.
     blocks, grid
         Where the coarse cells are blocks of fine ones.
+    wraps
+        Whether the grid is a doubly periodic box where all places are alike.
     """
 
     coarse: Tensor
@@ -133,6 +137,7 @@ class Pairs:
     matched: Sequence[tuple[int, float] | None]
     blocks: Blocks | None = None
     grid: Grid | None = None
+    wraps: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -273,13 +278,14 @@ def _singular(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _covariance(pairs: Pairs) -> list[Fit]:
     """Condition a Gaussian with a localised sample covariance on block means; the radius predicts withheld blocks best."""
     channels, ny, nx = pairs.shape
+    matched = [m for m in pairs.matched if m is not None]
     if pairs.blocks is None or pairs.grid is None or channels * ny * nx > DENSE_LIMIT:
         return []
-    if any(m is None for m in pairs.matched) or pairs.coarse.shape[1] != channels:
+    if not len(matched) == pairs.coarse.shape[1] == channels:
         return []
     means = torch.block_diag(*[pairs.blocks.matrix()] * channels)
-    ratio = torch.tensor([m[1] for m in pairs.matched if m is not None], dtype=torch.float64)
-    order = [m[0] for m in pairs.matched if m is not None]
+    ratio = torch.tensor([r for _, r in matched], dtype=torch.float64)
+    order = [i for i, _ in matched]
     cells = torch.arange(pairs.grid.size)
     values = pairs.fine.flatten(1)
     given = (pairs.coarse[:, order] * ratio[:, None]).flatten(1)
@@ -298,20 +304,59 @@ def _covariance(pairs: Pairs) -> list[Fit]:
     best = min(loss, key=lambda r: loss[r])
     anomaly = values - values.mean(0)
     matrix = _map_of(anomaly.T @ anomaly / (len(anomaly) - 1) * kernels[best], means)
-    matrix = matrix * ratio.repeat_interleave(means.shape[0] // channels)
-    placed = torch.empty_like(matrix).reshape(-1, channels, means.shape[0] // channels)
-    placed[:, order] = matrix.reshape(placed.shape)
-    mean = LinearMean(pairs.shape, up=placed.reshape(*pairs.shape, -1))
+    mean = LinearMean(pairs.shape, up=_placed(matrix, order, ratio).reshape(*pairs.shape, -1))
     return [(mean, crossed[best].reshape(pairs.fine.shape), f"localised covariance, radius {best:g} km")]
+
+
+def _homogeneous(pairs: Pairs) -> list[Fit]:
+    """Condition the homogeneous covariance of fields on a doubly periodic box on block means."""
+    channels = pairs.shape[0]
+    matched = [m for m in pairs.matched if m is not None]
+    if not pairs.wraps or pairs.blocks is None or not len(matched) == pairs.coarse.shape[1] == channels:
+        return []
+    count = channels * pairs.blocks.shape[0] * pairs.blocks.shape[1]
+    if pairs.fine[0].numel() * count > LARGEST:
+        return []
+    means = torch.block_diag(*[pairs.blocks.matrix()] * channels)
+    ratio = torch.tensor([r for _, r in matched], dtype=torch.float64)
+    order = [i for i, _ in matched]
+
+    def fit(fine: Tensor) -> Tensor:
+        spread = SpectralConditional(Spectral.fit(fine - fine.mean((0, 2, 3), keepdim=True)).spectrum, pairs.shape, 1.0)
+        cross = spread.multiply(means).T
+        return _placed(_solved(cross, means @ cross), order, ratio)
+
+    crossed = torch.empty_like(pairs.fine)
+    for k in range(int(pairs.fold.max()) + 1):
+        inside = torch.as_tensor(pairs.without(k))
+        crossed[~inside] = (pairs.coarse[~inside].flatten(1) @ fit(pairs.fine[inside]).T).reshape(-1, *pairs.shape)
+    return [(LinearMean(pairs.shape, up=fit(pairs.fine).reshape(*pairs.shape, -1)), crossed, "homogeneous covariance")]
+
+
+def _placed(matrix: Tensor, order: list[int], ratio: Tensor) -> Tensor:
+    """Return a map (cells, channels x blocks) of block means of the fine fields as one of the coarse inputs."""
+    blocks = matrix.shape[1] // len(ratio)
+    placed = torch.empty_like(matrix).reshape(-1, len(ratio), blocks)
+    placed[:, order] = (matrix * ratio.repeat_interleave(blocks)).reshape(placed.shape)
+    return placed.reshape(matrix.shape)
 
 
 def _map_of(covariance: Tensor, means: Tensor) -> Tensor:
     """Return S B^T (B S B^T)^-1."""
     cross = covariance @ means.T
-    inner = means @ cross
+    return _solved(cross, means @ cross)
+
+
+def _solved(cross: Tensor, inner: Tensor) -> Tensor:
     inner = inner + NUGGET * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
     found: Tensor = torch.linalg.solve(inner, cross.T)
     return found.T
 
 
-_FITS = {"interpolation": _interpolation, "local": _local, "ridge": _ridge, "covariance": _covariance}
+_FITS = {
+    "interpolation": _interpolation,
+    "local": _local,
+    "ridge": _ridge,
+    "covariance": _covariance,
+    "homogeneous": _homogeneous,
+}

@@ -175,6 +175,11 @@ def write_mdlus(
             f"Such a file ends in .mdlus; got {target.name!r}. Type: write_mdlus(network, '{target.stem}.mdlus')"
         )
     check_output(target, "write_mdlus", overwrite=overwrite, error=CheckpointError)
+    if not isinstance(network, (Preconditioned, Regression, EDMDenoiser)):
+        raise CheckpointError(
+            f"A .mdlus file holds one network, and this is a {type(network).__name__}; give model.denoiser, or model.regression of a "
+            f"downscaler, or save all of it: model.save('{target.stem}.safetensors')"
+        )
     denoiser = network.denoiser if isinstance(network, Preconditioned) else network
     model = denoiser.network if isinstance(denoiser, EDMDenoiser) else denoiser.model
     if not isinstance(model, SongUNet):

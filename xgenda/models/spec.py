@@ -69,6 +69,11 @@ class ModelSpec:
         """Number of channels."""
         return len(self.variables)
 
+    @property
+    def wraps(self) -> bool:
+        """Whether the grid of a downscaling model is a doubly periodic box where all places are alike."""
+        return bool(self.options.get("wraps", False))
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable form; the arrays of the scaling are stored apart."""
         return {

@@ -116,6 +116,11 @@ def find_file(name_or_path: str | os.PathLike[str], *, registry: Mapping[str, En
             f"model={text!r} is a pickled checkpoint, which is never loaded: opening one can run code. "
             "Convert it to safetensors where you trust it, and pass that file."
         )
+    if path.suffix.lower() == ".mdlus":
+        raise CheckpointError(
+            f"model={text!r} is one network of a CorrDiff model, without its variables and grids. Join them: "
+            f"xgenda.models.corrdiff.read_corrdiff(regression, diffusion, inputs=coarse, target=fine, statistics=...)"
+        )
     if not is_path and text in entries:
         entry = entries[text]
         return (_bundled(entry) if entry.file is not None else _fetched(entry)), entry.sha256

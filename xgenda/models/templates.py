@@ -27,7 +27,7 @@ def coordinates_of(grid: AnyGrid, names: Mapping[str, Any] | None = None) -> tup
     Parameters
     ----------
     names
-        'dims', 'latitude' and 'longitude' of the data that a model was trained on.
+        Of the data that a model was trained on, see `remembered_axes`.
 
     Raises
     ------
@@ -37,6 +37,7 @@ def coordinates_of(grid: AnyGrid, names: Mapping[str, Any] | None = None) -> tup
     if isinstance(grid, PointSet):
         raise GridError(f"There are no rows and columns in {grid.describe()}.")
     names = names or {}
+    others: dict[str, Any] = {}
     latitude, longitude = str(names.get("latitude", "latitude")), str(names.get("longitude", "longitude"))
     if isinstance(grid, Grid):
         # the axes of a rectilinear grid are the coordinates themselves
@@ -45,11 +46,57 @@ def coordinates_of(grid: AnyGrid, names: Mapping[str, Any] | None = None) -> tup
     else:
         first, second = (str(d) for d in names.get("dims", ("y", "x")))
         found = [((first, second), grid.latitude), ((first, second), grid.longitude)]
+        others = {str(n): ((str(c["dim"]),), np.asarray(c["values"]), dict(c["attrs"])) for n, c in names.get("axes", {}).items()}
+        if (mapping := names.get("mapping")) is not None:
+            others[str(mapping["name"])] = ((), np.int32(0), dict(mapping["attrs"]))
     coords = {
         n: (dims, values, ATTRS[kind])
         for n, kind, (dims, values) in zip((latitude, longitude), ("latitude", "longitude"), found, strict=True)
     }
-    return (first, second), coords
+    return (first, second), coords | others
+
+
+def remembered_axes(state: states.State) -> dict[str, Any]:
+    """Return what a model keeps of the coordinates of its fine fields, as JSON-serialisable values.
+
+    Of latitude and longitude along an axis each the values as they are given, in model order: computed ones would differ in the last digit, and
+    fields would not align. Of other grids the coordinates along their dimensions, such as rotated ones, and the grid mapping.
+    """
+    layout, ds = state.layout, state.ds
+    out: dict[str, Any] = {"dims": list(layout.dims), "latitude": layout.latitude, "longitude": layout.longitude}
+    if isinstance(state.grid, Grid):
+        pairs = ((layout.latitude, state.orientation.rows), (layout.longitude, state.orientation.columns))
+        out["values"] = [{"values": ds[n].values[order].tolist(), "dtype": str(ds[n].dtype)} for n, order in pairs]
+        return out
+    plain = ("standard_name", "long_name", "units", "axis")
+    out["axes"] = {
+        str(n): {
+            "dim": str(c.dims[0]),
+            "values": c.values.tolist(),
+            "attrs": {k: str(v) for k, v in c.attrs.items() if k in plain},
+        }
+        for n, c in ds.coords.items()
+        if c.ndim == 1 and c.dims[0] in layout.dims and c.dtype.kind in "fiu"
+    }
+    for n, v in ds.variables.items():
+        if "grid_mapping_name" in v.attrs:
+            kept = {
+                k: a
+                for k, a in ((k, np.asarray(a).tolist()) for k, a in v.attrs.items())
+                if isinstance(a, (str, int, float, list))
+            }
+            out["mapping"] = {"name": str(n), "attrs": kept}
+    return out
+
+
+def _as_given(names: Mapping[str, Any], axis: int, order: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return coordinate values as they were in the training, where they are the same but for rounding and whole turns."""
+    if "values" not in names:
+        return values
+    kept = names["values"][axis]
+    given = np.asarray(kept["values"], dtype=kept["dtype"])[order]
+    turns = np.round((values - given) / 360.0)
+    return np.asarray(given + 360.0 * turns if turns.any() else given)
 
 
 def empty(
@@ -89,6 +136,9 @@ def axes_of_result(
         east = np.asarray(state.ds[state.layout.longitude].values, dtype=float)
         found = _like_blocks if spec.factor is not None else _like_coarse
         order, latitude, longitude = found(spec, state, east)
+        own_names = spec.options.get("target", {})
+        latitude = _as_given(own_names, 0, np.argsort(order.rows), latitude)
+        longitude = _as_given(own_names, 1, np.argsort(order.columns), longitude)
         names = (state.layout.latitude, state.layout.longitude)
         return order, dims, {n: ((d,), v) for n, d, v in zip(names, dims, (latitude, longitude), strict=True)}
     ny, nx = grid.plane

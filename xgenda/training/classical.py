@@ -35,6 +35,7 @@ def train_classical(pairs: Pairs, method: str, recipe: Recipe, name: str | None,
         name or f"trained-{method}",
         method,
         licence,
+        recipe.periodic == "both",
     )
     matched = _matched(ready, method)
     spec = dataclasses.replace(
@@ -105,7 +106,8 @@ def _climatology(ready: Prepared, pairs: Pairs) -> Tensor:
 
 
 def _kept(errors: Tensor) -> Tensor:
-    """Return some of the errors, evenly spaced in the sample."""
+    """Return some of the errors, evenly spaced in the sample, without their mean: members then scatter around the prediction."""
+    errors = errors - errors.mean(0)
     count = max(1, min(len(errors), LARGEST_ERRORS // max(1, errors[0].numel())))
     return errors[torch.linspace(0, len(errors) - 1, count).round().long()].float()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.tiles import TiledNetwork, Tiling, decorrelation_length
+from xgenda.diffusion.tiles import TiledNetwork, Tiling, decorrelation_length, suggest_tile
 from xgenda.errors import GridError, OptionError
 from xgenda.grids import rectilinear
 from xgenda.models import means
@@ -39,6 +39,7 @@ from xgenda.training.priors import FOLDS, HELD, fit_anchors, network_arguments, 
 from xgenda.training.windows import blocks
 
 STAGES = ("both", "residual", "single")
+LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles
 LARGEST_ANCHOR = 200_000  # cells of a state, above which no Gaussian is fitted to the residual
 CALIBRATION_TIMES, CALIBRATION_MEMBERS = 24, 8
 
@@ -61,7 +62,7 @@ class Recipe:
     calibrate: bool
     cycle: str
     lead_time: bool
-    tile: tuple[int, int] | None
+    tile: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Prepared:
         Block of each pair.
     matched
         See `xgenda.models.means.Pairs`.
-    blocks, weights
+    weights
         Where coarse fields are block means of the fine ones.
     """
 
@@ -110,12 +111,13 @@ class Prepared:
         grid = None if self.weights is None else rectilinear(self.spec.grid, "task='downscale'")
         if grid is not None and self.weights is not None:
             built = Blocks(grid, int(self.spec.factor or 0), self.weights)
-        return means.Pairs(self.coarse, self.interpolated, self.fine, self.fold, self.matched, built, grid)
+        return means.Pairs(self.coarse, self.interpolated, self.fine, self.fold, self.matched, built, grid, self.spec.wraps)
 
 
 def prepare_pairs(
-    pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str
-) -> Prepared:
+    pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str,
+    homogeneous: bool = False,
+) -> Prepared:  # fmt: skip
     """Fit the standardisation of both sides, and put everything on the fine grid."""
     time = pairs.fine.time
     fine_names, coarse_names = ([v.name for v in s.variables] for s in (pairs.fine, pairs.coarse))
@@ -123,7 +125,9 @@ def prepare_pairs(
 
     def fit(values: np.ndarray, names: list[str]) -> Scaling:
         limits = None if bounds is None else {k: v for k, v in bounds.items() if k in names}
-        return fit_scaling(values, time, names, cycle=climatology, transform=transform, offset=offset, bounds=limits)
+        return fit_scaling(
+            values, time, names, cycle=climatology, transform=transform, offset=offset, bounds=limits, homogeneous=homogeneous
+        )
 
     scaling, input_scaling = fit(pairs.fine.values, fine_names), fit(pairs.inputs(0), coarse_names)
     unit = None
@@ -142,9 +146,9 @@ def prepare_pairs(
     statics = None if pairs.statics is None else torch.as_tensor(pairs.statics).float()
     spec = ModelSpec(
         name, "downscale", kind, pairs.fine.variables, pairs.fine.grid, scaling, pairs.factor, inputs=conditions, licence=licence,
-        options={"target": dict(pairs.target)},
+        options={"target": dict(pairs.target), **({"wraps": True} if homogeneous and pairs.factor is not None else {})},
     )  # fmt: skip
-    return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics))
+    return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics, spec.wraps))
 
 
 def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features) -> Prepared:
@@ -201,7 +205,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     """Train the fine fields behind coarse ones."""
     ready = prepare_pairs(
         pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, name or "trained-downscaler", "diffusion",
-        licence,
+        licence, recipe.periodic == "both",
     )  # fmt: skip
     conserve = _conserved(ready, recipe)
     _check_tile(recipe, pairs)
@@ -210,13 +214,18 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     given = ready.features.of(ready.interpolated, ready.planes, everywhere)
     fold = torch.as_tensor(ready.fold)
     train_rows, held = split_rows(ready.fold)
-    arguments = _arguments(recipe, pairs)
     if recipe.stages == "single":
         linear, predicted, kind, note = means.LinearMean(ready.shape), torch.zeros_like(ready.fine), "none", "none"
     else:
         linear, predicted, kind, note = means.fit_mean(ready.for_mean())
     left = ready.fine - predicted
+    recipe = _with_tile(recipe, left)
+    arguments = _arguments(recipe, pairs)
     spread = left.square().mean(0).sqrt().clamp(min=1e-3).float()
+    shifts = 0
+    if ready.spec.wraps and ready.spec.factor and pairs.statics is None and recipe.tile is None:
+        shifts = ready.spec.factor  # all blocks are alike
+        spread = spread.square().mean((1, 2), keepdim=True).sqrt().expand_as(spread).contiguous()
     regression, regression_options, first = None, None, {"best_step": 0}
     if recipe.stages == "both":
         condition = given if linear.is_zero else torch.cat([given, predicted.float()], 1)
@@ -224,7 +233,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         network = build_network(regression_options)
         first = optimiser.fit(
             network,
-            Regression(condition, (left.float() / spread).contiguous(), recipe.tile),
+            Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts),
             train_rows,
             held,
             0.3,
@@ -257,13 +266,19 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     network_options = arguments(channels, condition.shape[1])
     network = build_network(network_options)
     sigma_max = highest_sigma(final)
-    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, tile=recipe.tile)
+    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
     second = optimiser.fit(network, objective, train_rows, held, 1.0 if recipe.stages != "both" else 0.7, "training the residual")
-    extra = {"linear_mean": note, "anchor": anchor_note, **{f"mean_{k}": v for k, v in first.items()}}
+    reach = decorrelation_length(states)
+    extra = {
+        "linear_mean": note,
+        "anchor": anchor_note,
+        "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
+        **{f"mean_{k}": v for k, v in first.items()},
+    }
     options = {
         **ready.spec.options, "network": network_options, "regression": regression_options, "sigma_min": SIGMA_MIN, "sigma_max": sigma_max,
         "sigma_data": 1.0, "unit": unit, "mean_condition": recipe.mean_condition, "conserve": conserve, "calibration": None,
-        **suggested_tile(states, recipe.tile, int(getattr(network, "stride", 1))),
+        **suggested_tile(reach, recipe.tile, int(getattr(network, "stride", 1))),
     }  # fmt: skip
     spec = dataclasses.replace(
         ready.spec, options=options, training=record_of(pairs.fine, optimiser, extra, second),
@@ -311,8 +326,16 @@ def _with_means(ready: Prepared, z: Tensor) -> Tensor:
     return out
 
 
+def _with_tile(recipe: Recipe, residual: Tensor) -> Recipe:
+    """Return the recipe with a tile where 'auto' was asked for, and without a Gaussian of the whole grid where there are tiles."""
+    if recipe.tile == "auto":
+        plane = tuple(residual.shape[-2:])
+        recipe = dataclasses.replace(recipe, tile=None if max(plane) <= LARGEST_PLANE else suggest_tile(residual, stride=4)[0])
+    return recipe if recipe.tile is None else dataclasses.replace(recipe, anchor=None)
+
+
 def _check_tile(recipe: Recipe, pairs: Pairs) -> None:
-    if recipe.tile is None:
+    if recipe.tile is None or isinstance(recipe.tile, str):
         return
     if recipe.anchor is not None and recipe.anchor != "auto":
         raise OptionError(f"anchor={recipe.anchor!r} is a Gaussian of the whole grid, which tile cuts; pass anchor=None.")
@@ -337,9 +360,9 @@ def _arguments(recipe: Recipe, pairs: Pairs) -> Any:
     return make
 
 
-def suggested_tile(states: Tensor, tile: tuple[int, int] | None, stride: int) -> dict[str, Any]:
+def suggested_tile(lengths: tuple[float, float], tile: tuple[int, int] | None, stride: int) -> dict[str, Any]:
     """Return the options of tiles: those of the training with the overlap that the residual needs, and the halo of chunks."""
-    reach = max(decorrelation_length(states))
+    reach = max(lengths)
     steps = max(1, math.ceil(reach / 2 / stride))
     out: dict[str, Any] = {"tile": None, "overlap": None, "halo": stride * max(2, math.ceil(reach / stride))}
     if tile is not None:
@@ -432,7 +455,7 @@ def fitted_calibration(model: CorrectiveModel, ready: Prepared, pairs: Pairs, am
     )  # fmt: skip
     mean, members = model.deviations(request)
     scale = float(model.spec.factor or _ratio(model))
-    return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2))
+    return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2), model.without_means)
 
 
 def _ratio(model: CorrectiveModel) -> float:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def train(
     conserve: bool | Literal["auto"] = "auto",
     calibrate: bool = True,
     mean_condition: bool = True,
-    tile: int | tuple[int, int] | None = None,
+    tile: int | tuple[int, int] | Literal["auto"] | None = None,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "none",
@@ -98,7 +98,7 @@ def train(
         For 'downscale' without `target`: the fine fields are those of `ds`, the coarse ones their means over blocks of so many cells along
         each axis.
     method
-        For 'downscale': 'diffusion', or a classical method to compare with: 'bilinear' (interpolation of coarse anomalies), 'bcsd'
+        For 'downscale': 'diffusion', or a classical method to compare with: 'bilinear' (interpolation of the coarse values), 'bcsd'
         (quantile mapping and spatial disaggregation) or 'ridge' (regression on all coarse fields), each with its own past errors as members.
     stages
         For 'downscale': 'both', a linear mean chosen by cross-validation, a network that regresses what it leaves, and a diffusion
@@ -120,7 +120,8 @@ def train(
         For 'downscale': whether the diffusion sees the mean.
     tile
         For 'downscale': rows and columns of the random parts of the fine grid that networks are trained on, for grids that are too large;
-        `downscale` then samples in such tiles. Without an anchor.
+        `downscale` then samples in such tiles. Without an anchor. 'auto': twice the distance at which the residuals of the linear mean are
+        no longer correlated, where the grid is larger than 448 cells.
     start
         Model, name or path to go on from (task 'prior'): its scaling, anchor and network are kept, and trained on `ds`.
     variables
@@ -129,7 +130,8 @@ def train(
         Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'.
     transform, offset
         'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
-        such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero.
+        such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero and not above
+        twice the largest training value; `bounds` says otherwise. The offset is best about what can be measured: 0.1 mm for daily precipitation.
     bounds
         Lowest and highest value per variable, which results keep to, None for none: ``bounds={"relative_humidity": (0, 100)}``.
     anchor
@@ -209,7 +211,7 @@ def train(
         )
     own = {
         "target": (target, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
-        "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
+        "statics": (statics, None), "neighbours": (tuple(neighbours) if isinstance(neighbours, list) else neighbours, (0,)), "time_features": (time_features, "auto"),
         "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
     }  # fmt: skip
@@ -274,7 +276,7 @@ def train(
             )  # fmt: skip
         else:
             recipe = Recipe(
-                climatology, transform, offset, bounds, None if tile is not None and anchor == "auto" else anchor, periodic, width,
+                climatology, transform, offset, bounds, anchor, periodic, width,
                 architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
             )  # fmt: skip
             model = (
@@ -288,13 +290,15 @@ def train(
     return model
 
 
-def _tile(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return rows and columns of a tile."""
-    if tile is None:
-        return None
+def _tile(tile: Any) -> Any:
+    """Return rows and columns of a tile, or 'auto'."""
+    if tile is None or (isinstance(tile, str) and tile == "auto"):
+        return tile
     pair = check_pair("tile", tile)
     if any(n % 4 for n in pair):
-        raise OptionError(f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64.")
+        raise OptionError(
+            f"tile={tile!r} is not accepted; rows and columns must be multiples of 4, for example tile=64, or 'auto'."
+        )
     return pair
 
 

@@ -56,8 +56,8 @@ class Denoising:
     feeds_state
         As in `xgenda.diffusion.denoisers.EDMDenoiser`.
     shifts
-        Whether to shift each state around the grid by random cells: where all places are alike (a doubly periodic box), a shifted
-        field is as likely as the field.
+        Where all places are alike (a doubly periodic box), a shifted field is as likely as the field: each state and its condition are
+        shifted around the grid by random multiples of so many cells; 0: not at all.
     tile
         Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid.
     """
@@ -71,7 +71,7 @@ class Denoising:
         sigma_max: float,
         condition: Tensor | None = None,
         feeds_state: bool = False,
-        shifts: bool = False,
+        shifts: int = 0,
         tile: tuple[int, int] | None = None,
     ) -> None:
         self.states, self.fold, self.anchors, self.condition, self.tile = states, fold, anchors, condition, tile
@@ -82,9 +82,10 @@ class Denoising:
         """Draw noise for some samples."""
         corner = draw_corner(self.tile, self.states.shape[-2:], generator)
         clean = cut(self.states, rows, corner, self.tile)
+        condition = None if self.condition is None else cut(self.condition, rows, corner, self.tile)
         if self.shifts:
-            cells = [torch.randint(n, (len(rows),), generator=generator).tolist() for n in clean.shape[-2:]]
-            clean = torch.stack([c.roll((i, j), (-2, -1)) for c, i, j in zip(clean, *cells, strict=True)])
+            cells = draw_shifts(self.shifts, clean, generator)
+            clean, condition = rolled(clean, cells), None if condition is None else rolled(condition, cells)
         level = torch.randint(len(self.levels), (len(rows),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         inputs, targets, labels, fed = [], [], [], []
@@ -97,7 +98,7 @@ class Denoising:
             labels.append(math.log(sigma) / 4)
             if state is not None and self.feeds_state:
                 fed.append(state[0])
-        parts = [] if self.condition is None else [cut(self.condition, rows, corner, self.tile)]
+        parts = [] if condition is None else [condition]
         parts += [torch.stack(fed)] if fed else []
         return Batch(
             torch.stack(inputs), torch.tensor(labels), torch.cat(parts, 1) if parts else None, torch.stack(targets), corner
@@ -107,16 +108,27 @@ class Denoising:
 class Regression:
     """Regression of a target on a condition; the network's state input is zero."""
 
-    def __init__(self, condition: Tensor, target: Tensor, tile: tuple[int, int] | None = None) -> None:
-        self.condition, self.target, self.tile = condition, target, tile
+    def __init__(self, condition: Tensor, target: Tensor, tile: tuple[int, int] | None = None, shifts: int = 0) -> None:
+        self.condition, self.target, self.tile, self.shifts = condition, target, tile, shifts
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return some samples."""
         corner = draw_corner(self.tile, self.target.shape[-2:], generator)
-        target = cut(self.target, rows, corner, self.tile)
-        return Batch(
-            torch.zeros_like(target), torch.zeros(len(rows)), cut(self.condition, rows, corner, self.tile), target, corner
-        )
+        target, condition = (cut(f, rows, corner, self.tile) for f in (self.target, self.condition))
+        if self.shifts:
+            cells = draw_shifts(self.shifts, target, generator)
+            target, condition = rolled(target, cells), rolled(condition, cells)
+        return Batch(torch.zeros_like(target), torch.zeros(len(rows)), condition, target, corner)
+
+
+def draw_shifts(step: int, fields: Tensor, generator: torch.Generator) -> list[list[int]]:
+    """Return rows and columns by which to shift each of some fields (n, channels, rows, columns): multiples of `step`."""
+    return [(step * torch.randint(n // step, (len(fields),), generator=generator)).tolist() for n in fields.shape[-2:]]
+
+
+def rolled(fields: Tensor, cells: Sequence[Sequence[int]]) -> Tensor:
+    """Return fields (n, channels, rows, columns), each shifted around the plane by its own rows and columns."""
+    return torch.stack([f.roll((i, j), (-2, -1)) for f, i, j in zip(fields, *cells, strict=True)])
 
 
 def draw_corner(tile: tuple[int, int] | None, plane: Sequence[int], generator: torch.Generator) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from xgenda.grids import Grid, factor_between
 from xgenda.models.blocks import Blocks
 from xgenda.models.conditions import lead_times, neighbours, spacing_of_times
 from xgenda.models.spec import VariableSpec
+from xgenda.models.templates import remembered_axes
 from xgenda.training.windows import FEWEST, Samples, read_samples
 
 
@@ -122,6 +124,12 @@ def read_pairs(
         raise StateError(
             f"Of {len(fine.values)} fine fields {len(kept)} have all the coarse ones that they need; at least {fewest} are needed."
         )
+    ends = max(order) - min(order)  # the first and the last lack neighbours in any case
+    if len(kept) < min(len(fine.values) - ends, len(fine.values) * (1 - FEW_LOST)):
+        warnings.warn(
+            f"{len(fine.values) - len(kept)} of {len(fine.values)} fine fields have not all the coarse ones that they need, and are left out.",
+            stacklevel=3,
+        )
     lead = None
     if lead_time:
         given = metadata.as_dataset(ds)
@@ -130,8 +138,7 @@ def read_pairs(
     if len(kept) < len(fine.values):
         time = None if fine.time is None else fine.time.isel({fine.dimension: kept})
         fine = dataclasses.replace(fine, values=fine.values[kept], time=time)
-    layout = states.enter(source).layout
-    names = {"dims": list(layout.dims), "latitude": layout.latitude, "longitude": layout.longitude}
+    names = remembered_axes(states.enter(source))
     fields, static_names = read_statics(statics, fine.grid)
     return Pairs(fine, coarse, places, order, spacing, factor, lead, fields, static_names, names)
 
@@ -150,6 +157,7 @@ def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec
     return xr.Dataset(fields, coords=state.ds.coords)
 
 
+FEW_LOST = 0.02  # of the fine fields may lack coarse ones without a word
 _MASKED = "{0} holds cells that are NaN at all times, and task='downscale' has no mask. Fill them or crop: {0}.fillna(...), {0}.isel(...)"
 
 
@@ -180,8 +188,13 @@ def _in_units_of(coarse: Samples, fine: Samples) -> Samples:
 
 
 def _offsets(offsets: Sequence[int], coarse: Samples, spacing: float | None) -> tuple[tuple[int, ...], float | None]:
-    found = tuple(offsets)
-    if not found or any(isinstance(o, bool) or int(o) != o for o in found) or 0 not in found:
+    found = tuple(offsets) if isinstance(offsets, (tuple, list, range, np.ndarray)) else ()
+    if (
+        not found
+        or any(isinstance(o, str) for o in found)
+        or any(isinstance(o, bool) or int(o) != o for o in found)
+        or 0 not in found
+    ):
         raise OptionError(
             f"neighbours={offsets!r} is not accepted; give whole steps with 0 among them, for example neighbours=(-1, 0, 1)."
         )

@@ -79,7 +79,7 @@ def train_prior(
     sigma_max = highest_sigma(final)
     objective = Denoising(
         states, torch.as_tensor(fold), None if anchor is None else crossed, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=periodic == "both",
+        shifts=int(periodic == "both"),
     )  # fmt: skip
     report = optimiser.fit(network, objective, *split_rows(fold), 1.0, "training the prior")
     report["card"] = _card(anchor, report)
