@@ -211,7 +211,7 @@ def train(
         )
     own = {
         "target": (target, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
-        "statics": (statics, None), "neighbours": (tuple(neighbours) if isinstance(neighbours, list) else neighbours, (0,)), "time_features": (time_features, "auto"),
+        "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
         "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
     }  # fmt: skip
