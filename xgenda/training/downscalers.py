@@ -377,7 +377,7 @@ def calibrate(
 ) -> CorrectiveModel:
     """Return a downscaling model with the spread of its members corrected by scale on data that it was not trained on.
 
-    The residuals of the members are split into three scales, and each is multiplied by a factor per variable, with which the error of the
+    The residuals of the members are split into four scales, and each is multiplied by a factor per variable, with which the error of the
     ensemble mean and the spread agree on the data. Stored with the model.
 
     Parameters
@@ -455,7 +455,7 @@ def fitted_calibration(model: CorrectiveModel, ready: Prepared, pairs: Pairs, am
     )  # fmt: skip
     mean, members = model.deviations(request)
     scale = float(model.spec.factor or _ratio(model))
-    return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2), model.without_means)
+    return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2, scale / 8), model.without_means)
 
 
 def _ratio(model: CorrectiveModel) -> float:
