@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from xgenda.observations.quality import QualityControl, quality_report
     from xgenda.planning import plan
     from xgenda.regridding import Regridder, regrid
-    from xgenda.training.downscalers import calibrate
+    from xgenda.training.calibrating import calibrate
     from xgenda.training.loop import train
     from xgenda.verification import verify
 
@@ -40,7 +40,7 @@ _WHERE = {
     "fit_covariance": "xgenda.departures",
     "innovation_statistics": "xgenda.departures",
     "plan": "xgenda.planning",
-    "calibrate": "xgenda.training.downscalers",
+    "calibrate": "xgenda.training.calibrating",
     "downscale": "xgenda.downscaling",
     "train": "xgenda.training.loop",
     "verify": "xgenda.verification",
