@@ -658,3 +658,25 @@ def test_bad_input_of_downscale(
         coarse.genda.downscale(model=pair_model, target=fine)
     with pytest.raises(OptionError, match="has no inputs; there is no template"):
         xgenda.load_model("t2m-north-america").template(inputs=True)
+
+
+def test_training_sees_the_mean_that_sampling_has(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under a logarithm, where keeping block means is no matter of adding a number."""
+    from xgenda.training import downscalers
+
+    rain = xr.Dataset({"rain": np.exp((fine.t2m - 280) / 3).assign_attrs(units="mm")})
+    seen: list[torch.Tensor] = []
+
+    class Watched(downscalers.Denoising):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            seen.append(given[5])
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(downscalers, "Denoising", Watched)
+    model = xgenda.train(rain, task="downscale", factor=4, transform="log", offset=0.1, calibrate=False, **FAST)
+    assert isinstance(model, CorrectiveModel)
+    mean = coarse_of(rain).genda.downscale(model=model, stage="mean")
+    trained = np.exp(seen[0][:, 0].numpy() * model.scaling.std[0] + model.scaling.mean[0, 0]) - 0.1
+    blocks = trained.reshape(40, 4, 4, 6, 4).mean((2, 4))
+    np.testing.assert_allclose(blocks, coarse_of(rain).rain, rtol=1e-4)
+    np.testing.assert_allclose(coarse_of(mean).rain, coarse_of(rain).rain, rtol=1e-6)

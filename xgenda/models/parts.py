@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xgenda.models.blocks import Blocks
 from xgenda.models.generative import Request
 from xgenda.models.means import Place
+from xgenda.scaling import Scaling
 
 if TYPE_CHECKING:
     from xgenda.models.corrective import CorrectiveModel
 
+SMALLEST = 1e-30  # that has a logarithm
 LARGEST_LOG = 50.0  # a logarithm that no physical value has; what exceeds it is noise on its way
 
 
@@ -65,9 +69,7 @@ class Part:
         self.means = means.index_select(2, rows).index_select(3, columns)
         self.blocks = self.blocks.on(place)
         self.channels = list(conserved.channels)
-        scaling = self.model.scaling
-        least = [-offset if name == "log" else -np.inf for name, offset in zip(scaling.transforms, scaling.offsets, strict=True)]
-        self.bounds = tuple((max(scaling.bounds[c][0], least[c]), scaling.bounds[c][1]) for c in self.channels)
+        self.bounds = tuple(bounds_in_blocks(self.model.scaling)[c] for c in self.channels)
 
     def physical(self, z: Tensor) -> Tensor:
         """Return standardised fields (times, members, channels, rows, columns) in physical units, with the block means of their input."""
@@ -82,19 +84,8 @@ class Part:
         """Return standardised fields (batch, channels, rows, columns) of these times, changed as little as their block means need."""
         if self.blocks is None:
             return z
-        scaling, out = self.model.scaling, z.clone()
-        for i, c in enumerate(self.channels):
-            std = self.std[c].to(z)
-            climatology, means = self.climatology[rows, c].to(z), self.means[rows, i].to(z)
-            offset, log = scaling.offsets[c], scaling.transforms[c] == "log"
-            value = z[:, c] * std + climatology
-            if not log and self.bounds[i] == (-np.inf, np.inf):  # a difference alone: nothing is rounded by the climatology
-                out[:, c] = z[:, c] + (self.blocks.added(value, means) - value) / std
-                continue
-            value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(*self.bounds[i])
-            value = self.blocks.kept(value, means, *self.bounds[i])
-            out[:, c] = ((value + offset).clamp(min=SMALLEST).log() if log else value) / std - climatology / std
-        return out
+        std, climatology = self.std.to(z), self.climatology[rows].to(z)
+        return with_means(z, self.blocks, self.means[rows].to(z), self.channels, self.model.scaling, std, climatology)
 
     def conserving(self, residual: Tensor, rows: list[int]) -> Tensor:
         """Return the estimate of a residual in its units, as the nearest one with the right block means."""
@@ -104,4 +95,36 @@ class Part:
         return (self._kept(mean + self.model.unit * residual, rows) - mean) / self.model.unit
 
 
-SMALLEST = 1e-30  # that has a logarithm
+def bounds_in_blocks(scaling: Scaling) -> tuple[tuple[float, float], ...]:
+    """Return the bounds of each channel where block means are kept: what has a logarithm is not below minus its offset."""
+    least = [-offset if name == "log" else -np.inf for name, offset in zip(scaling.transforms, scaling.offsets, strict=True)]
+    return tuple((max(low, limit), high) for (low, high), limit in zip(scaling.bounds, least, strict=True))
+
+
+def with_means(
+    z: Tensor, blocks: Blocks, means: Tensor, channels: Sequence[int], scaling: Scaling, std: Tensor, climatology: Tensor
+) -> Tensor:
+    """Return standardised fields changed as little as their block means need.
+
+    Parameters
+    ----------
+    z, climatology
+        Shape (batch, channels, rows, columns).
+    means
+        Physical, of some of the channels, shape (batch, some, y, x).
+    channels
+        Which these are.
+    std
+        Shape (channels, rows or 1, columns or 1).
+    """
+    out, bounds = z.clone(), bounds_in_blocks(scaling)
+    for i, c in enumerate(channels):
+        offset, log = scaling.offsets[c], scaling.transforms[c] == "log"
+        value = z[:, c] * std[c] + climatology[:, c]
+        if not log and bounds[c] == (-np.inf, np.inf):  # a difference alone: nothing is rounded by the climatology
+            out[:, c] = z[:, c] + (blocks.added(value, means[:, i]) - value) / std[c]
+            continue
+        value = (value.clamp(max=LARGEST_LOG).exp() - offset if log else value).clamp(*bounds[c])
+        value = blocks.kept(value, means[:, i], *bounds[c])
+        out[:, c] = ((value + offset).clamp(min=SMALLEST).log() if log else value) / std[c] - climatology[:, c] / std[c]
+    return out

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,8 @@ from xgenda.errors import OptionError
 from xgenda.models import means
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
+from xgenda.models.parts import with_means
+from xgenda.scaling import cycle_basis
 from xgenda.training.calibrating import fitted_calibration, with_calibration
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
@@ -105,7 +106,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         else:
             regression_options = None
     if conserve is not None:
-        predicted = _with_means(ready, predicted)
+        predicted = _with_means(ready, pairs, predicted, conserve["channels"])
     left = ready.fine - predicted
     unit = float(left.square().mean().sqrt())
     states = (left / unit).float()
@@ -165,16 +166,16 @@ def _conserved(ready: Prepared, recipe: Recipe) -> dict[str, Any] | None:
     return {"weights": ready.weights, "channels": list(range(len(found))), "inputs": found}
 
 
-def _with_means(ready: Prepared, z: Tensor) -> Tensor:
-    """Return standardised predictions with the block means of the true fields, where that is a matter of adding a number."""
+def _with_means(ready: Prepared, pairs: Pairs, z: Tensor, channels: Sequence[int]) -> Tensor:
+    """Return standardised predictions with the block means of the true fields, as sampling has them."""
     scaling, built = ready.spec.scaling, ready.for_mean().blocks
-    if scaling is None or built is None:
-        return z
-    out = z.clone()
-    for c, (transform, (low, _)) in enumerate(zip(scaling.transforms, scaling.bounds, strict=True)):
-        if transform == "none" and low == -np.inf:
-            out[:, c] = built.added(z[:, c], built.mean(ready.fine[:, c]))
-    return out
+    assert scaling is not None
+    assert built is not None
+    time, fields = pairs.fine.time, torch.as_tensor(pairs.fine.values)
+    climatology = torch.as_tensor(scaling.climatology(cycle_basis(time, scaling.cycle, len(fields)))).expand_as(z)
+    return with_means(
+        z, built, built.mean(fields)[:, list(channels)], channels, scaling, torch.as_tensor(scaling.std), climatology
+    )
 
 
 def _with_tile(recipe: Recipe, residual: Tensor) -> Recipe:
