@@ -324,6 +324,6 @@ def test_a_state_that_is_none_is_refused(tiny_prior: GenerativeModel, fields: xr
     wild = obs.assign(air_temperature=349.0 + 0 * obs.air_temperature)
     with pytest.raises(
         StateError,
-        match="has diverged after step .* Use guidance='anchor' where the model has a Gaussian, more steps, or larger observation errors",
+        match="has diverged after step .* Use more steps; in assimilation also guidance='anchor' where the model has a Gaussian, or larger",
     ):
         xgenda.assimilate(fields, wild, model=tiny_prior, error=0.5, members=2, seed=0, steps=4, background_check=None)
