@@ -322,8 +322,7 @@ def _assemble(
     out = {}
     for c, ((name, _), v) in enumerate(zip(outputs, spec.variables, strict=True)):
         array = xr.DataArray(values[:, :, c] if time else values[0, :, c], dims=([time] if time else []) + ["member", *dims])
-        attrs = {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a}
-        out[name] = array.transpose(*order).assign_attrs(attrs)
+        out[name] = array.transpose(*order).assign_attrs(v.attrs)
     coords: dict[Any, Any] = {n: c for n, c in ds.coords.items() if not set(before) & set(c.dims)}
     if time is not None and len(kept) < ds.sizes[time]:
         coords = {n: c.isel({time: kept}) if time in c.dims else c for n, c in coords.items()}

@@ -241,7 +241,11 @@ def _request(
         planes = torch.as_tensor(job.conditions.planes[index])
     if job.check:
         described = model.spec if inputs is None else inputs
-        _check_plausible(job, values, described.scaling, [v.units for v in described.variables])
+        for c, v in enumerate(
+            described.variables if described.scaling is not None else ()
+        ):  # neighbouring times come after these
+            assert described.scaling is not None
+            check_plausible(job.names[c], float(values[:, c].mean()), described.scaling, c, v.units)
     located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
     return Request(
         job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(located, len(index)),
@@ -250,19 +254,16 @@ def _request(
     )  # fmt: skip
 
 
-def _check_plausible(job: Job, values: np.ndarray, scaling: Scaling | None, units: list[str | None]) -> None:
-    if scaling is None:
+def check_plausible(name: str, found: float, scaling: Scaling, channel: int, units: str | None) -> None:
+    """Refuse a mean that is far from the climate of the training, unless the channel is a logarithm."""
+    if scaling.transforms[channel] != "none":
         return
-    mean, std = scaling.mean[0].mean((1, 2)), scaling.std.mean((1, 2)) + scaling.mean[0].std((1, 2))
-    for c, name in enumerate(job.names[: len(units)]):  # neighbouring times come after the first
-        if scaling.transforms[c] != "none":
-            continue
-        found = float(values[:, c].mean())
-        if abs(found - mean[c]) > IMPLAUSIBLE * std[c]:
-            raise StateError(
-                f"ds[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {mean[c]:.5g} {units[c] or ''}. "
-                f"Other units? Set the true ones: ds[{name!r}].attrs['units'] = 'degC'"
-            )
+    usual = float(scaling.mean[0, channel].mean())
+    if abs(found - usual) > IMPLAUSIBLE * float(scaling.std[channel].mean() + scaling.mean[0, channel].std()):
+        raise StateError(
+            f"ds[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {usual:.5g} {units or ''}. "
+            f"Other units? Set the true ones: ds[{name!r}].attrs['units'] = 'degC'"
+        )
 
 
 def _evidence(located: Located | None, times: int) -> list[PointEvidence]:

@@ -424,10 +424,14 @@ def _cftime_label(value: Any) -> str:
 
 def seconds_between(values: np.ndarray) -> np.ndarray:
     """Return the seconds between neighbouring times, datetime64 or cftime."""
-    steps = np.diff(values)
-    if steps.dtype.kind == "m":
-        return np.asarray(steps / np.timedelta64(1, "s"), dtype=float)
-    return np.array([s.total_seconds() for s in steps])
+    return in_seconds(np.diff(values))
+
+
+def in_seconds(differences: np.ndarray) -> np.ndarray:
+    """Return differences of times in seconds, timedelta64 or those of cftime."""
+    if differences.dtype.kind == "m":
+        return np.asarray(differences / np.timedelta64(1, "s"), dtype=float)
+    return np.array([d.total_seconds() for d in differences])
 
 
 def check_unique_times(labels: np.ndarray, argument: str = "ds") -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xgenda.errors import OptionError, check_choice
 from xgenda.models.features import Features
-from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
+from xgenda.models.generative import STAGES, GenerativeModel, Request, SamplingOptions
 from xgenda.models.means import LinearMean
 from xgenda.models.spec import ModelSpec
 
@@ -51,7 +51,7 @@ class ClassicalModel(GenerativeModel):
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options; there is nothing to sample."""
         asked.refuse_all_but(("tile", "stage"), f"{self.spec.kind} has a closed form")
-        check_choice("stage", asked.stage, ("all", "mean"))
+        check_choice("stage", asked.stage, STAGES)
         if asked.tile not in ("auto", None):
             raise OptionError(f"tile={asked.tile!r} has no effect: {self.spec.kind} has a closed form. Leave it out.")
         return SamplingOptions("none", "none", None, asked.batch_size, "none", stage=asked.stage)

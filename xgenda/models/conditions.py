@@ -13,7 +13,7 @@ from xgenda import metadata
 from xgenda.curvilinear import AnyGrid, grid_from_dict
 from xgenda.errors import CoordinateError, OptionError
 from xgenda.models.variables import VariableSpec
-from xgenda.scaling import Scaling, cycle_basis
+from xgenda.scaling import HARMONICS, Scaling, cycle_basis
 
 SAME_TIME = 0.01  # of the spacing of neighbouring times
 
@@ -87,7 +87,7 @@ class Conditions:
 
 def cycle_columns(cycle: str) -> int:
     """Return the number of harmonics of a cycle, without the constant."""
-    return 0 if cycle == "none" else 4 * len(cycle.split("+"))
+    return 0 if cycle == "none" else 2 * HARMONICS * len(cycle.split("+"))
 
 
 def planes_of(time: xr.DataArray | None, cycle: str, lead: np.ndarray | None, unit: float | None, size: int) -> np.ndarray:
@@ -147,7 +147,7 @@ def neighbours(values: np.ndarray, wanted: np.ndarray, offsets: Sequence[int], s
     if not len(values) or not len(wanted):
         return np.full((len(wanted), len(offsets)), -1)
     origin = values[0]
-    have, want = _seconds(values, origin), _seconds(wanted, origin)
+    have, want = metadata.in_seconds(values - origin), metadata.in_seconds(wanted - origin)
     order = np.argsort(have, kind="stable")
     sorted_times = have[order]
     tolerance = SAME_TIME * (spacing or 1.0)
@@ -157,10 +157,3 @@ def neighbours(values: np.ndarray, wanted: np.ndarray, offsets: Sequence[int], s
         place = np.clip(np.searchsorted(sorted_times, at - tolerance), 0, len(have) - 1)
         out[:, k] = np.where(np.abs(sorted_times[place] - at) <= tolerance, order[place], -1)
     return out
-
-
-def _seconds(values: np.ndarray, origin: Any) -> np.ndarray:
-    difference = values - origin
-    if difference.dtype.kind == "m":
-        return np.asarray(difference / np.timedelta64(1, "s"), dtype=float)
-    return np.array([d.total_seconds() for d in difference])

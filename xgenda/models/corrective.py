@@ -32,13 +32,12 @@ from xgenda.models.blocks import Blocks
 from xgenda.models.calibration import Calibration
 from xgenda.models.diffusive import BATCH, STEPS, build_network
 from xgenda.models.features import Features
-from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
+from xgenda.models.generative import STAGES, GenerativeModel, Request, SamplingOptions
 from xgenda.models.means import LinearMean, Place
 from xgenda.models.parts import Part
 from xgenda.models.spec import ModelSpec
 from xgenda.models.windows import OnWindow, plane_noise, unwrapped
 
-STAGES = ("all", "mean")
 LARGEST_BATCH = 2**20  # cells of all samples that go together
 
 
@@ -137,7 +136,7 @@ class CorrectiveModel(GenerativeModel):
                 return None, None
             tile = tuple(own)
         found = check_pair("tile", tile, 1)
-        stride = int(getattr(self.denoiser.network, "stride", 1))
+        stride = self.stride
         if any(t % stride for t in found) and found != self.grid.plane:
             raise OptionError(
                 f"tile={tile!r} is not accepted; rows and columns must be multiples of {stride}, such as tile={8 * stride}."
@@ -156,8 +155,12 @@ class CorrectiveModel(GenerativeModel):
     def halo(self) -> int:
         """Cells around a window that are sampled with it, a multiple of the factor of the blocks."""
         least = max(int(self.spec.options.get("halo", 32)), 0 if self.calibration is None else self.calibration.reach)
-        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self.stride)
-        return -(-least // step) * step
+        return -(-least // self.step) * self.step
+
+    @property
+    def step(self) -> int:
+        """Rows and columns of windows are multiples of this: of the stride, and of whole blocks where their means are kept."""
+        return self.stride if self.blocks is None else math.lcm(self.blocks.factor, self.stride)
 
     @property
     def stride(self) -> int:
@@ -181,11 +184,10 @@ class CorrectiveModel(GenerativeModel):
                 f"model={self.spec.name!r} has a Gaussian of the whole grid, so that its grid cannot be cut into chunks; leave out chunks, "
                 f"or train without: xgenda.train(..., anchor=None)"
             )
-        step = math.lcm(self.spec.factor if self.blocks is not None and self.spec.factor else 1, self.stride)
         for n, whole in zip(chunks, self.grid.plane, strict=True):
-            if n % step and n < whole:
+            if n % self.step and n < whole:
                 raise OptionError(
-                    f"chunks of {n} cells are not accepted; they must be multiples of {step} here, such as {8 * step}."
+                    f"chunks of {n} cells are not accepted; they must be multiples of {self.step} here, such as {8 * self.step}."
                 )
 
     # -- sampling -------------------------------------------------------------------------------------------------------------

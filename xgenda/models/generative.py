@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 
+STAGES = ("all", "mean")  # of downscaling
+
+
 @dataclass(frozen=True, eq=False)
 class PointEvidence:
     """The observations of one time, as tensors: rows of a `LinearMap` from the state, values and error variances."""

@@ -110,11 +110,7 @@ def empty(
         name = "time" if time.name is None else str(time.name)
         lead, sizes = (name,), (time.size, *grid.plane)
         coords[name] = time.variable if time.ndim else time.expand_dims(name).variable
-    found = {
-        v.name: ((*lead, *dims), np.zeros(sizes, dtype=np.float32),
-                 {k: a for k, a in (("standard_name", v.standard_name), ("long_name", v.long_name), ("units", v.units)) if a})
-        for v in variables
-    }  # fmt: skip
+    found = {v.name: ((*lead, *dims), np.zeros(sizes, dtype=np.float32), v.attrs) for v in variables}
     return xr.Dataset(found, coords=coords)
 
 

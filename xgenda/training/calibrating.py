@@ -17,7 +17,6 @@ from xgenda.models.checkpoints import content_hash
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
 from xgenda.models.loading import load_model
-from xgenda.scaling import cycle_basis
 from xgenda.training.pairs import Pairs, as_described, read_pairs
 from xgenda.training.standardising import Prepared, standardised_pairs
 
@@ -98,12 +97,10 @@ def with_calibration(model: CorrectiveModel, found: Calibration | None) -> Corre
 def fitted_calibration(model: CorrectiveModel, ready: Prepared, pairs: Pairs, among: Tensor) -> Calibration:
     """Return the factors that a few of some times ask for."""
     rows = among[torch.linspace(0, len(among) - 1, min(CALIBRATION_TIMES, len(among))).round().long()].unique()
-    scaling = model.scaling
     time = None if pairs.fine.time is None else pairs.fine.time.isel({pairs.fine.time.dims[0]: rows.numpy()})
-    climatology = np.broadcast_to(scaling.climatology(cycle_basis(time, scaling.cycle, len(rows))), (len(rows), *ready.shape))
     request = Request(
         model.inputs.grid, torch.as_tensor(np.concatenate([pairs.inputs(k)[rows] for k in range(len(pairs.offsets))], 1)).flatten(2),
-        torch.as_tensor(climatology.copy()).flatten(2), [], list(map(str, metadata.time_labels(time, len(rows)))),
+        torch.as_tensor(pairs.climatology(model.scaling)[rows.numpy()]).flatten(2), [], list(map(str, metadata.time_labels(time, len(rows)))),
         range(CALIBRATION_MEMBERS), 0, model.plan(SamplingOptions(tile="auto")), torch.device("cpu"), lambda _: None,
         standardised=ready.coarse[rows], planes=ready.planes[rows],
     )  # fmt: skip

@@ -59,7 +59,9 @@ def train_classical(pairs: Pairs, method: str, recipe: Recipe, name: str | None,
         model = ClassicalModel(spec, means.LinearMean(ready.shape), nothing)
         fields = torch.as_tensor(pairs.inputs(0)).flatten(2)
         return ClassicalModel(
-            spec, model.mean, _kept(ready.fine - model.predict(ready.coarse, fields, _climatology(ready, pairs)))
+            spec,
+            model.mean,
+            _kept(ready.fine - model.predict(ready.coarse, fields, torch.tensor(pairs.climatology(model.scaling)))),
         )
     target, ratio = _aggregated(ready, pairs)
     slope = torch.zeros(len(ratio), len(ratio), 1, 1, dtype=torch.float64)
@@ -98,12 +100,6 @@ def _matched(ready: Prepared, method: str) -> list[int | None]:
 
 def _record(pairs: Pairs) -> dict[str, str]:
     return {"samples": f"{len(pairs.fine.values)} along {pairs.fine.dimension}", "period": pairs.fine.period}
-
-
-def _climatology(ready: Prepared, pairs: Pairs) -> Tensor:
-    scaling = ready.spec.scaling
-    assert scaling is not None
-    return torch.as_tensor(scaling.climatology(cycle_basis(pairs.fine.time, scaling.cycle, len(ready.fine))))
 
 
 def _kept(errors: Tensor) -> Tensor:

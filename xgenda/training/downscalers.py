@@ -19,7 +19,6 @@ from xgenda.models import means
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
 from xgenda.models.parts import with_means
-from xgenda.scaling import cycle_basis
 from xgenda.training.calibrating import fitted_calibration, with_calibration
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
@@ -171,11 +170,9 @@ def _with_means(ready: Prepared, pairs: Pairs, z: Tensor, channels: Sequence[int
     scaling, built = ready.spec.scaling, ready.for_mean().blocks
     assert scaling is not None
     assert built is not None
-    time, fields = pairs.fine.time, torch.as_tensor(pairs.fine.values)
-    climatology = torch.as_tensor(scaling.climatology(cycle_basis(time, scaling.cycle, len(fields)))).expand_as(z)
-    return with_means(
-        z, built, built.mean(fields)[:, list(channels)], channels, scaling, torch.as_tensor(scaling.std), climatology
-    )
+    means_of_blocks = built.mean(torch.as_tensor(pairs.fine.values))[:, list(channels)]
+    climatology = torch.tensor(pairs.climatology(scaling))
+    return with_means(z, built, means_of_blocks, channels, scaling, torch.as_tensor(scaling.std), climatology)
 
 
 def _with_tile(recipe: Recipe, residual: Tensor) -> Recipe:

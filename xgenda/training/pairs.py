@@ -19,6 +19,7 @@ from xgenda.models.blocks import Blocks
 from xgenda.models.conditions import lead_times, neighbours, spacing_of_times
 from xgenda.models.spec import VariableSpec
 from xgenda.models.templates import remembered_axes
+from xgenda.scaling import Scaling, cycle_basis
 from xgenda.training.windows import FEWEST, Samples, read_samples
 
 
@@ -60,6 +61,11 @@ class Pairs:
     def inputs(self, offset: int) -> np.ndarray:
         """Return the coarse fields at one of the offsets, by its position, shape (n, variables, y, x)."""
         return np.asarray(self.coarse.values[self.places[:, offset]])
+
+    def climatology(self, scaling: Scaling) -> np.ndarray:
+        """Return the mean of the fine fields at their times, in transformed units, shape (n, channels, rows, columns)."""
+        basis = cycle_basis(self.fine.time, scaling.cycle, len(self.fine.values))
+        return np.broadcast_to(scaling.climatology(basis), self.fine.values.shape)
 
 
 def read_pairs(
