@@ -17,8 +17,8 @@ from xgenda.models.classical import ClassicalModel, mapped_quantiles
 from xgenda.scaling import cycle_basis, fit_scaling
 from xgenda.training.downscalers import Recipe
 from xgenda.training.pairs import Pairs
-from xgenda.training.priors import FOLDS
 from xgenda.training.standardising import Prepared, prepare_pairs
+from xgenda.training.windows import FOLDS
 
 LARGEST_ERRORS = 20_000_000  # numbers to store
 QUANTILES = 101

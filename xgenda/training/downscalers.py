@@ -19,12 +19,14 @@ from xgenda.models import means
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
 from xgenda.models.parts import with_means
+from xgenda.training.anchoring import fit_anchors
 from xgenda.training.calibrating import fitted_calibration, with_calibration
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
-from xgenda.training.priors import HELD, fit_anchors, network_arguments, record_of, split_rows
+from xgenda.training.priors import network_arguments, record_of
 from xgenda.training.standardising import Prepared, prepare_pairs
+from xgenda.training.windows import HELD, split_rows
 
 STAGES = ("both", "residual", "single")
 LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles

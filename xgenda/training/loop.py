@@ -21,11 +21,12 @@ from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
 from xgenda.scaling import CYCLES
+from xgenda.training.anchoring import ANCHORS
 from xgenda.training.classical import train_classical
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
 from xgenda.training.optimiser import Effort, Optimiser
 from xgenda.training.pairs import read_pairs
-from xgenda.training.priors import ANCHORS, continue_prior, train_prior
+from xgenda.training.priors import continue_prior, train_prior
 from xgenda.training.windows import Samples, read_samples
 
 CLASSICAL = (

@@ -20,8 +20,7 @@ from xgenda.models.features import Features
 from xgenda.models.spec import ModelSpec
 from xgenda.scaling import Scaling, cycle_basis, fit_scaling
 from xgenda.training.pairs import Pairs
-from xgenda.training.priors import FOLDS
-from xgenda.training.windows import blocks
+from xgenda.training.windows import FOLDS, blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xarray as xr
 
 from xgenda import metadata, states
@@ -15,6 +16,8 @@ from xgenda.models.fitting import read_sample
 from xgenda.models.spec import VariableSpec
 
 FEWEST = 20
+FOLDS = 6
+HELD = FOLDS - 2  # the validation block: late, yet inside the period
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +107,9 @@ def spacing_of(samples: Samples, order: np.ndarray) -> float:
             f"one unbroken run, or interpolate: ds.resample(time='1D').interpolate()"
         )
     return float(np.median(steps))
+
+
+def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training rows and the rows of the validation block."""
+    held = fold == HELD
+    return torch.as_tensor(np.flatnonzero(~held)), torch.as_tensor(np.flatnonzero(held))
