@@ -17,7 +17,7 @@ from xgenda.models.blocks import Blocks
 from xgenda.models.calibration import Calibration, smoothed
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.features import wrapped_between
-from xgenda.training.objectives import Denoising, Regression
+from xgenda.training.objectives import Denoising, Draws, Regression
 
 NY, NX, FACTOR = 16, 24, 4
 FAST: dict[str, Any] = {"task": "downscale", "factor": FACTOR, "periodic": "both", "width": 8, "progress": False}
@@ -105,8 +105,7 @@ def test_classical_methods_wrap_too(fields: xr.Dataset, method: str, tmp_path: P
 def test_a_sample_and_its_condition_are_shifted_together() -> None:
     states = torch.randn(5, 2, NY, NX)
     condition = torch.cat([states, -states], 1)
-    generator = torch.Generator().manual_seed(0)
-    found = Regression(condition, states, shifts=FACTOR).batch(torch.arange(5), generator)
+    found = Regression(condition, states, shifts=FACTOR).batch(torch.arange(5), states, Draws(0, 1, 5))
     assert found.condition is not None
     torch.testing.assert_close(found.condition[:, :2], found.target)
     moved = 0
@@ -117,7 +116,7 @@ def test_a_sample_and_its_condition_are_shifted_together() -> None:
         moved += shifts[0] != (0, 0)
     assert moved > 2
     denoising = Denoising(states, torch.zeros(5, dtype=torch.long), None, 1e-4, 1e-3, condition, shifts=FACTOR)
-    batch = denoising.batch(torch.arange(5), generator)
+    batch = denoising.batch(torch.arange(5), states, Draws(0, 2, 5))
     assert batch.condition is not None
     sigma = torch.exp(4 * batch.label)[:, None, None, None]
     torch.testing.assert_close(batch.x * (1 + sigma**2).sqrt(), batch.condition[:, :2], atol=1e-2, rtol=0)

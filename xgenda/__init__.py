@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xgenda.regridding import Regridder, regrid
     from xgenda.training.calibrating import calibrate
     from xgenda.training.loop import train
+    from xgenda.training.reporting import Progress, TensorBoard
     from xgenda.verification import verify
 
 #: Public name -> module that defines it.
@@ -43,6 +44,8 @@ _WHERE = {
     "calibrate": "xgenda.training.calibrating",
     "downscale": "xgenda.downscaling",
     "train": "xgenda.training.loop",
+    "Progress": "xgenda.training.reporting",
+    "TensorBoard": "xgenda.training.reporting",
     "verify": "xgenda.verification",
     "gaussian_prior": "xgenda.models.gaussian",
     "GenerativeModel": "xgenda.models.generative",
@@ -59,8 +62,10 @@ _MODULES = ("errors", "observations", "ocean", "operators", "plotting", "tutoria
 __all__ = [
     "ErrorCovariance",
     "GenerativeModel",
+    "Progress",
     "QualityControl",
     "Regridder",
+    "TensorBoard",
     "__version__",
     "assimilate",
     "calibrate",

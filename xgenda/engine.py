@@ -332,6 +332,10 @@ class progress_bar:
 
         return advance
 
+    def note(self, text: str) -> None:
+        """Show a text behind the bar."""
+        self.bar.set_postfix_str(text)
+
     def __exit__(self, *_: object) -> None:
         """Close the bar."""
         self.bar.close()

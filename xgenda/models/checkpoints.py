@@ -157,8 +157,9 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def content_hash(model: GenerativeModel) -> str:
-    """Return a checksum of a model that was never saved, from its description and tensors."""
-    digest = hashlib.sha256(json.dumps(model.spec.to_dict(), sort_keys=True, default=str).encode())
+    """Return a checksum of a model that was never saved, from its description and tensors, without the record of its training."""
+    described = {k: v for k, v in model.spec.to_dict().items() if k != "training"}  # which has dates and durations
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     tensors = dict(model.tensors())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import os
 
     import xarray as xr
+    from matplotlib.figure import Figure
     from torch import Tensor, device
 
 
@@ -230,6 +231,29 @@ class GenerativeModel(ABC):
                 f"model={self.spec.name!r} has no {'inputs' if inputs else 'grid of its own'}; there is no template."
             )
         return empty(found.grid, found.variables, names=None if inputs else self.spec.options.get("target"))
+
+    @property
+    def history(self) -> xr.Dataset:
+        """Losses and scores along ``step``, the optimiser steps of training; of a model of several networks each with its name before it.
+
+        Losses are relative to a network that explains nothing. ``crps_<variable>`` and ``crps_<variable>_gaussian`` are the fair CRPS of posterior
+        ensembles on the validation block, of the model and of the Gaussian it builds on, in the units of the variable, NaN at steps
+        where they were not taken.
+
+        Raises
+        ------
+        OptionError
+            If the model was not trained in steps.
+        """
+        from xgenda.models.history import history_of
+
+        return history_of(self.spec.name, self.spec.training)
+
+    def plot_history(self) -> Figure:
+        """Draw `history` with matplotlib; in a notebook the figure shows itself."""
+        from xgenda.models.history import plot_history
+
+        return plot_history(self.spec.name, self.spec.training)
 
     def summary(self) -> dict[str, str]:
         """Return what a user wants to know at a glance."""

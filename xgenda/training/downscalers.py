@@ -26,7 +26,7 @@ from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
 from xgenda.training.priors import network_arguments, record_of
 from xgenda.training.standardising import Prepared, prepare_pairs
-from xgenda.training.windows import HELD, split_rows
+from xgenda.training.windows import HELD, memory_of, split_rows
 
 STAGES = ("both", "residual", "single")
 LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles
@@ -66,7 +66,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     everywhere = ready.features.everywhere()
     given = ready.features.of(ready.interpolated, ready.planes, everywhere)
     fold = torch.as_tensor(ready.fold)
-    train_rows, held = split_rows(ready.fold)
+    train_rows, held = split_rows(ready.fold, pairs.fine.time, memory_of(ready.fine.flatten(1).numpy(), pairs.fine.time))
     if recipe.stages == "single":
         linear, predicted, kind, note = means.LinearMean(ready.shape), torch.zeros_like(ready.fine), "none", "none"
     else:
@@ -79,7 +79,8 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     if ready.spec.wraps and ready.spec.factor and pairs.statics is None and recipe.tile is None:
         shifts = ready.spec.factor  # all blocks are alike
         spread = spread.square().mean((1, 2), keepdim=True).sqrt().expand_as(spread).contiguous()
-    regression, regression_options, first = None, None, {"best_step": 0}
+    regression, regression_options = None, None
+    first: dict[str, Any] = {"best_step": 0}
     if recipe.stages == "both":
         condition = given if linear.is_zero else torch.cat([given, predicted.float()], 1)
         regression_options = arguments(channels, condition.shape[1])
@@ -90,7 +91,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
             train_rows,
             held,
             0.3,
-            "training the mean",
+            "mean",
         )
         if first["best_step"] > 0 and first["correction_weight"]:
             regression = network
@@ -120,14 +121,17 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     network = build_network(network_options)
     sigma_max = highest_sigma(final)
     objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
-    second = optimiser.fit(network, objective, train_rows, held, 1.0 if recipe.stages != "both" else 0.7, "training the residual")
+    # of a time the first stage has had its part
+    share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
+    second = optimiser.fit(network, objective, train_rows, held, share, "residual")
     reach = decorrelation_length(states)
     extra = {
         "linear_mean": note,
         "anchor": anchor_note,
         "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
-        **{f"mean_{k}": v for k, v in first.items()},
+        **{f"mean_{k}": v for k, v in first.items() if k != "history"},
     }
+    second["history"] = {**first.get("history", {}), **second["history"]}
     options = {
         **ready.spec.options, "network": network_options, "regression": regression_options, "sigma_min": SIGMA_MIN, "sigma_max": sigma_max,
         "sigma_data": 1.0, "unit": unit, "mean_condition": recipe.mean_condition, "conserve": conserve, "calibration": None,

@@ -53,7 +53,7 @@ class InMemory:
 
     def order(self, rows: Tensor, seed: int, epoch: int) -> Tensor:
         """Return a permutation."""
-        return rows[torch.as_tensor(np.random.default_rng([seed, epoch]).permutation(len(rows)))]
+        return rows[torch.as_tensor(np.random.default_rng([seed % 2**63, epoch]).permutation(len(rows)))]
 
     def batches(
         self, rows: Tensor, size: int, seed: int, step: int = 0, part: tuple[int, int] = (0, 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import numbers
 import os
 import re
+import time as clock
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +23,19 @@ from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
+from xgenda.models.loading import load_model
 from xgenda.scaling import CYCLES
 from xgenda.training.anchoring import ANCHORS
 from xgenda.training.classical import train_classical
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
+from xgenda.training.journal import Journal
 from xgenda.training.optimiser import Effort, Optimiser
 from xgenda.training.pairs import read_pairs
-from xgenda.training.priors import continue_prior, train_prior
-from xgenda.training.windows import Samples, read_samples
+from xgenda.training.priors import WIDTH, PriorRecipe, train_prior
+from xgenda.training.processes import Accelerated, Processes, Single, launched
+from xgenda.training.reporting import Callback
+from xgenda.training.transfer import FREEZE
+from xgenda.training.windows import read_samples
 
 CLASSICAL = (
     "target",
@@ -35,6 +43,7 @@ CLASSICAL = (
     "method",
     "calibrate",
 )  # what methods in closed form take of what belongs to task 'downscale', or do without
+LEARNING_RATE = 2e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,28 +72,38 @@ def train(
     anchor: str | None = "auto",
     window: int = 1,
     periodic: bool | Literal["both"] | None = None,
-    width: int = 16,
+    width: int | None = None,
     architecture: str = "unet",
+    freeze: str = "none",
+    adapters: int | None = None,
+    augment: str = "auto",
+    validation: float | slice | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     time_budget: str | float | None = None,
     batch_size: int = 16,
-    learning_rate: float = 2e-3,
-    ema: float = 0.995,
+    accumulate: int = 1,
+    learning_rate: float | None = None,
+    ema: float | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     name: str | None = None,
     licence: str = "that of the training data",
     device: str = "auto",
     dtype: str = "float32",
+    callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
 ) -> GenerativeModel:
     """Train a generative model on the fields of a Dataset.
 
-    The fields are cut into blocks of consecutive times. One block is withheld for validation, and the weights with the lowest
-    validation loss are kept; training starts from the classical answer (a Gaussian, a linear regression), and what is kept
-    is never worse than it on that block.
+    The fields are cut into blocks of consecutive times. One block is withheld for validation, with a gap around it as long as states
+    remember each other, and the weights with the lowest validation loss are kept; training starts from the classical answer (a Gaussian, a
+    linear regression), and what is kept is never worse than it on that block.
+
+    Training can be interrupted at any time. Where a file is asked for with `out`, its state is kept beside it, and the same call with
+    ``resume=True`` goes on to the weights that an uninterrupted training would have had.
 
     Parameters
     ----------
@@ -124,7 +143,9 @@ def train(
         `downscale` then samples in such tiles. Without an anchor. 'auto': twice the distance at which the residuals of the linear mean are
         no longer correlated, where the grid is larger than 448 cells.
     start
-        Model, name or path to go on from (task 'prior'): its scaling, anchor and network are kept, and trained on `ds`.
+        Model, name or path to go on from (task 'prior'). Its network is kept layer by layer, and trained on `ds`. Other variables,
+        another resolution or another region are accepted: channels of variables that are new start at zero, and so do positional channels
+        outside of the region. The Gaussian is refitted, or kept where it explains `ds` better. What was kept is in ``spec.training``.
     variables
         Which variables of `ds`; by default all on its grid.
     climatology
@@ -146,25 +167,45 @@ def train(
     periodic
         Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
     width
-        Channels of the network at full resolution.
+        Channels of the network at full resolution; by default 16.
     architecture
         For 'downscale': 'unet', small and fast, for any grid; 'songunet', the network of the published models, for grids whose rows and
         columns are multiples of 4.
+    freeze
+        With `start`: 'backbone' trains only what belongs to variables and places, the first and the last convolution and positional channels.
+    adapters
+        With `start`: rank of updates that are trained instead of the weights of the inner layers (LoRA); they are added to the weights in the end.
+    augment
+        'auto': on a doubly periodic box fields are shifted at random, because all places are alike. 'longitude': on a grid around the sphere
+        fields are shifted along longitude, which physics allows where there are neither continents nor a fixed sun. 'none'.
+    validation
+        What is withheld: a part of all times, the last ones (0.2); a slice of times, ``slice("2010", "2014")``; by default one of six
+        blocks, late yet inside the period.
     epochs, steps, time_budget
-        How long: passes over the data, optimiser steps, or a time such as '10min' (or seconds), for each of the networks of
-        the task together; the first that is reached. By default 60 epochs.
-    batch_size, learning_rate, ema
-        Of AdamW with a cosine schedule, and the decay of the averaged weights.
+        How long: passes over the data, optimiser steps, or a time such as '10min' (or seconds), for all of the call; the first
+        that is reached. By default 60 epochs.
+    batch_size, accumulate
+        Samples of an optimiser step, over all processes; and in how many parts each process takes its own, to save memory.
+    learning_rate
+        Of AdamW with a warm-up and a cosine; by default 0.002, and half of that with `start`.
+    ema
+        Width of the average of weights that is kept, relative to the length of training (a power-function average); by default the best of
+        several on the validation block.
     seed
         Of initialisation and noise.
     out
         File to write, ending in ``.safetensors``.
     overwrite
-        Whether `out` may exist.
+        Whether `out` may exist, or the state of an interrupted training of it.
+    resume
+        Whether to go on with an interrupted training. Other data or options are refused, with the differences. Without one it begins; of one that
+        is finished the model is returned.
     name, licence
         Stored with the model.
     device, progress
         As in `assimilate`.
+    callbacks
+        Functions that get a `Progress` at every validation; training ends when one returns True. `TensorBoard` is one.
     dtype
         Of the network's arithmetic in training: 'float32', or 'bfloat16', which is two to three times as fast on recent processors.
         Weights are float32 either way.
@@ -172,7 +213,8 @@ def train(
     Returns
     -------
     GenerativeModel
-        Its ``spec.training`` records data, period, options and the validation loss relative to the classical start.
+        Its ``spec.training`` records data, period, options and the validation loss relative to the classical start; ``history`` is a Dataset of
+        losses and scores, which ``plot_history`` shows.
 
     Raises
     ------
@@ -182,6 +224,8 @@ def train(
     References
     ----------
     Karras, T. et al. (2022), Elucidating the design space of diffusion-based generative models, arXiv:2206.00364.
+    Karras, T. et al. (2024), Analyzing and improving the training dynamics of diffusion models, arXiv:2312.02696, for `ema`.
+    Hu, E. et al. (2021), LoRA: low-rank adaptation of large language models, arXiv:2106.09685, for `adapters`.
     Rozet, F. and Louppe, G. (2023), Score-based data assimilation, arXiv:2306.10574, for `window`.
     Mardani, M. et al. (2023), Residual corrective diffusion modeling for km-scale atmospheric downscaling, arXiv:2309.15214.
 
@@ -232,30 +276,41 @@ def train(
         check_flag(argument, flag)
     if conserve != "auto":
         check_flag("conserve", conserve)
-    for argument, number in (("width", width), ("batch_size", batch_size)):
+    for argument, number in (("width", 16 if width is None else width), ("batch_size", batch_size), ("accumulate", accumulate)):
         check_count(argument, number)
-    if width % 8:
+    if width is not None and width % 8:
         raise OptionError(f"width={width} is not accepted; it must be a multiple of 8, for example width=16.")
-    for argument, real, highest in (("learning_rate", learning_rate, np.inf), ("ema", ema, 1.0)):
+    for argument, real, highest in (("learning_rate", learning_rate, np.inf), ("ema", ema, 0.3)):
+        if real is None:
+            continue
         if isinstance(real, bool) or not isinstance(real, numbers.Real) or not 0 < real < highest:
             below = "" if np.isinf(highest) else f" below {highest:g}"
-            raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}.")
+            why = "" if argument != "ema" else ": the part of training that the average reaches over, for example ema=0.1"
+            raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
+    _check_fine_tuning(start, task, freeze, adapters)
+    check_choice("augment", augment, ("auto", "none", "longitude"))
+    _check_validation(validation)
+    check_flag("resume", resume)
+    for callback in callbacks if isinstance(callbacks, (tuple, list)) else [callbacks]:
+        if not callable(callback):
+            raise OptionError(f"callbacks={callbacks!r} is not accepted; give a list of functions: callbacks=[print]")
     effort = Effort(
         None if epochs is None else check_count("epochs", epochs),
         None if steps is None else check_count("steps", steps),
         None if time_budget is None else parse_time_budget(time_budget),
+        clock.monotonic(),
     )
     seed = check_seed(seed)
-    torch_device = resolve_device(device)
-    if out is not None:
-        if Path(out).suffix != ".safetensors":
-            raise CheckpointError(f"out={str(out)!r}: a model file ends in .safetensors, for example out='model.safetensors'")
-        if not Path(out).parent.is_dir():
-            raise OptionError(
-                f"out={str(out)!r}: there is no folder {str(Path(out).parent)!r}; make it first: mkdir -p {Path(out).parent}"
-            )
-        if Path(out).exists() and not overwrite:
-            raise OutputExistsError(f"out={str(out)!r} exists. Choose another name, or pass overwrite=True.")
+    precision = DTYPES[check_choice("dtype", dtype, DTYPES)]
+    processes: Processes = Accelerated(device) if launched() else Single(resolve_device(device))
+    if isinstance(processes, Accelerated):
+        precision = torch.bfloat16 if processes.bfloat16 else precision
+        accumulate = max(accumulate, processes.accumulate)
+    target_file = None if out is None else _output(out, overwrite=overwrite or resume)
+    if resume and target_file is None:
+        raise OptionError(
+            "resume=True needs the file of the model, beside which the state of the training is: out='model.safetensors'"
+        )
     chosen = [variables] if isinstance(variables, str) else variables
     if task == "downscale":
         if start is not None:
@@ -263,21 +318,43 @@ def train(
         if target is None and factor is not None:
             check_count("factor", factor, 2)
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
+        content = {"ds": fingerprint_of(pairs.coarse.values), "target": fingerprint_of(pairs.fine.values)}
     else:
         samples = read_samples(ds, chosen)
+        content = {"ds": fingerprint_of(samples.values)}
+    rate = learning_rate or (LEARNING_RATE if start is None else LEARNING_RATE / 2)
+    journal = Journal()
+    if target_file is not None:
+        asked: dict[str, Any] = {
+            **content, "task": task, "factor": factor, "method": method, "stages": stages, "neighbours": list(neighbours),
+            "statics": statics is not None,
+            "time_features": time_features, "lead_time": lead_time, "conserve": conserve, "calibrate": calibrate,
+            "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
+            "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
+            "architecture": architecture, "freeze": freeze, "adapters": adapters, "augment": augment, "validation": str(validation),
+            "start": start.sha256 if isinstance(start, GenerativeModel) else start and str(start), "epochs": epochs, "steps": steps,
+            "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
+        }  # fmt: skip
+        journal = Journal(target_file.with_suffix(".training"), asked)
+        if resume and (found := _finished(target_file, journal)) is not None:
+            return found
+        if overwrite and not resume and processes.index == 0:
+            journal.close()
+        processes.wait()
+        journal.open(resume=resume)
     optimiser = Optimiser(
-        effort, batch_size, learning_rate, ema, seed, torch_device, progress, DTYPES[check_choice("dtype", dtype, DTYPES)]
+        effort, batch_size, rate, ema, seed, progress, processes, precision, accumulate, journal, tuple(callbacks)
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         if task == "prior":
-            model: GenerativeModel = _trained_prior(
-                samples, start, optimiser, climatology=climatology, transform=transform, offset=offset, bounds=bounds, anchor=anchor,
-                window=window, periodic=periodic, width=width, name=name, licence=licence,
-            )  # fmt: skip
+            prior_recipe = PriorRecipe(
+                climatology, transform, offset, bounds, anchor, window, periodic, width, validation, freeze, adapters, augment
+            )
+            model: GenerativeModel = train_prior(samples, prior_recipe, start, optimiser, name, licence)
         else:
             recipe = Recipe(
-                climatology, transform, offset, bounds, anchor, periodic, width,
+                climatology, transform, offset, bounds, anchor, periodic, width or WIDTH,
                 architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
             )  # fmt: skip
             model = (
@@ -285,10 +362,57 @@ def train(
                 if method == "diffusion"
                 else train_classical(pairs, method, recipe, name, licence)
             )
+    if journal.folder is not None:
+        model.spec = dataclasses.replace(model.spec, training={**model.spec.training, "asked": journal.asked})
     model = as_stored(model)
-    if out is not None:
-        model.save(out, overwrite=overwrite)
+    if target_file is not None:
+        if processes.index == 0:
+            model.save(target_file, overwrite=True)
+            journal.close()
+        processes.wait()
     return model
+
+
+def _output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Return the file to write."""
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"out={str(out)!r}: a model file ends in .safetensors, for example out='model.safetensors'")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"out={str(out)!r}: there is no folder {str(path.parent)!r}; make it first: mkdir -p {path.parent}")
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"out={str(out)!r} exists. Choose another name, or pass overwrite=True.")
+    return path
+
+
+def _finished(path: Path, journal: Journal) -> GenerativeModel | None:
+    """Return the model of a training that is finished, if it was of these data and options."""
+    if not path.exists():
+        return None
+    model = load_model(path)
+    journal.compare(model.spec.training.get("asked", {}), path)
+    return model
+
+
+def _check_fine_tuning(start: Any, task: str, freeze: str, adapters: int | None) -> None:
+    check_choice("freeze", freeze, FREEZE)
+    if adapters is not None:
+        check_count("adapters", adapters)
+    for argument, given, default in (("freeze", freeze, "none"), ("adapters", adapters, None)):
+        if given != default and start is None:
+            raise OptionError(f"{argument}={given!r} belongs to fine-tuning; pass the model to start from: start='name'")
+    if freeze != "none" and adapters is not None:
+        raise OptionError(f"freeze={freeze!r} and adapters={adapters} exclude each other; leave out one of them.")
+
+
+def _check_validation(validation: object) -> None:
+    if validation is None or isinstance(validation, slice):
+        return
+    if isinstance(validation, bool) or not isinstance(validation, numbers.Real) or not 0 < float(validation) < 0.8:
+        raise OptionError(
+            f"validation={validation!r} is not accepted; give a part of the times, the last ones, below 0.8: validation=0.2, or a slice: "
+            f"validation=slice('2010', '2014')"
+        )
 
 
 def _tile(tile: Any) -> Any:
@@ -303,21 +427,9 @@ def _tile(tile: Any) -> Any:
     return pair
 
 
-def _trained_prior(
-    samples: Samples, start: GenerativeModel | str | os.PathLike[str] | None, optimiser: Optimiser, *, climatology: str,
-    transform: str | Mapping[str, str], offset: float | Mapping[str, float], bounds: Mapping[str, Sequence[float | None]] | None,
-    anchor: str | None, window: int, periodic: bool | Literal["both"] | None, width: int, name: str | None, licence: str,
-) -> GenerativeModel:  # fmt: skip
-    if start is not None:
-        kept = {"window": (window, 1), "width": (width, 16), "anchor": (anchor, "auto"), "climatology": (climatology, "none"),
-                "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None)}  # fmt: skip
-        for argument, (found, default) in kept.items():
-            if found != default:
-                raise OptionError(
-                    f"{argument}={found!r} has no effect with start, whose network and scaling are kept. Leave it out."
-                )
-        return continue_prior(samples, start, optimiser, name, licence)
-    return train_prior(samples, climatology, transform, offset, bounds, anchor, window, periodic, width, optimiser, name, licence)
+def fingerprint_of(values: np.ndarray) -> str:
+    """Return a checksum of training fields."""
+    return hashlib.sha256(repr(values.shape).encode() + np.ascontiguousarray(values).data).hexdigest()[:16]
 
 
 def parse_time_budget(budget: str | float) -> float:

@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import precondition
+from xgenda.training.fields import Fields, InMemory
 
 LEVELS = 48
 
@@ -38,13 +40,51 @@ class Batch:
         return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner)
 
 
+class Draws:
+    """Random numbers of a batch, a function of seed and step alone; each of several processes draws those of all and keeps its own.
+
+    Parameters
+    ----------
+    seed, step
+        The key.
+    size
+        Samples of the whole batch.
+    part
+        (k, n) for the k-th of n equal parts of it.
+    """
+
+    def __init__(self, seed: int, step: int, size: int, part: tuple[int, int] = (0, 1)) -> None:
+        state = np.random.SeedSequence([seed % 2**63, step]).generate_state(1)
+        self.generator, self.size = torch.Generator().manual_seed(int(state[0])), size
+        self.own = torch.arange(size).tensor_split(part[1])[part[0]]
+
+    def integers(self, below: int) -> Tensor:
+        """Return one whole number for each sample."""
+        return torch.randint(below, (self.size,), generator=self.generator)[self.own]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Return standard normal numbers of this shape for each sample."""
+        return torch.randn((self.size, *shape), generator=self.generator)[self.own]
+
+    def corner(self, tile: tuple[int, int] | None, plane: Sequence[int]) -> tuple[int, int] | None:
+        """Return first row and column of a random part of the grid, the same for all samples; None for the whole grid."""
+        if tile is None:
+            return None
+        row, column = (int(torch.randint(n - t + 1, (1,), generator=self.generator)) for n, t in zip(plane, tile, strict=True))
+        return row, column
+
+    def shifts(self, step: int, plane: Sequence[int]) -> list[list[int]]:
+        """Return rows and columns by which to shift each sample around the plane: multiples of `step`; of zero not at all."""
+        return [(step * self.integers(n // step)).tolist() if step else [0] * len(self.own) for n in plane]
+
+
 class Denoising:
     """Denoising of standardised states.
 
     Parameters
     ----------
     states
-        Shape (n, channels, ny, nx), standardised.
+        Standardised, shape (n, channels, ny, nx), or fields that are read when asked for.
     fold
         Block of each state, shape (n,).
     anchors
@@ -56,38 +96,39 @@ class Denoising:
     feeds_state
         As in `xgenda.diffusion.denoisers.EDMDenoiser`.
     shifts
-        Where all places are alike (a doubly periodic box), a shifted field is as likely as the field: each state and its condition are
-        shifted around the grid by random multiples of so many cells; 0: not at all.
+        Where a shifted field is as likely as the field, each state and its condition are shifted around the grid by random multiples of
+        so many rows and columns; 0: not at all. One number for both.
     tile
         Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid.
     """
 
     def __init__(
         self,
-        states: Tensor,
+        states: Tensor | Fields,
         fold: Tensor,
         anchors: Sequence[Anchor] | None,
         sigma_min: float,
         sigma_max: float,
         condition: Tensor | None = None,
         feeds_state: bool = False,
-        shifts: int = 0,
+        shifts: int | tuple[int, int] = 0,
         tile: tuple[int, int] | None = None,
     ) -> None:
-        self.states, self.fold, self.anchors, self.condition, self.tile = states, fold, anchors, condition, tile
-        self.feeds_state, self.shifts = feeds_state, shifts
+        self.fields = InMemory(states) if isinstance(states, Tensor) else states
+        self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
+        self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
         self.levels = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), LEVELS, dtype=torch.float64).tolist()
 
-    def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
-        """Draw noise for some samples."""
-        corner = draw_corner(self.tile, self.states.shape[-2:], generator)
-        clean = cut(self.states, rows, corner, self.tile)
-        condition = None if self.condition is None else cut(self.condition, rows, corner, self.tile)
-        if self.shifts:
-            cells = draw_shifts(self.shifts, clean, generator)
+    def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
+        """Add noise to some samples."""
+        corner = draws.corner(self.tile, states.shape[-2:])
+        clean = cut(states, corner, self.tile)
+        condition = None if self.condition is None else cut(self.condition[rows], corner, self.tile)
+        if any(self.shifts):
+            cells = [draws.shifts(s, [n])[0] for s, n in zip(self.shifts, clean.shape[-2:], strict=True)]
             clean, condition = rolled(clean, cells), None if condition is None else rolled(condition, cells)
-        level = torch.randint(len(self.levels), (len(rows),), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        level = draws.integers(len(self.levels))
+        noise = draws.normal(clean.shape[1:])
         inputs, targets, labels, fed = [], [], [], []
         for i in range(len(rows)):
             sigma = self.levels[int(level[i])]
@@ -109,21 +150,16 @@ class Regression:
     """Regression of a target on a condition; the network's state input is zero."""
 
     def __init__(self, condition: Tensor, target: Tensor, tile: tuple[int, int] | None = None, shifts: int = 0) -> None:
-        self.condition, self.target, self.tile, self.shifts = condition, target, tile, shifts
+        self.fields, self.condition, self.tile, self.shifts = InMemory(target), condition, tile, shifts
 
-    def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
         """Return some samples."""
-        corner = draw_corner(self.tile, self.target.shape[-2:], generator)
-        target, condition = (cut(f, rows, corner, self.tile) for f in (self.target, self.condition))
+        corner = draws.corner(self.tile, states.shape[-2:])
+        target, condition = (cut(f, corner, self.tile) for f in (states, self.condition[rows]))
         if self.shifts:
-            cells = draw_shifts(self.shifts, target, generator)
+            cells = draws.shifts(self.shifts, target.shape[-2:])
             target, condition = rolled(target, cells), rolled(condition, cells)
         return Batch(torch.zeros_like(target), torch.zeros(len(rows)), condition, target, corner)
-
-
-def draw_shifts(step: int, fields: Tensor, generator: torch.Generator) -> list[list[int]]:
-    """Return rows and columns by which to shift each of some fields (n, channels, rows, columns): multiples of `step`."""
-    return [(step * torch.randint(n // step, (len(fields),), generator=generator)).tolist() for n in fields.shape[-2:]]
 
 
 def rolled(fields: Tensor, cells: Sequence[Sequence[int]]) -> Tensor:
@@ -131,16 +167,8 @@ def rolled(fields: Tensor, cells: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([f.roll((i, j), (-2, -1)) for f, i, j in zip(fields, *cells, strict=True)])
 
 
-def draw_corner(tile: tuple[int, int] | None, plane: Sequence[int], generator: torch.Generator) -> tuple[int, int] | None:
-    """Return the first row and column of a random part of the grid; None for the whole grid."""
-    if tile is None:
-        return None
-    row, column = (int(torch.randint(n - t + 1, (1,), generator=generator)) for n, t in zip(plane, tile, strict=True))
-    return row, column
-
-
-def cut(fields: Tensor, rows: Tensor, corner: tuple[int, int] | None, tile: tuple[int, int] | None) -> Tensor:
-    """Return some samples, of a part of the grid where there is one."""
+def cut(fields: Tensor, corner: tuple[int, int] | None, tile: tuple[int, int] | None) -> Tensor:
+    """Return a part of the grid, where there is one."""
     if corner is None or tile is None:
-        return fields[rows]
-    return fields[..., corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]][rows]
+        return fields
+    return fields[..., corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]]

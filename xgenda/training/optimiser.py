@@ -1,27 +1,40 @@
-"""The training loop: AdamW, averaged weights, the best of them on the validation block."""
+"""The training loop: AdamW, averaged weights, the best of them on the validation block; resumable at any step, in any number of processes.
+
+What a step does is a function of the weights before it and of (seed, step) alone: batch, noise and learning rate. So a training that goes on
+from a saved state ends with the weights of one that was never interrupted.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import time as clock
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xgenda.engine import progress_bar
-from xgenda.errors import StateError
+from xgenda.errors import OptionError, StateError
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
-from xgenda.training.objectives import Batch
+from xgenda.training.averaging import CHOICES, WIDTHS, PowerAverages
+from xgenda.training.fields import Fields
+from xgenda.training.journal import Journal
+from xgenda.training.objectives import Batch, Draws
+from xgenda.training.processes import Processes
+from xgenda.training.reporting import Callback, History, Progress
 
 DEFAULT_EPOCHS = 60
 PATIENCE = 40  # validations without a lower loss, after which training ends
 WARM_UP, HELD = 50, 1000  # steps
 VALIDATION_SAMPLES = 200  # about as many as tell 1 % from nothing; fewer fields are used with several draws of noise
+VALIDATION_SHARE = 0.05  # of the work of training, where the cost of a step is that of three evaluations per sample
+LEAST_INTERVAL, LARGEST_INTERVAL = 20, 200  # steps between validations: an epoch within these, unless they cost too much
+FEWEST_STEPS = 100  # for a choice among averages
+SCORE_SHARE = 0.05  # of the time
 
 
 def learning_rate_factor(step: int, limit: int | None) -> float:
@@ -36,38 +49,70 @@ def learning_rate_factor(step: int, limit: int | None) -> float:
 
 
 class Objective(Protocol):
-    """Draws training batches."""
+    """What a network is trained on."""
 
-    def batch(self, rows: torch.Tensor, generator: torch.Generator) -> Batch:
-        """Return a batch for some samples."""
+    @property
+    def fields(self) -> Fields:
+        """What samples are read from."""
+        ...
+
+    def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
+        """Return the batch of some samples."""
         ...
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to train: the first of these that is reached ends it."""
+    """How long to train: the first of these that is reached ends it; `begin` is when the clock of `seconds` started."""
 
     epochs: int | None
     steps: int | None
     seconds: float | None
+    begin: float = 0.0
+
+
+Network = UNet | SongUNet
+#: Returns scores of a network, by name; see `Progress`.
+Scorer = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW with warm-up and decay, averaged weights, and the best weights on the validation block."""
+    """How networks are trained.
+
+    Parameters
+    ----------
+    batch_size
+        Samples of a step, of all processes together.
+    ema
+        Width of the average of weights relative to the length of training; None: the best of several on the validation block.
+    accumulate
+        Parts in which a process takes its part of a batch, to save memory.
+    journal
+        Where the state of training is kept.
+    """
 
     effort: Effort
     batch_size: int
     learning_rate: float
-    ema: float
+    ema: float | None
     seed: int
-    device: torch.device
     progress: bool | None
+    processes: Processes
     dtype: torch.dtype = torch.float32
+    accumulate: int = 1
+    journal: Journal = field(default_factory=Journal)
+    callbacks: Sequence[Callback] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.processes.device
 
     def fit(
-        self, network: UNet | SongUNet, objective: Objective, rows: torch.Tensor, held: torch.Tensor, share: float, label: str
-    ) -> dict[str, Any]:
+        self, network: Network, objective: Objective, rows: Tensor, held: Tensor, share: float, stage: str, score: Scorer | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Train `network` in place and leave the best averaged weights in it.
 
         Parameters
@@ -75,123 +120,343 @@ class Optimiser:
         rows, held
             Training and validation samples.
         share
-            Part of the effort that this network may use.
-        label
-            For the progress bar.
+            Part of the effort that is left which this network may use.
+        stage
+            Name of the network, for the state on disk and for reports.
+        score
+            Of the network, now and then.
+        labels
+            Of the samples, for messages.
 
         Returns
         -------
         dict
-            Steps taken, validation loss before training and of the kept weights, and the weight that the correction earned there.
+            Steps taken, validation loss before training and of the kept weights, the weight that the correction earned there, and the
+            history.
         """
-        generator = torch.Generator().manual_seed(self.seed)
-        per_epoch = max(1, len(rows) // self.batch_size)
-        epochs = self.effort.epochs or (DEFAULT_EPOCHS if self.effort.steps is None and self.effort.seconds is None else 10**9)
-        limit = min(per_epoch * epochs, max(1, round((self.effort.steps or 10**9) * share)))
-        seconds = None if self.effort.seconds is None else self.effort.seconds * share
-        network.to(self.device).train()
-        averaged = copy.deepcopy(network)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        return _Fit(self, network, objective, rows, held, share, stage, score, labels).run()
+
+
+class _Fit:
+    """One network in training."""
+
+    def __init__(
+        self, how: Optimiser, network: Network, objective: Objective, rows: Tensor, held: Tensor, share: float, stage: str,
+        score: Scorer | None, labels: Sequence[str] | None,
+    ) -> None:  # fmt: skip
+        self.how, self.network, self.objective, self.rows, self.stage = how, network, objective, rows, stage
+        self.score, self.labels, self.processes = score, labels, how.processes
+        parts = how.processes.count * how.accumulate
+        if how.batch_size % parts:
+            raise OptionError(
+                f"batch_size={how.batch_size} cannot be shared by {how.processes.count} processes in {how.accumulate} parts each; it must be "
+                f"a multiple of {parts}: batch_size={parts * max(1, round(how.batch_size / parts))}"
+            )
+        per_epoch = max(1, len(rows) // how.batch_size)
+        effort = how.effort
+        epochs = effort.epochs or (DEFAULT_EPOCHS if effort.steps is None and effort.seconds is None else 10**9)
+        self.limit = min(per_epoch * epochs, max(1, round((effort.steps or 10**9) * share)))
+        # what was spent before, on fits and other networks, belongs to the time that was given
+        self.seconds = None if effort.seconds is None else max(1.0, share * (effort.seconds - (clock.monotonic() - effort.begin)))
+        network.to(how.device)
+        self.parameters = {k: p for k, p in network.named_parameters() if p.requires_grad}
+        self.shown = copy.deepcopy(network)  # has the averaged weights
+        self.adam = torch.optim.AdamW(self.parameters.values(), lr=how.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.averages = PowerAverages(self.parameters, WIDTHS if how.ema is None else (how.ema,))
+        if len(held) > VALIDATION_SAMPLES:
+            held = held[torch.linspace(0, len(held) - 1, VALIDATION_SAMPLES).round().long()]
         repeats = max(1, min(4, VALIDATION_SAMPLES // len(held)))
-        checks = [objective.batch(held, torch.Generator().manual_seed(1000 + k)) for k in range(repeats)]
-        first = lowest = self._validate(averaged, checks)
-        best, best_step, step = copy.deepcopy(averaged.state_dict()), 0, 0
-        begin = clock.monotonic()
-        order: list[torch.Tensor] = []
-        validated, checked, waited = 0, begin, 0
+        states = objective.fields.read(held)
+        self.checks = [objective.batch(held, states, Draws(1000 + k, 0, len(held))) for k in range(repeats)]
+        work = repeats * len(held) / (3 * how.batch_size)  # of a validation, in steps
+        self.interval = max(LEAST_INTERVAL, min(per_epoch, LARGEST_INTERVAL), math.ceil(work / VALIDATION_SHARE))
+        # what a resumed training finds again
+        self.step = self.best_step = self.waited = self.validated = 0
+        self.spent, self.losses, self.finished = 0.0, 0.0, False
+        self.first = self.lowest = math.inf
+        self.best = self.averages.copies()
+        self.history = History()
 
-        def validate() -> None:
-            nonlocal lowest, best, best_step, validated, checked, waited
-            validated, checked = step, clock.monotonic()
-            found = self._validate(averaged, checks)
-            waited += 1
-            if found < lowest:
-                lowest, best_step, waited = found, step, 0
-                best = {k: v.clone() for k, v in averaged.state_dict().items()}
-
-        with progress_bar(limit if seconds is None else round(seconds), self.progress, label) as advance:
-            told = 0
-            while step < limit:
-                elapsed = clock.monotonic() - begin
-                fraction = step / limit if seconds is None else max(step / limit, elapsed / seconds)
-                if fraction >= 1 or waited >= PATIENCE:
-                    break
-                if not order:
-                    order = list(rows[torch.randperm(len(rows), generator=generator)].split(self.batch_size))
-                batch = objective.batch(order.pop(), generator)
-                loss = self._loss(network, batch)
-                if not torch.isfinite(loss):
-                    raise StateError(
-                        f"The {label} loss is not finite at step {step}. Lower learning_rate (now {self.learning_rate:g})."
+    def run(self) -> dict[str, Any]:
+        """Train."""
+        self._recall()
+        begin = clock.monotonic() - self.spent
+        if math.isinf(self.first):
+            self.first = self.lowest = self._validated(self.averages.running[-1])
+        if not self.finished:
+            try:
+                self._train(begin)
+            except KeyboardInterrupt as stop:
+                kept = self._remember()
+                stop.add_note(
+                    f"Stopped at step {self.step}. "
+                    + (
+                        "Go on with the same call and resume=True."
+                        if kept
+                        else "Training with out='model.safetensors' can be resumed."
                     )
-                for group in optimiser.param_groups:
-                    group["lr"] = self.learning_rate * learning_rate_factor(step, None if seconds is not None else limit)
-                optimiser.zero_grad()
+                )
+                raise
+            self.finished = True
+            self._remember()
+        report = self._kept()
+        self.network.cpu().eval()
+        return report
+
+    def _train(self, begin: float) -> None:
+        how, processes = self.how, self.processes
+        wrapped = processes.prepare(self.network.train())
+        part = (processes.index, processes.count)
+        batches = self.objective.fields.batches(self.rows, how.batch_size, how.seed, self.step, part)
+        reported, reported_step, scored, score_cost = clock.monotonic(), self.step, -math.inf, 0.0
+        steps_known = self.seconds is None
+        total = self.limit if self.seconds is None else round(self.seconds)
+        shown = processes.index == 0
+        bar = progress_bar(total, how.progress if shown else False, f"training the {self.stage}")
+        with bar as advance:
+            told = self.step if steps_known else min(total, round(self.spent))
+            advance(told)
+            try:
+                while self.step < self.limit:
+                    self.spent = clock.monotonic() - begin
+                    out_of_time = self.seconds is not None and processes.any(self.spent >= self.seconds)
+                    if out_of_time or self.waited >= PATIENCE:
+                        break
+                    rows, states = next(batches)
+                    self.losses += self._advance(wrapped, rows, states)
+                    now = clock.monotonic()
+                    late = self.seconds is not None and processes.any(now - reported > 0.1 * self.seconds)
+                    if self.step % self.interval == 0 or late:
+                        scores: Mapping[str, float] = {}
+                        if self.score is not None and score_cost <= SCORE_SHARE * (now - scored):
+                            scores = self._scores()
+                            scored, score_cost = clock.monotonic(), clock.monotonic() - now
+                        rate = how.batch_size * (self.step - reported_step) / max(1e-9, now - reported)
+                        report = self._report(begin, rate, scores)
+                        bar.note(described(report))
+                        reported, reported_step = clock.monotonic(), self.step
+                        if self._told(report):
+                            break
+                    if processes.index == 0 and how.journal.due():
+                        self._remember()
+                    finished = self.step if steps_known else min(total, round(clock.monotonic() - begin))
+                    advance(finished - told)
+                    told = finished
+            finally:
+                getattr(batches, "close", lambda: None)()
+        if self.step != self.validated:
+            rate = how.batch_size * (self.step - reported_step) / max(1e-9, clock.monotonic() - reported)
+            self._told(self._report(begin, rate, {}))
+
+    def _advance(self, wrapped: nn.Module, rows: Tensor, states: Tensor) -> float:
+        """Take a step, and return its loss."""
+        how, processes, total = self.how, self.processes, 0.0
+        for group in self.adam.param_groups:
+            group["lr"] = how.learning_rate * learning_rate_factor(self.step, None if self.seconds is not None else self.limit)
+        self.adam.zero_grad()
+        parts = torch.arange(len(rows)).tensor_split(how.accumulate)
+        for j, own in enumerate(parts):
+            part = (processes.index * how.accumulate + j, processes.count * how.accumulate)
+            batch = self.objective.batch(rows[own], states[own], Draws(how.seed, self.step + 1, how.batch_size, part))
+            with processes.accumulating(wrapped, last=j == len(parts) - 1):
+                loss = self._loss(wrapped, batch) / len(parts)
                 loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimiser.step()
-                step += 1
-                decay = min(self.ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    for mean, now in zip(averaged.parameters(), network.parameters(), strict=True):
-                        mean.lerp_(now, 1 - decay)
-                late = seconds is not None and clock.monotonic() - checked > 0.1 * seconds
-                if step % max(20, per_epoch) == 0 or late:
-                    validate()
-                now_told = step if seconds is None else min(round(seconds), round(clock.monotonic() - begin))
-                advance(now_told - told)
-                told = now_told
-        if step != validated:
-            validate()
-        network.load_state_dict(best)
-        weight, weighted = self._earn(network, checks) if best_step else (0.0, first)
-        network.cpu().eval()
-        return {
-            "steps": step, "best_step": best_step, "validation_start": first, "validation_best": min(lowest, weighted),
-            "correction_weight": weight,
+            total += float(loss.detach())
+        total = processes.mean(total)
+        if not math.isfinite(total):
+            raise StateError(self._not_finite(rows))
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.adam.step()
+        self.step += 1
+        self.averages.update({k: p.detach() for k, p in self.parameters.items()}, self.step)
+        return total
+
+    def _not_finite(self, rows: Tensor) -> str:
+        names = [self.labels[int(r)] if self.labels else str(int(r)) for r in rows[:8]]
+        more = ", ..." if len(rows) > 8 else ""
+        return (
+            f"The loss of the {self.stage} is not finite at step {self.step}, in the batch of the samples {', '.join(names)}{more}. Look at these "
+            f"fields, or lower the learning rate: learning_rate={self.how.learning_rate / 4:g}"
+        )
+
+    def _report(self, begin: float, rate: float, scores: Mapping[str, float]) -> Progress:
+        """Validate, and return the state of the training."""
+        found = self._validated(self.averages.running[-1])
+        loss, self.losses = self.losses / max(1, self.step - self.validated), 0.0
+        self.validated, self.waited = self.step, self.waited + 1
+        if found < self.lowest:
+            self.lowest, self.best_step, self.waited, self.best = found, self.step, 0, self.averages.copies()
+        self.spent = clock.monotonic() - begin
+        steps = self.limit if self.seconds is None else None
+        report = Progress(self.stage, self.step, steps, self.spent, loss, found, rate, scores)
+        self.history.add(report)
+        return report
+
+    def _told(self, report: Progress) -> bool:
+        """Tell the callbacks, and return whether one of them wants to stop."""
+        asked = [c(report) is True for c in self.how.callbacks] if self.processes.index == 0 else []
+        return bool(self.how.callbacks) and self.processes.any(any(asked))
+
+    def _scores(self) -> Mapping[str, float]:
+        assert self.score is not None
+        self._show(self.averages.running[-1])
+        return self.score(self.shown.eval())
+
+    # -- what is kept -----------------------------------------------------------------------------------------------------------
+
+    def _kept(self) -> dict[str, Any]:
+        """Leave the best weights in the network, and return the report."""
+        if self.best_step:
+            width, lowest = self._best_width()
+        else:
+            width, lowest = 0.0, self.first
+        self._show(self._average(width))
+        self.network.load_state_dict(self.shown.state_dict())
+        weight, weighted = self._earn() if self.best_step else (0.0, self.first)
+        report = {
+            "steps": self.step, "best_step": self.best_step, "validation_start": self.first, "validation_best": min(lowest, weighted),
+            "correction_weight": weight, "averaging_width": width, "seconds": round(self.spent, 1),
+            "history": {self.stage: self.history.columns},
         }  # fmt: skip
+        return report
+
+    def _best_width(self) -> tuple[float, float]:
+        """Return the width of the average with the lowest validation loss, and that loss."""
+        own = self.averages.widths[-1]
+        if self.how.ema is not None or self.step < FEWEST_STEPS:
+            return own, self.lowest
+        found = {w: self._validated(self._average(w)) for w in CHOICES if w != own} if self.averages.snapshots else {}
+        found[own] = self.lowest
+        best = min(found, key=lambda w: found[w])
+        return best, found[best]
+
+    def _average(self, width: float) -> dict[str, Tensor]:
+        if width in self.averages.widths or not self.best_step:
+            return self.best[self.averages.widths.index(width) if width else -1]
+        return self.averages.of_width(width, self.best_step, self.best)
+
+    def _remember(self) -> bool:
+        """Save the state of the training."""
+        if self.processes.index != 0 or self.how.journal.folder is None:
+            return self.how.journal.folder is not None
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        for name, p in self.parameters.items():
+            for key, value in self.adam.state.get(p, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        for kind, states in (("running", self.averages.running), ("best", self.best)):
+            tensors |= {f"{kind}.{k}.{name}": v for k, state in enumerate(states) for name, v in state.items()}
+        for step, states in self.averages.snapshots.items():
+            tensors |= {f"snapshot.{step}.{k}.{name}": v for k, state in enumerate(states) for name, v in state.items()}
+        values = {k: getattr(self, k) for k in _REMEMBERED} | {"every": self.averages.every, "history": self.history.columns}
+        return self.how.journal.save(self.stage, tensors, values)
+
+    def _recall(self) -> None:
+        """Go on from the state on disk, where there is one."""
+        found = self.how.journal.load(self.stage)
+        if found is None:
+            return
+        tensors, values = found
+        for key in _REMEMBERED:
+            setattr(self, key, values[key])
+        self.history, self.averages.every = History(values["history"]), values["every"]
+        self.network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+        device = self.how.device
+        for name, parameter in self.parameters.items():
+            state = {k.split(".", 2)[1]: v for k, v in tensors.items() if k.startswith("adam.") and k.split(".", 2)[2] == name}
+            if state:  # the count of steps stays where torch has it
+                self.adam.state[parameter] = {k: v if k == "step" else v.to(device) for k, v in state.items()}
+        for kind, states in (("running", self.averages.running), ("best", self.best)):
+            for k, state in enumerate(states):
+                for name in state:
+                    state[name] = tensors[f"{kind}.{k}.{name}"].to(device)
+        for key, tensor in tensors.items():
+            if key.startswith("snapshot."):
+                _, step, width, name = key.split(".", 3)
+                kept = self.averages.snapshots.setdefault(int(step), [{} for _ in self.averages.widths])
+                kept[int(width)][name] = tensor.to(device)
+        self.averages.snapshots = dict(sorted(self.averages.snapshots.items()))
+
+    # -- the network --------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _earn(self, network: UNet | SongUNet, batches: list[Batch]) -> tuple[float, float]:
+    def _show(self, state: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.shown.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
+
+    @torch.no_grad()
+    def _validated(self, state: Mapping[str, Tensor]) -> float:
+        """Return the validation loss of averaged weights, each process taking its part."""
+        self._show(state)
+        self.shown.eval()
+        total = 0.0
+        for batch in self.checks:
+            own = torch.arange(len(batch.x)).tensor_split(self.processes.count)[self.processes.index]
+            mine = batch.of(own)
+            count = max(1, batch.target[0].numel()) * len(batch.x)
+            total += (
+                float((self._answers(mine) - mine.target).double().square().sum()) * self.processes.count / count
+                if len(own)
+                else 0.0
+            )
+        return self.processes.mean(total / len(self.checks))
+
+    @torch.no_grad()
+    def _earn(self) -> tuple[float, float]:
         """Scale the output of the network by what it is worth on the validation block, and return that weight and the loss.
 
         The loss is quadratic in the weight w of the correction: E |w F - T|^2, least at w = E F T / E F^2. A correction that explains
         nothing there gets a weight of zero, which leaves the classical answer.
         """
-        network.eval()
+        self.shown.eval()
         product = power = target = 0.0
-        for b in batches:
-            found, wanted = self._answers(network, b), b.target
-            product += float((found * wanted).double().mean()) / len(batches)
-            power += float((found**2).double().mean()) / len(batches)
-            target += float((wanted**2).double().mean()) / len(batches)
+        for batch in self.checks:
+            found, wanted = self._answers(batch), batch.target
+            product += float((found * wanted).double().mean()) / len(self.checks)
+            power += float((found**2).double().mean()) / len(self.checks)
+            target += float((wanted**2).double().mean()) / len(self.checks)
         weight = min(1.0, max(0.0, product / power)) if power > 0 else 0.0
-        network.scale_output(weight)
+        self.network.scale_output(weight)
         return weight, weight**2 * power - 2 * weight * product + target
 
-    def _answers(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
-        """Return what the network gives for a large batch, a few samples at a time, on the CPU."""
-        parts = torch.arange(len(batch.x)).split(self.batch_size)
-        return torch.cat([self._apply(network, batch.of(rows)).cpu() for rows in parts])
+    def _answers(self, batch: Batch) -> Tensor:
+        """Return what the averaged network gives for a large batch, a few samples at a time, on the CPU."""
+        parts = torch.arange(len(batch.x)).split(self.how.batch_size)
+        return torch.cat([self._apply(self.shown, batch.of(rows)).cpu() for rows in parts])
 
-    def _apply(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
-        condition = None if batch.condition is None else batch.condition.to(self.device)
-        position: tuple[torch.Tensor, ...] = ()
-        if batch.corner is not None and (own := network.position_channels()) is not None:
+    def _apply(self, network: nn.Module, batch: Batch) -> Tensor:
+        device = self.how.device
+        condition = None if batch.condition is None else batch.condition.to(device)
+        position: tuple[Tensor, ...] = ()
+        own = (
+            None
+            if batch.corner is None
+            else self.network.position_channels()
+            if network is not self.shown
+            else self.shown.position_channels()
+        )
+        if batch.corner is not None and own is not None:
             (row, column), (ny, nx) = batch.corner, batch.x.shape[-2:]
             position = (own[None, :, row : row + ny, column : column + nx].expand(len(batch.x), -1, -1, -1),)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found: torch.Tensor = network(batch.x.to(self.device), batch.label.to(self.device), condition, *position)
+        with torch.autocast(device.type, self.how.dtype, enabled=self.how.dtype != torch.float32):
+            found: Tensor = network(batch.x.to(device), batch.label.to(device), condition, *position)
         return found.float()
 
-    def _loss(self, network: UNet | SongUNet, batch: Batch) -> torch.Tensor:
+    def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
         found = self._apply(network, batch)
-        loss: torch.Tensor = (found - batch.target.to(self.device)).square().mean()
+        loss: Tensor = (found - batch.target.to(self.how.device)).square().mean()
         return loss
 
-    @torch.no_grad()
-    def _validate(self, network: UNet | SongUNet, batches: list[Batch]) -> float:
-        network.eval()
-        found = float(np.mean([float((self._answers(network, b) - b.target).square().mean()) for b in batches]))
-        network.train()
-        return found
+
+_REMEMBERED = ("step", "best_step", "waited", "validated", "spent", "losses", "finished", "first", "lowest")
+
+
+def described(report: Progress) -> str:
+    """Return a report in a few words, for the progress bar."""
+    text = f"loss {report.loss:.3f}, validation {report.validation_loss:.3f}, {report.samples_per_second:.0f} samples/s"
+    model = next((k for k in report.scores if not k.endswith("_gaussian")), None)
+    if model is not None:
+        text += f", {model.replace('crps_', 'CRPS of ')} {report.scores[model]:.3g}"
+        if f"{model}_gaussian" in report.scores:
+            text += f" (Gaussian {report.scores[f'{model}_gaussian']:.3g})"
+    return text

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from xgenda import metadata
-from xgenda.diffusion.anchors import Separable
+from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.trajectories import windows_of
 from xgenda.errors import OptionError, StateError
@@ -19,74 +21,141 @@ from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, hi
 from xgenda.models.fitting import standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
-from xgenda.models.spec import ModelSpec
-from xgenda.scaling import fit_scaling
-from xgenda.training.anchoring import correlation_in_time, fit_anchors
+from xgenda.models.spec import ModelSpec, VariableSpec
+from xgenda.networks.songunet import SongUNet
+from xgenda.networks.unet import UNet
+from xgenda.scaling import Scaling, fit_scaling
+from xgenda.training.anchoring import ANCHORS, correlation_in_time, fit_anchors
 from xgenda.training.objectives import Denoising
 from xgenda.training.optimiser import Optimiser
-from xgenda.training.windows import FOLDS, Samples, blocks, spacing_of, split_rows, time_order
+from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, thawed, transfer
+from xgenda.training.windows import FOLDS, Samples, blocks, memory_of, spacing_of, split_rows, time_order
+
+WIDTH = 16
+
+
+@dataclass(frozen=True)
+class PriorRecipe:
+    """How to build a prior; see `xgenda.train`."""
+
+    climatology: str
+    transform: str | Mapping[str, str]
+    offset: float | Mapping[str, float]
+    bounds: Mapping[str, Sequence[float | None]] | None
+    anchor: str | None
+    window: int
+    periodic: Any
+    width: int | None
+    validation: Any = None
+    freeze: str = "none"
+    adapters: int | None = None
+    augment: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussians:
+    """A scaling, and the Gaussians of states in it: of all samples, and without each block."""
+
+    scaling: Scaling
+    final: Anchor
+    crossed: list[Anchor]
+    note: str
 
 
 def train_prior(
     samples: Samples,
-    climatology: str,
-    transform: str | Mapping[str, str],
-    offset: float | Mapping[str, float],
-    bounds: Mapping[str, Sequence[float | None]] | None,
-    anchor: str | None,
-    window: int,
-    periodic: Any,
-    width: int,
+    recipe: PriorRecipe,
+    start: GenerativeModel | str | os.PathLike[str] | None,
     optimiser: Optimiser,
     name: str | None,
     licence: str,
 ) -> DiffusionModel:
     """Train an unconditional prior of one state, or of a window of states."""
-    names = [v.name for v in samples.variables]
-    scaling = fit_scaling(
-        samples.values,
-        samples.time,
-        names,
-        cycle=climatology,
-        transform=transform,
-        offset=offset,
-        bounds=bounds,
-        homogeneous=periodic == "both",
-        valid=samples.valid,
-    )
-    z = standardise(scaling, samples.values, samples.time)
-    fold = blocks(samples.time, len(z), FOLDS)
-    kind = anchor or ("spectral" if periodic == "both" else "auto")  # without one in the denoiser, still for guidance
-    if window > 1:
-        check_windows(samples, fold, window)  # before the fit of the anchors, which takes long
-    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=anchor is not None)
-    if window > 1:
-        memory = [correlation_in_time(z, samples, fold, window, without) for without in (None, *range(len(crossed)))]
-        in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
-        final, crossed = in_time[0], list(in_time[1:])
-        note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
-    z, fold, extra = _windows(samples, z, fold, window)
-    channels = len(names) * window
-    feeds_state = anchor is not None
-    network_options = network_arguments(channels, channels if feeds_state else 0, width, samples, periodic)
-    network = build_network(network_options)
+    before = None if start is None else _starting(start)
+    if before is not None:
+        recipe, samples = _continued(recipe, before), _in_units_of(samples, before)
+    fold = blocks(samples.time, len(samples.values), FOLDS, recipe.validation)
+    if recipe.window > 1:
+        spacing = check_windows(samples, fold, recipe.window)  # before the fit of the anchors, which takes long
+        if before is not None:
+            _check_spacing(before, spacing)
+    fitted = _fitted(samples, fold, recipe)
+    if (
+        before is not None
+        and (kept := _kept_gaussians(before, samples, recipe)) is not None
+        and _fits_better(kept, fitted, samples, fold)
+    ):
+        fitted = kept
+    z = standardise(fitted.scaling, samples.values, samples.time)
+    gap = memory_of(z, samples.time)
+    final, crossed, note = fitted.final, fitted.crossed, fitted.note
+    rows, held = split_rows(fold, samples.time, gap)
+    if recipe.window > 1:
+        z, fold, extra = _windows(samples, z, fold, recipe.window)
+        rows, held = split_rows(fold)
+    else:
+        extra = {}
+    channels = len(samples.variables) * recipe.window
+    feeds_state = recipe.anchor is not None
+    options = network_arguments(channels, channels if feeds_state else 0, recipe.width or WIDTH, samples, recipe.periodic)
+    transferred: dict[str, Any] = {}
+    if before is not None:
+        options |= {k: before.spec.options["network"][k] for k in ("width", "multipliers", "position")}
+    network = build_network(options)
+    if before is not None:
+        transferred = _transferred(network, before, samples, recipe, feeds_state)
+        if recipe.freeze == "backbone":
+            freeze_backbone(network)
+        if recipe.adapters is not None:
+            add_adapters(network, recipe.adapters, optimiser.seed)
     states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), channels, *samples.grid.plane)
     sigma_max = highest_sigma(final)
     objective = Denoising(
-        states, torch.as_tensor(fold), None if anchor is None else crossed, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=int(periodic == "both"),
+        states, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
+        shifts=_shifts(recipe, samples),
     )  # fmt: skip
-    report = optimiser.fit(network, objective, *split_rows(fold), 1.0, "training the prior")
-    report["card"] = _card(anchor, report)
+    report = optimiser.fit(network, objective, rows, held, 1.0, "prior", labels=samples.labels if recipe.window == 1 else None)
+    thawed(network)
+    report["card"] = _card(recipe.anchor, report)
+    record = {"anchor": note if feeds_state else "none", "guidance_covariance": note, **transferred}
     spec = ModelSpec(
-        name or "trained-prior", "prior", "diffusion", samples.variables, samples.grid, scaling,
-        options={"network": network_options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
-        training=record_of(samples, optimiser, {"anchor": "none" if anchor is None else note, "guidance_covariance": note}, report),
-        licence=licence,
-        description="Unconditional diffusion prior" + ("" if anchor is None else " with a Gaussian anchor"),
+        name or (f"{before.spec.name}-tuned" if before is not None else "trained-prior"), "prior", "diffusion", samples.variables,
+        samples.grid, fitted.scaling, options={"network": options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
+        training=record_of(samples, optimiser, record, report), licence=licence,
+        description="Unconditional diffusion prior" + (" with a Gaussian anchor" if feeds_state else ""),
     )  # fmt: skip
-    denoiser = EDMDenoiser(network, final if anchor is not None else None, feeds_state)
-    return DiffusionModel(spec, denoiser, final, samples.valid)
+    return DiffusionModel(spec, EDMDenoiser(network, final if feeds_state else None, feeds_state), final, samples.valid)
+
+
+def _fitted(samples: Samples, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
+    """Fit scaling and Gaussians to the samples."""
+    scaling = fit_scaling(
+        samples.values, samples.time, [v.name for v in samples.variables], cycle=recipe.climatology, transform=recipe.transform,
+        offset=recipe.offset, bounds=recipe.bounds, homogeneous=recipe.periodic == "both", valid=samples.valid,
+    )  # fmt: skip
+    z = standardise(scaling, samples.values, samples.time)
+    kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
+    if kind == "auto" and recipe.periodic == "both":
+        kind = "spectral"
+    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=recipe.anchor is not None)
+    if recipe.window > 1:
+        memory = [correlation_in_time(z, samples, fold, recipe.window, without) for without in (None, *range(len(crossed)))]
+        in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
+        final, crossed = in_time[0], list(in_time[1:])
+        note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
+    return Gaussians(scaling, final, crossed, note)
+
+
+def _shifts(recipe: PriorRecipe, samples: Samples) -> tuple[int, int]:
+    """Return by how many rows and columns a field may be shifted and still be one of the same climate."""
+    if recipe.augment == "longitude":
+        if not samples.grid.periodic and recipe.periodic is not True:
+            raise OptionError(
+                f"augment='longitude' shifts fields around the sphere, and the grid is {samples.grid.describe()}; leave it out."
+            )
+        return 0, 1
+    everywhere = int(recipe.periodic == "both" and recipe.augment == "auto")
+    return everywhere, everywhere
 
 
 def _windows(samples: Samples, z: np.ndarray, fold: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -124,57 +193,140 @@ def _card(anchor: str | None, report: dict[str, Any]) -> str:
     return f"validation loss {ratio:.3f} of the Gaussian's, with the correction at weight {report['correction_weight']:.2f}"
 
 
-def continue_prior(
-    samples: Samples,
-    start: GenerativeModel | str | os.PathLike[str],
-    optimiser: Optimiser,
-    name: str | None,
-    licence: str,
-) -> DiffusionModel:
-    """Go on training an existing prior on other fields."""
+def _starting(start: GenerativeModel | str | os.PathLike[str]) -> DiffusionModel:
     before = start if isinstance(start, GenerativeModel) else load_model(start)
     if not isinstance(before, DiffusionModel):
         raise OptionError(
             f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed."
         )
-    if not np.array_equal(np.asarray(before.valid), np.asarray(samples.valid)):
-        raise OptionError(f"start={before.spec.name!r} has another mask than ds; leave out start to train from scratch.")
-    expected = [v.name for v in before.spec.variables]
-    found = [v.name for v in samples.variables]
-    if found != expected or before.spec.grid is None or not before.spec.grid.same_as(samples.grid):
+    if not isinstance(before.denoiser.network, (UNet, SongUNet)):
+        raise OptionError(f"start={before.spec.name!r} has a network of its own kind, which cannot be trained on.")
+    return before
+
+
+def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
+    """Return the recipe with what the network of the other model fixes."""
+    options, plain = before.spec.options, before.denoiser.anchor is None
+    if recipe.width is not None and recipe.width != options["network"].get("width"):
+        raise OptionError(f"width={recipe.width} has no effect with start, whose network is kept. Leave it out.")
+    if (recipe.anchor is None and not plain) or (plain and recipe.anchor not in (None, "auto")):
         raise OptionError(
-            f"start={before.spec.name!r} has variables {expected} on {before.spec.grid and before.spec.grid.describe()}; "
-            f"ds has {found} on {samples.grid.describe()}. Both must be the same; leave out start to train from scratch."
+            f"anchor={recipe.anchor!r} does not go with start={before.spec.name!r}, whose network was trained {'without' if plain else 'with'} one. "
+            f"Leave it out."
         )
-    values = np.stack([
-        samples.values[:, c] * s + o
-        for c, (s, o) in enumerate(metadata.unit_factors(str(a.units), str(b.units)) if a.units and b.units else (1.0, 0.0)
-                                   for a, b in zip(samples.variables, before.spec.variables, strict=True))
-    ], 1)  # fmt: skip
-    z = standardise(before.scaling, values, samples.time)
-    z, fold, extra = _windows(samples, z, blocks(samples.time, len(z), FOLDS), before.window)
+    if plain:
+        recipe = dataclasses.replace(recipe, anchor=None)
+    if recipe.anchor == "auto":  # the network corrects a Gaussian of this kind
+        kind = (
+            str(before.spec.training.get("guidance_covariance", before.spec.training.get("anchor", "auto")))
+            .rpartition(": ")[2]
+            .split(",")[0]
+        )
+        recipe = dataclasses.replace(recipe, anchor=kind if kind in ANCHORS else "auto")
+    periodic = options["network"]["periodic"]
+    scaling = before.scaling
+    names = [v.name for v in before.spec.variables]
+    transform, offset = recipe.transform, recipe.offset
+    if transform == "none":
+        transform = dict(zip(names, scaling.transforms, strict=True))
+        offset = dict(zip(names, scaling.offsets, strict=True))
+    return dataclasses.replace(
+        recipe, window=before.window if recipe.window == 1 else recipe.window, transform=transform, offset=offset,
+        periodic="both" if periodic == "both" else recipe.periodic,
+        climatology=scaling.cycle if recipe.climatology in ("none", "auto") else recipe.climatology,
+    )  # fmt: skip
+
+
+def _in_units_of(samples: Samples, before: DiffusionModel) -> Samples:
+    """Return the samples in the units, and by the names, of the variables that the other model has too."""
+    names = matched(samples.variables, before.spec.variables)
+    if not names:
+        raise OptionError(
+            f"start={before.spec.name!r} has the variables {[v.name for v in before.spec.variables]}, and ds has "
+            f"{[v.name for v in samples.variables]}: none in common. Leave out start to train from scratch."
+        )
+    theirs = {v.name: v for v in before.spec.variables}
+    values, specs = samples.values.copy(), []
+    for c, v in enumerate(samples.variables):
+        known = theirs.get(names.get(v.name, ""))
+        if known is None:
+            specs.append(v)
+            continue
+        if v.units and known.units:
+            factor, shift = metadata.unit_factors(str(v.units), str(known.units))
+            values[:, c] = values[:, c] * factor + shift
+        specs.append(known)
+    return dataclasses.replace(samples, values=values, variables=tuple(specs))
+
+
+def _check_spacing(before: DiffusionModel, found: float) -> None:
     spacing = before.spec.options.get("spacing")
-    if spacing is not None and abs(extra["spacing"] - spacing) > 0.01 * spacing:
+    if spacing is not None and abs(found - spacing) > 0.01 * spacing:
         raise StateError(
-            f"start={before.spec.name!r} is of states {spacing:g} seconds apart, and those of ds are {extra['spacing']:g} seconds apart. "
+            f"start={before.spec.name!r} is of states {spacing:g} seconds apart, and those of ds are {found:g} seconds apart. "
             f"Select such times, or leave out start to train from scratch."
         )
-    anchor = before.denoiser.anchor
-    network = build_network(before.spec.options["network"])
-    network.load_state_dict(before.denoiser.network.state_dict())
-    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), -1, *samples.grid.plane)
-    feeds_state = before.denoiser.feeds_state
-    objective = Denoising(
-        states, torch.as_tensor(fold), None if anchor is None else [anchor] * FOLDS, SIGMA_MIN, before.sigma_max,
-        feeds_state=feeds_state, shifts=before.spec.options["network"]["periodic"] == "both",
-    )  # fmt: skip
-    report = optimiser.fit(network, objective, *split_rows(fold), 1.0, "fine-tuning the prior")
-    training = record_of(samples, optimiser, {"started_from": f"{before.spec.name} ({before.sha256[:12]})"}, report)
-    spec = ModelSpec(
-        name or f"{before.spec.name}-tuned", "prior", "diffusion", before.spec.variables, before.spec.grid, before.scaling,
-        options=before.spec.options, training=training, licence=licence, description=before.spec.description,
-    )  # fmt: skip
-    return DiffusionModel(spec, EDMDenoiser(network, anchor, feeds_state), before.covariance, before.valid)
+
+
+def _kept_gaussians(before: DiffusionModel, samples: Samples, recipe: PriorRecipe) -> Gaussians | None:
+    """Return scaling and Gaussian of the other model, where they are of the same variables and cells."""
+    same = (
+        [v.name for v in samples.variables] == [v.name for v in before.spec.variables]
+        and before.spec.grid is not None
+        and before.spec.grid.same_as(samples.grid)
+        and np.array_equal(np.asarray(before.valid), np.asarray(samples.valid))
+        and before.window == recipe.window
+    )
+    if not same or before.covariance is None:
+        return None
+    note = str(before.spec.training.get("guidance_covariance", "as before"))
+    return Gaussians(before.scaling, before.covariance, [before.covariance] * FOLDS, f"that of {before.spec.name!r}: {note}")
+
+
+def _fits_better(kept: Gaussians, fitted: Gaussians, samples: Samples, fold: np.ndarray) -> bool:
+    """Return whether the Gaussian of the other model explains each block better than one fitted to the other blocks.
+
+    By the mean squared error of denoising at a noise of a third of the climatological standard deviation, in transformed units.
+    """
+    errors = []
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((len(samples.values), samples.values[0].size))
+    for g in (kept, fitted):
+        z = standardise(g.scaling, samples.values, samples.time)
+        std = np.broadcast_to(g.scaling.std, samples.values.shape[1:]).reshape(-1)
+        level = 0.3 * np.broadcast_to(kept.scaling.std, samples.values.shape[1:]).reshape(-1)
+        sigma = float((level / std).mean())
+        total = 0.0
+        for k, anchor in enumerate(g.crossed or [g.final] * FOLDS):
+            rows = np.flatnonzero(fold == k)
+            noisy = torch.as_tensor(z[rows] + sigma * noise[rows])
+            space = anchor.space if isinstance(anchor, Separable) else anchor
+            left = space.given_noise(sigma).shrink(noisy).numpy() - z[rows]
+            total += float(((left * std) ** 2).sum())
+        errors.append(total)
+    return errors[0] < errors[1]
+
+
+def _transferred(
+    network: UNet | SongUNet, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
+) -> dict[str, Any]:
+    """Give the network the weights of the other model, and return what is to be recorded."""
+    own, other = (
+        _channels(variables, window)
+        for variables, window in ((samples.variables, recipe.window), (before.spec.variables, before.window))
+    )
+    inputs = (
+        own + ([("state", *k) for k in own] if feeds_state else []),
+        other + ([("state", *k) for k in other] if before.denoiser.feeds_state else []),
+    )
+    network_before = before.denoiser.network
+    found = transfer(network, network_before, inputs, (own, other), position_on(samples.grid, network_before, before.spec.grid))
+    return {"started_from": f"{before.spec.name} ({before.sha256[:12]})", **{f"transfer_{k}": v for k, v in found.items()}}
+
+
+def _channels(variables: Sequence[VariableSpec], window: int) -> list[tuple[Hashable, ...]]:
+    """Return what the channels of windows of states are: time step from the centre, and variable."""
+    return [(step - window // 2, v.name) for step in range(window) for v in variables]
 
 
 def network_arguments(channels: int, condition: int, width: int, samples: Samples, periodic: Any = None) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,13 @@ class Samples:
     variables: tuple[VariableSpec, ...]
     dimension: str
     valid: np.ndarray | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """Return what to call each sample in messages."""
+        if self.time is None:
+            return [f"{self.dimension} {k}" for k in range(len(self.values))]
+        return [str(t)[:19] for t in self.time.values]
 
     @property
     def period(self) -> str:
@@ -82,12 +91,71 @@ def time_order(time: xr.DataArray | None, size: int) -> np.ndarray:
     return np.arange(size) if time is None else np.argsort(time.values, kind="stable")
 
 
-def blocks(time: xr.DataArray | None, size: int, count: int) -> np.ndarray:
-    """Return the block number of each sample: `count` blocks of consecutive times."""
-    out = np.empty(size, dtype=np.int64)
-    for k, members in enumerate(np.array_split(time_order(time, size), count)):
+def blocks(time: xr.DataArray | None, size: int, count: int, validation: Any = None) -> np.ndarray:
+    """Return the block number of each sample: `count` blocks of consecutive times.
+
+    Parameters
+    ----------
+    validation
+        What the block `HELD` is: None, one like the others; a part of all times, the last ones; or a slice of times.
+
+    Raises
+    ------
+    OptionError
+        If that leaves no block to speak of.
+    """
+    order, out = time_order(time, size), np.empty(size, dtype=np.int64)
+    if validation is None:
+        for k, members in enumerate(np.array_split(order, count)):
+            out[members] = k
+        return out
+    held = np.zeros(size, dtype=bool)
+    if isinstance(validation, slice):
+        if time is None:
+            raise OptionError(f"validation={validation!r} needs a time coordinate; give a part of the samples: validation=0.2")
+        rows = xr.DataArray(np.arange(size), dims=time.dims, coords={"time": (time.dims, time.values)}).swap_dims(
+            {time.dims[0]: "time"}
+        )
+        held[rows.sortby("time").sel(time=validation).values] = True
+    else:
+        held[order[size - max(1, round(size * float(validation))) :]] = True
+    rest = order[~held[order]]
+    if not held.any() or len(rest) < max(count - 1, size // 5):
+        raise OptionError(
+            f"validation={validation!r} withholds {int(held.sum())} of {size} samples; some must be, and a fifth must be left. Give another part, "
+            f"for example validation=0.2"
+        )
+    others = [k for k in range(count) if k != HELD]
+    for k, members in zip(others, np.array_split(rest, count - 1), strict=True):
         out[members] = k
+    out[held] = HELD
     return out
+
+
+def memory_of(z: np.ndarray, time: xr.DataArray | None) -> int:
+    """Return the number of times until standardised states (n, state) have forgotten each other: their correlation is below 1 / e.
+
+    At most a twentieth of the series, since what has a trend never forgets; 0 without times.
+    """
+    if time is None:
+        return 0
+    _, first = np.unique(time.values, return_index=True)  # of several runs, one
+    states = z[first] - z[first].mean(0)
+    power = float((states**2).sum()) / len(states)
+    for lag in range(1, len(states) // 20 + 1):
+        if float((states[lag:] * states[:-lag]).sum()) / (len(states) - lag) < power / math.e:
+            return lag
+    return len(states) // 20
+
+
+def split_rows(fold: np.ndarray, time: xr.DataArray | None = None, gap: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training rows and the rows of the validation block; `gap` times around that block are in neither."""
+    held = fold == HELD
+    rank = np.arange(len(fold)) if time is None else np.unique(time.values, return_inverse=True)[1].ravel()
+    inside = np.zeros(int(rank.max()) + 1 + 2 * gap, dtype=bool)
+    for shift in range(2 * gap + 1):
+        inside[rank[held] + shift] = True
+    return torch.as_tensor(np.flatnonzero(~inside[rank + gap])), torch.as_tensor(np.flatnonzero(held))
 
 
 def spacing_of(samples: Samples, order: np.ndarray) -> float:
@@ -107,9 +175,3 @@ def spacing_of(samples: Samples, order: np.ndarray) -> float:
             f"one unbroken run, or interpolate: ds.resample(time='1D').interpolate()"
         )
     return float(np.median(steps))
-
-
-def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return training rows and the rows of the validation block."""
-    held = fold == HELD
-    return torch.as_tensor(np.flatnonzero(~held)), torch.as_tensor(np.flatnonzero(held))

@@ -1,0 +1,155 @@
+"""What an interrupted training leaves on disk, so that it can go on where it was.
+
+Beside the model file ``model.safetensors`` there is a folder ``model.training`` while training runs, with one file for each network. Every file is
+written aside and renamed, so that the last one is whole whatever happens; it holds weights, averages, the state of the optimiser and the
+step, and in its header which data and options it belongs to. The folder is removed when the model is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time as clock
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xgenda.errors import CheckpointError, OptionError, OutputExistsError
+from xgenda.files import aside
+
+FORMAT = 1
+SAVE_EVERY = 10.0  # seconds, at least
+SHARE = 0.02  # of the time that saving may take
+
+
+@dataclass
+class Journal:
+    """Training states of the networks of one model.
+
+    Parameters
+    ----------
+    folder
+        Where they are; None: nothing is kept.
+    options
+        What the result depends on, by the name of the argument; compared when training is resumed.
+    """
+
+    folder: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _saved: float = field(default_factory=clock.monotonic)
+    _cost: float = 0.0
+    _failed: bool = False
+
+    def open(self, *, resume: bool) -> None:
+        """Make the folder, or check what is in it.
+
+        Raises
+        ------
+        OutputExistsError
+            If there is a training that was not asked to be resumed.
+        OptionError
+            If it is one of other data or options; the message lists the differences.
+        """
+        if self.folder is None:
+            return
+        found = sorted(self.folder.glob("*.safetensors"))
+        if found and not resume:
+            raise OutputExistsError(
+                f"{self.folder} holds a training that was interrupted. Go on with it: resume=True, or start again: overwrite=True"
+            )
+        for path in found:
+            self.compare(_header(path)["options"], path)
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.glob(".*.partial-*"):  # of processes that were killed
+            path.unlink(missing_ok=True)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the options as a file has them."""
+        found: dict[str, Any] = json.loads(json.dumps(self.options, default=str))
+        return found
+
+    def compare(self, before: Mapping[str, Any], path: Path) -> None:
+        """Refuse what belongs to other data or options.
+
+        Raises
+        ------
+        OptionError
+            With the differences.
+        """
+        now = self.asked
+        lines = [
+            f"  {k}: {before.get(k, 'not there')!r} then, {now.get(k, 'not there')!r} now"
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
+        ]
+        if lines:
+            raise OptionError(
+                f"resume=True goes on with the same data and options only, and those of {path} differ:\n"
+                + "\n".join(lines)
+                + "\nCall train as "
+                "before, or start again: resume=False, overwrite=True"
+            )
+
+    def load(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return tensors and values of a network, or None where nothing was saved."""
+        path = self._path(stage)
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a mapping)
+        return tensors, _header(path)["values"]
+
+    def due(self) -> bool:
+        """Return whether it is time to save."""
+        return self.folder is not None and clock.monotonic() - self._saved >= max(SAVE_EVERY, self._cost / SHARE)
+
+    def save(self, stage: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bool:
+        """Write the state of a network; where that fails, as on a full disk, the last one stays, and training goes on with a warning."""
+        path = self._path(stage)
+        if path is None:
+            return False
+        begin = clock.monotonic()
+        header = {"training": json.dumps({"format": FORMAT, "options": self.asked, "values": dict(values)})}
+        try:
+            with aside(path) as partial:
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+        except Exception as problem:  # safetensors has an error of its own for a full disk
+            if not self._failed:
+                warnings.warn(
+                    f"The state of the training could not be saved to {path} ({problem}). Training goes on; what was saved before is whole.",
+                    stacklevel=2,
+                )
+            self._failed = True
+            return False
+        finally:
+            self._saved = clock.monotonic()
+            self._cost = self._saved - begin
+        return True
+
+    def close(self) -> None:
+        """Remove what is no longer needed."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, stage: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{stage}.safetensors"
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["training"])
+        if found["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of another version of xgenda. Start again: overwrite=True")
+    except CheckpointError:
+        raise
+    except Exception as problem:
+        raise CheckpointError(f"{path} is no state of a training ({problem}). Start again: overwrite=True") from problem
+    return found
