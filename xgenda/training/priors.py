@@ -211,8 +211,8 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
         raise OptionError(f"width={recipe.width} has no effect with start, whose network is kept. Leave it out.")
     if (recipe.anchor is None and not plain) or (plain and recipe.anchor not in (None, "auto")):
         raise OptionError(
-            f"anchor={recipe.anchor!r} does not go with start={before.spec.name!r}, whose network was trained {'without' if plain else 'with'} one. "
-            f"Leave it out."
+            f"anchor={recipe.anchor!r} does not go with start={before.spec.name!r}, whose network was trained "
+            f"{'without' if plain else 'with'} one. Leave it out."
         )
     if plain:
         recipe = dataclasses.replace(recipe, anchor=None)
