@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -317,7 +317,7 @@ def check_size(size: int, source: Source) -> None:
         )
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int | None = None) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int | None = None) -> Generator[R, None, None]:
     """Yield `function` of each item in their order, computed by threads that are at most `ahead` items in front.
 
     An exception in a thread is raised here. When the generator is closed, the threads have ended.
