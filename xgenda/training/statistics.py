@@ -143,7 +143,7 @@ def gather(
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside(path) as partial, open(partial, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                np.savez(file, **arrays)
     return kept, found
 
 
@@ -176,7 +176,7 @@ def fingerprint(data: Source | xr.Dataset | xr.DataArray) -> str:
 ARRAYS = ("missing", "valid", "fill", "lowest", "highest", "mean", "squares", "gram")
 
 
-def _cached(path: Path, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+def _cached(path: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """Return cached arrays, or None where there are none or the file is no good."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -202,7 +202,7 @@ def _pass(
     offsets: tuple[float, ...],
     workers: int,
     progress: bool | None,
-) -> tuple[Source, dict[str, np.ndarray]]:
+) -> tuple[Source, dict[str, Any]]:
     """Read everything once."""
     n, channels, ny, nx = source.shape
     u, singular, v = np.linalg.svd(basis, full_matrices=False)
