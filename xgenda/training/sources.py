@@ -161,12 +161,17 @@ class Source:
         out = np.empty((len(places), len(self.variables), *plane), self.dtype)
         for run in self._runs(places):
             first = int(places[run][0])
-            raw = self._load(first, int(places[run][-1]) + 1, window)
-            out[run] = raw if len(raw) == run.stop - run.start else raw[places[run] - first]
+            stop = int(places[run][-1]) + 1
+            if stop - first == run.stop - run.start:
+                self._load(first, stop, window, out[run])
+            else:
+                raw = np.empty((stop - first, *out.shape[1:]), self.dtype)
+                self._load(first, stop, window, raw)
+                out[run] = raw[places[run] - first]
         if self.valid is not None and self.fill is not None:
             for c, valid in enumerate(self.valid):
                 out[:, c, ~valid[window]] = self.fill[c]
-        return out if (back == np.arange(len(out))).all() and len(back) == len(out) else out[back]
+        return out if np.array_equal(back, np.arange(len(out))) else out[back]
 
     def sample(self, rows: np.ndarray | None = None) -> Samples:
         """Return fields in memory; all by default."""
@@ -223,12 +228,11 @@ class Source:
         edges = [0, *cuts.tolist(), len(places)]
         return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
-    def _load(self, start: int, stop: int, window: Window) -> np.ndarray:
-        """Return the fields between two places in model order, with the NaN that they hold."""
+    def _load(self, start: int, stop: int, window: Window, out: np.ndarray) -> None:
+        """Write the fields between two places into `out` in model order, with the NaN that they hold."""
         spans, picks = zip(
             *(_span(i[w]) for i, w in zip((self.orientation.rows, self.orientation.columns), window, strict=True)), strict=True
         )
-        out = np.empty((stop - start, len(self.variables), *(w.stop - w.start for w in window)), self.dtype)
         for part in self.parts:
             dims = (self.dimension, *([part.level] if part.level else []), *self.dims)
             index: dict[Any, Any] = {d: 0 for d in part.variable.dims if d not in dims}
@@ -241,7 +245,6 @@ class Source:
             for channel, level in zip(part.channels, part.levels or (None,), strict=True):
                 field = values if level is None else values[:, level if len(part.levels) > 1 else 0]
                 out[:, channel] = field[..., picks[0], :][..., picks[1]]
-        return out
 
 
 def open_source(

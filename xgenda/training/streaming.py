@@ -65,7 +65,7 @@ class Streamed:
         Rows of the source that each state joins along its channels, shape (n, window), see `xgenda.training.windows.window_rows`; None for
         one each.
     memory
-        Bytes for states that wait, and for reading them. Storage chunks are decoded whole: a chunk should be at most an eighth of it.
+        Bytes for states that wait, and for reading them. Storage chunks are decoded whole: a chunk should be at most a sixteenth of it.
     crop
         Rows and columns of a random part of the grid, the same for all states of a batch; None for the whole. Each batch is then read for
         itself, which suits grids that are stored in tiles, or with few times per chunk.
@@ -99,13 +99,13 @@ class Streamed:
         n, window = self.windows.shape
         self.shape = (n, window * len(source.variables), *plane)
         self.row_bytes = 4 * int(np.prod(self.shape[1:])) // window  # of a state of one time
-        if memory < 8 * window * self.row_bytes:
+        if memory < 16 * window * self.row_bytes:
             raise OptionError(
                 f"memory={memory} bytes are too few for states of {window * self.row_bytes} bytes; give at least "
-                f"memory={16 * window * self.row_bytes}, or crop the fields: crop=(64, 64)"
+                f"memory={64 * window * self.row_bytes}, or crop the fields: crop=(64, 64)"
             )
         self.peak = 0
-        per_block = max(1, min(memory // (8 * self.row_bytes), source.step(SMALLEST)))  # no more than a part of a large chunk
+        per_block = max(1, min(memory // (16 * self.row_bytes), source.step(SMALLEST)))  # no more than a part of a large chunk
         places = source.places[self.windows[:, 0]]
         self.block = places // per_block  # of each state
         if per_block < source.chunk:  # parts of chunks do not go over their ends
@@ -237,7 +237,7 @@ class Streamed:
         places, members = np.unique(self.windows[rows], return_inverse=True)
         values = self.source.read(places, window)
         scaling = self.scaling if window is None else _on(self.scaling, window)
-        out = np.empty(values.shape, np.float32)
+        out = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
         for i, place in enumerate(places):
             out[i] = scaling.forward(values[i : i + 1], self.basis[place : place + 1])[0]
         return torch.as_tensor(out), members.reshape(len(rows), self.windows.shape[1])

@@ -126,26 +126,22 @@ def window_rows(
     order = time_order(time, len(fold))
     steps = metadata.seconds_between(time.values[order])
     values, counts = np.unique(np.round(steps, 3), return_counts=True)
-    spacing = float(values[counts.argmax()]) if len(values) else 0.0
-    if spacing <= 0 or steps.min() < 0.99 * spacing:
-        found = f"from {steps.min():g} to {steps.max():g}" if len(steps) else "0"
+    spacing = float(values[counts.argmax()]) if len(steps) else 1.0
+    if spacing <= 0 or steps.min(initial=np.inf) < 0.99 * spacing:
         raise StateError(
-            f"window above 1 needs equally spaced times (gaps may be left out), and those of {argument} are {found} seconds apart. Select "
-            f"one unbroken run, or interpolate: {argument}.resample(time='1D').interpolate()"
+            f"window above 1 needs equally spaced times (gaps may be left out), and those of {argument} are from {steps.min():g} to "
+            f"{steps.max():g} seconds apart. Select one unbroken run, or interpolate: {argument}.resample(time='1D').interpolate()"
         )
     broken = (steps > 1.01 * spacing) | (np.diff(fold[order]) != 0)
     run = np.concatenate([[0], np.cumsum(broken)])
-    last = len(fold) - window + 1
-    starts = np.flatnonzero(run[: max(last, 0)] == run[window - 1 :]) if last > 0 else np.zeros(0, np.int64)
+    starts = np.flatnonzero(run[: max(0, len(run) - window + 1)] == run[window - 1 :])
     rows = order[starts[:, None] + np.arange(window)]
-    found_fold = fold[rows[:, 0]]
-    empty = sorted(set(np.unique(fold).tolist()) - set(found_fold.tolist()))
-    if empty:
+    if set(fold.tolist()) > set(fold[rows[:, 0]].tolist()):
         raise StateError(
             f"window={window} needs {window} consecutive times in each of {len(np.unique(fold))} blocks, and {argument} has {len(fold)} times "
             f"in {int(broken.sum()) + 1} unbroken runs; use a shorter window."
         )
-    return rows, found_fold, spacing
+    return rows, fold[rows[:, 0]], spacing
 
 
 def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
