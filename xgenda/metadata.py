@@ -363,20 +363,30 @@ def check_values(values: np.ndarray, name: str, argument: str = "ds", where: str
     finite = np.isfinite(values)
     if not finite.all():
         bad = int(values.size - np.count_nonzero(finite))
-        what = "NaN" if np.isnan(values).any() else "infinity"
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise StateError(
-            f"{argument}[{name!r}]{where} holds {what} in {bad} of {values.size} cells ({100 * bad / values.size:.2g} %), "
-            f"first at index {first}. Fill or crop them first: {argument}.fillna(...) or {argument}.dropna(...)"
-        )
+        raise not_finite("NaN" if np.isnan(values).any() else "infinity", bad, values.size, first, name, argument, where)
     fill = find_fill_values(values)
     if fill.any():
-        count, first_value = int(np.count_nonzero(fill)), float(values[fill][0])
-        raise StateError(
-            f"{argument}[{name!r}]{where} holds {first_value:.6g} in {count} of {values.size} cells "
-            f"({100 * count / values.size:.2g} %), which looks like a fill value. Mask and fill them: "
-            f"{argument}.where({argument}[{name!r}] != {first_value:.6g})"
-        )
+        raise filled(float(values[fill][0]), int(np.count_nonzero(fill)), values.size, name, argument, where)
+
+
+def not_finite(
+    what: str, bad: int, size: int, first: tuple[int, ...], name: str, argument: str = "ds", where: str = ""
+) -> StateError:
+    """Build the error of a variable that holds NaN or infinity."""
+    return StateError(
+        f"{argument}[{name!r}]{where} holds {what} in {bad} of {size} cells ({100 * bad / size:.2g} %), "
+        f"first at index {first}. Fill or crop them first: {argument}.fillna(...) or {argument}.dropna(...)"
+    )
+
+
+def filled(value: float, count: int, size: int, name: str, argument: str = "ds", where: str = "") -> StateError:
+    """Build the error of a variable that holds a fill value."""
+    return StateError(
+        f"{argument}[{name!r}]{where} holds {value:.6g} in {count} of {size} cells "
+        f"({100 * count / size:.2g} %), which looks like a fill value. Mask and fill them: "
+        f"{argument}.where({argument}[{name!r}] != {value:.6g})"
+    )
 
 
 def find_fill_values(values: np.ndarray) -> np.ndarray:

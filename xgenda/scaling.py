@@ -200,24 +200,13 @@ def fit_scaling(
     StateError
         If a variable does not vary at all.
     """
+    per, offsets = per_channel(names, transform, offset)
     check_choice("climatology", cycle, CYCLES)
-    per = [transform.get(n, "none") if isinstance(transform, Mapping) else transform for n in names]
-    offsets = [float(offset.get(n, 1e-3)) if isinstance(offset, Mapping) else float(offset) for n in names]
-    for name in per:
-        check_choice("transform", name, TRANSFORMS)
     basis = cycle_basis(time, cycle, len(values))
-    if len(values) < 2 * basis.shape[1]:
-        raise StateError(
-            f"{len(values)} times are too few to fit climatology={cycle!r} ({basis.shape[1]} coefficients); "
-            f"use climatology='none' or give more data."
-        )
-    blank = Scaling(np.zeros((1, len(names), 1, 1)), np.ones((len(names), 1, 1)), "none", tuple(per), tuple(offsets))
-    for c, name in enumerate(names):
-        if per[c] == "log" and (lowest := float(values[:, c].min())) + offsets[c] <= 0:
-            raise StateError(
-                f"{name!r} is to be scaled by log(x + {offsets[c]:g}) and holds {lowest:.6g}. Clip it: ds[{name!r}].clip(min=0), or take the "
-                f"logarithm of others only: transform={{'precipitation': 'log'}}"
-            )
+    check_times(len(values), basis.shape[1], cycle)
+    lowest, highest = (f(values, axis=(0, 2, 3)).astype(float) for f in (np.min, np.max))
+    check_logarithms(names, per, offsets, lowest)
+    blank = Scaling(np.zeros((1, len(names), 1, 1)), np.ones((len(names), 1, 1)), "none", per, offsets)
     transformed = blank.transform(values)
     mean = np.linalg.lstsq(basis, transformed.reshape(len(values), -1), rcond=None)[0].reshape(-1, *values.shape[1:])
     if homogeneous:
@@ -228,27 +217,86 @@ def fit_scaling(
     std = np.sqrt(np.mean(anomaly**2, axis=axes, keepdims=True, where=counted))[0]
     if pointwise_std and valid is not None:
         std = np.where(valid, std, 1.0)
-    rounding = 1e-12 * np.abs(transformed).max(axis=axes, keepdims=True)[0]
+    largest = np.abs(transformed).max(axis=axes, keepdims=True)[0]
+    return scaling_of(names, mean, std, largest, lowest, highest, cycle=cycle, transforms=per, offsets=offsets, bounds=bounds)
+
+
+def per_channel(
+    names: Sequence[str], transform: str | Mapping[str, str], offset: float | Mapping[str, float]
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return transform and offset of each channel, from options for all or per variable."""
+    per = [transform.get(n, "none") if isinstance(transform, Mapping) else transform for n in names]
+    for name in per:
+        check_choice("transform", name, TRANSFORMS)
+    return tuple(per), tuple(float(offset.get(n, 1e-3)) if isinstance(offset, Mapping) else float(offset) for n in names)
+
+
+def check_times(count: int, coefficients: int, cycle: str) -> None:
+    """Refuse a climatology of more coefficients than half the times."""
+    if count < 2 * coefficients:
+        raise StateError(
+            f"{count} times are too few to fit climatology={cycle!r} ({coefficients} coefficients); "
+            f"use climatology='none' or give more data."
+        )
+
+
+def check_logarithms(names: Sequence[str], transforms: Sequence[str], offsets: Sequence[float], lowest: np.ndarray) -> None:
+    """Refuse logarithms of what is not positive, given the lowest value of each channel."""
+    for name, transform, offset, low in zip(names, transforms, offsets, lowest, strict=True):
+        if transform == "log" and low + offset <= 0:
+            raise StateError(
+                f"{name!r} is to be scaled by log(x + {offset:g}) and holds {low:.6g}. Clip it: ds[{name!r}].clip(min=0), or take the "
+                f"logarithm of others only: transform={{'precipitation': 'log'}}"
+            )
+
+
+def scaling_of(
+    names: Sequence[str], mean: np.ndarray, std: np.ndarray, largest: np.ndarray, lowest: np.ndarray, highest: np.ndarray, *,
+    cycle: str, transforms: tuple[str, ...], offsets: tuple[float, ...], bounds: Mapping[str, Sequence[float | None]] | None,
+) -> Scaling:  # fmt: skip
+    """Return a `Scaling` of fitted arrays, with its bounds.
+
+    Parameters
+    ----------
+    mean, std
+        As in `Scaling`.
+    largest
+        Largest absolute value in transformed units, with the axes of `std`: less than its rounding is no variation.
+    lowest, highest
+        Per channel, in physical units.
+    cycle, transforms, offsets, bounds
+        As in `fit_scaling`.
+
+    Raises
+    ------
+    StateError
+        If a variable does not vary at all, or leaves its bounds.
+    """
     for c, name in enumerate(names):
-        if (std[c] <= rounding[c]).any():
+        if (std[c] <= 1e-12 * largest[c]).any():
             raise StateError(f"ds[{name!r}] does not vary, so it cannot be standardised; drop it: ds.drop_vars({name!r})")
-    limits = tuple(_bounds_of(n, values[:, c], per[c], (bounds or {}).get(n)) for c, n in enumerate(names))
-    return Scaling(mean, std, cast("Cycle", cycle), tuple(per), tuple(offsets), limits)
+    limits = tuple(
+        _bounds_of(n, float(low), float(high), t, (bounds or {}).get(n))
+        for n, low, high, t in zip(names, lowest, highest, transforms, strict=True)
+    )
+    return Scaling(mean, std, cast("Cycle", cycle), transforms, offsets, limits)
 
 
-def _bounds_of(name: str, values: np.ndarray, transform: str, given: Sequence[float | None] | None) -> tuple[float, float]:
+def _bounds_of(
+    name: str, lowest: float, highest: float, transform: str, given: Sequence[float | None] | None
+) -> tuple[float, float]:
     """Return the bounds of a variable, which its fields must keep to."""
     if given is None:  # exp(z) - offset can be negative, and far beyond anything
-        return (0.0, BEYOND * float(values.max())) if transform == "log" and values.min() >= 0 else (-math.inf, math.inf)
+        return (0.0, BEYOND * highest) if transform == "log" and lowest >= 0 else (-math.inf, math.inf)
     pair = tuple(given) if isinstance(given, (tuple, list)) else ()
     if len(pair) != 2 or any(b is not None and not math.isfinite(b) for b in pair) or (None not in pair and pair[0] >= pair[1]):
         raise OptionError(
             f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"
         )
     low, high = (-math.inf if pair[0] is None else float(pair[0])), (math.inf if pair[1] is None else float(pair[1]))
-    if values.min() < low or values.max() > high:
+    if lowest < low or highest > high:
         raise StateError(
-            f"ds[{name!r}] ranges from {values.min():.6g} to {values.max():.6g}, outside of its bounds {given!r}. Clip it: "
+            f"ds[{name!r}] ranges from {lowest:.6g} to {highest:.6g}, outside of its bounds {given!r}. Clip it: "
             f"ds.assign({name}=ds[{name!r}].clip({pair[0]}, {pair[1]})), or give wider bounds."
         )
     return low, high

@@ -331,6 +331,25 @@ def columns(names: Sequence[str]) -> list[tuple[str, list[int], tuple[float, ...
     return out
 
 
+def sample_dimension(state: State, names: Iterable[str], argument: str = "ds") -> str:
+    """Return the one dimension of more than one entry, beside the horizontal ones, that channels have.
+
+    Raises
+    ------
+    OptionError
+        If there is none, or several.
+    """
+    dims = dict.fromkeys(str(d) for n in names for d in state.ds[n].dims if d not in state.layout.dims)
+    long = [d for d in dims if state.ds.sizes[d] > 1]
+    if len(long) != 1:
+        raise OptionError(
+            f"A sample needs one dimension (member or time) beside the horizontal ones; {argument} has {long or 'none'}. "
+            + (f"Select: {argument}.isel({long[1]}=0), or join them: {argument}.stack(sample={long})" if len(long) > 1 else
+               "For a single background give gaussian_prior(ds, length_scale=300e3, std=2.0).")
+        )  # fmt: skip
+    return long[0]
+
+
 def described(ds: xr.Dataset, name: str) -> dict[str, Any]:
     """Return the CF attributes of a channel that a model keeps."""
     return {k: None if (v := ds[name].attrs.get(k)) is None else str(v) for k in ("standard_name", "units", "long_name")}

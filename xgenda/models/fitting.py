@@ -11,11 +11,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from xgenda import metadata
+from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
-from xgenda.errors import OptionError
 from xgenda.grids import Grid
 from xgenda.scaling import Scaling, cycle_basis
 from xgenda.states import State
@@ -50,18 +49,11 @@ def read_sample(
         If some fields are NaN where others are not.
     """
     ds, layout = state.ds, state.layout
-    horizontal = set(layout.dims)
-    dims = [d for d in dict.fromkeys(str(d) for n in names for d in ds[n].dims) if d not in horizontal]
-    long = [d for d in dims if ds.sizes[d] > 1]
-    if len(long) != 1:
-        raise OptionError(
-            f"A sample needs one dimension (member or time) beside the horizontal ones; {argument} has {long or 'none'}. "
-            + (f"Select: {argument}.isel({long[1]}=0), or join them: {argument}.stack(sample={long})" if len(long) > 1 else
-               "For a single background give gaussian_prior(ds, length_scale=300e3, std=2.0).")
-        )  # fmt: skip
+    dimension = states.sample_dimension(state, names, argument)
     arrays, masks = [], []
     for n in names:
-        array = ds[n].squeeze([d for d in dims if d not in long and d in ds[n].dims]).transpose(long[0], *layout.dims)
+        single = [d for d in ds[n].dims if d not in (dimension, *layout.dims)]
+        array = ds[n].squeeze(single).transpose(dimension, *layout.dims)
         values = np.asarray(array.values)
         masked = np.isnan(values).all(0)
         if masked.any() and not masked.all():
@@ -69,9 +61,9 @@ def read_sample(
         metadata.check_values(values, n, argument)
         arrays.append(state.orientation.to_model(values))
         masks.append(state.orientation.to_model(~masked))
-    time = ds[layout.time] if layout.time is not None and ds[layout.time].dims == (long[0],) else None
+    time = ds[layout.time] if layout.time is not None and ds[layout.time].dims == (dimension,) else None
     valid = np.stack(masks)
-    return long[0], np.stack(arrays, 1).astype(np.float64), time, None if valid.all() else valid
+    return dimension, np.stack(arrays, 1).astype(np.float64), time, None if valid.all() else valid
 
 
 def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None) -> np.ndarray:

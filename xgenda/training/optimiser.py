@@ -207,7 +207,7 @@ class _Fit:
         how, processes = self.how, self.processes
         wrapped = processes.prepare(self.network.train())
         part = (processes.index, processes.count)
-        batches = self.objective.fields.batches(self.rows, how.batch_size, how.seed, self.step, part)
+        batches = self.objective.fields.batches(self.rows, how.batch_size, how.seed % 2**63, self.step, part)
         reported, reported_step, scored, score_cost = clock.monotonic(), self.step, -math.inf, 0.0
         steps_known = self.seconds is None
         total = self.limit if self.seconds is None else round(self.seconds)

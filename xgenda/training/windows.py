@@ -4,56 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from xgenda import metadata, states
-from xgenda.curvilinear import AnyGrid, PointSet
-from xgenda.errors import GridError, OptionError, StateError
-from xgenda.models.fitting import read_sample
-from xgenda.models.spec import VariableSpec
+from xgenda import metadata
+from xgenda.errors import OptionError, StateError
+from xgenda.training.sources import FEWEST, Samples, open_source
+from xgenda.training.surveys import Survey, look
 
-FEWEST = 20
+__all__ = [
+    "FEWEST",
+    "FOLDS",
+    "HELD",
+    "Samples",
+    "blocks",
+    "memory_of",
+    "read_samples",
+    "spacing_of",
+    "split_rows",
+    "time_order",
+    "window_rows",
+]
 FOLDS = 6
 HELD = FOLDS - 2  # the validation block: late, yet inside the period
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Fields (n, channels, ny, nx) in physical units with what describes them; `valid` (channels, ny, nx) where some cells are masked."""
-
-    values: np.ndarray
-    time: xr.DataArray | None
-    grid: AnyGrid
-    variables: tuple[VariableSpec, ...]
-    dimension: str
-    valid: np.ndarray | None = None
-
-    @property
-    def labels(self) -> list[str]:
-        """Return what to call each sample in messages."""
-        if self.time is None:
-            return [f"{self.dimension} {k}" for k in range(len(self.values))]
-        return [str(t)[:19] for t in self.time.values]
-
-    @property
-    def period(self) -> str:
-        """First and last time, for the description of the model."""
-        if self.time is None:
-            return f"{len(self.values)} fields along {self.dimension}"
-        stamps = self.time.values
-        first, last = min(stamps), max(stamps)
-        return f"{str(first)[:10]} to {str(last)[:10]}"
 
 
 def read_samples(
     ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None = None, argument: str = "ds", fewest: int = FEWEST
 ) -> Samples:
-    """Read training fields into memory and check them.
+    """Read training fields into memory and check them; missing ones are left out.
 
     Raises
     ------
@@ -62,28 +44,18 @@ def read_samples(
     StateError
         If the fields hold NaN or fill values, or are too few.
     """
-    ds = metadata.as_dataset(ds, argument)
-    for name in variables or ():
-        metadata.match_variable(ds, name, None, argument)
-    mappings = [str(n) for n, v in ds.data_vars.items() if "grid_mapping_name" in v.attrs]
-    state = states.enter(ds if variables is None else ds[[*variables, *mappings]], argument)
-    names = metadata.data_variables(state.ds, state.layout)
-    if not names:
-        raise OptionError(f"{argument} has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
-    if isinstance(state.grid, PointSet):
-        raise GridError(
-            f"{argument} holds {state.grid.describe()}; the network needs rows and columns. Put them on a grid first: "
-            f"{argument}.genda.regrid(grid), or use xgenda.gaussian_prior({argument})"
-        )
-    metadata.check_dims(state.ds, names, state.layout, argument)
-    dimension, values, time, valid = read_sample(state, names, argument)
-    if len(values) < fewest:
-        raise StateError(
-            f"{argument} has {len(values)} fields along {dimension!r}; at least {fewest} are needed. With so few, a Gaussian prior is the "
-            f"better model: xgenda.gaussian_prior({argument})"
-        )
-    specs = tuple(VariableSpec(n, **states.described(state.ds, n)) for n in names)
-    return Samples(values, time, state.grid, specs, dimension, valid)
+    source = open_source(ds, variables, argument, fewest)
+    found = Survey(source)
+    values = source.read(np.arange(source.size))
+    found.add(look(values))
+    source = found.apply()
+    if found.missing.any() or source.valid is not None:
+        values = values[~found.missing]
+        if source.valid is not None and source.fill is not None:
+            values = np.where(source.valid, values, source.fill[:, None, None].astype(values.dtype))
+    return Samples(
+        values.astype(np.float64, copy=False), source.time, source.grid, source.variables, source.dimension, source.valid
+    )
 
 
 def time_order(time: xr.DataArray | None, size: int) -> np.ndarray:
@@ -175,3 +147,60 @@ def spacing_of(samples: Samples, order: np.ndarray) -> float:
             f"one unbroken run, or interpolate: ds.resample(time='1D').interpolate()"
         )
     return float(np.median(steps))
+
+
+def window_rows(
+    time: xr.DataArray | None, fold: np.ndarray, window: int, argument: str = "ds"
+) -> tuple[np.ndarray, np.ndarray, float | None]:
+    """Return windows of consecutive samples, none of which straddles a gap in time or two blocks.
+
+    The spacing is the most common one. A longer step is a gap; a shorter one is refused, because then times are not equally spaced.
+
+    Parameters
+    ----------
+    time
+        Of each sample, in any order.
+    fold
+        Block of each sample, see `blocks`.
+    window
+        Samples per window; 1 gives each sample for itself.
+    argument
+        Name of the Dataset in messages.
+
+    Returns
+    -------
+    rows : ndarray
+        Samples of each window in the order of time, shape (windows, window).
+    fold : ndarray
+        Block of each window.
+    spacing : float or None
+        Seconds from one sample to the next; None for a window of 1.
+
+    Raises
+    ------
+    StateError
+        If there is no time, the times are not equally spaced but for gaps, or a block holds no window.
+    """
+    if window == 1:
+        return np.arange(len(fold))[:, None], fold, None
+    if time is None:
+        raise StateError(f"window above 1 needs consecutive times, and {argument} has no time coordinate.")
+    order = time_order(time, len(fold))
+    steps = metadata.seconds_between(time.values[order])
+    values, counts = np.unique(np.round(steps, 3), return_counts=True)
+    spacing = float(values[counts.argmax()]) if len(steps) else 1.0
+    if spacing <= 0 or steps.min(initial=np.inf) < 0.99 * spacing:
+        raise StateError(
+            f"window above 1 needs equally spaced times (gaps may be left out), and those of {argument} are from {steps.min():g} to "
+            f"{steps.max():g} seconds apart. Select one unbroken run, or interpolate: {argument}.resample(time='1D').interpolate()"
+        )
+    broken = (steps > 1.01 * spacing) | (np.diff(fold[order]) != 0)
+    run = np.concatenate([[0], np.cumsum(broken)])
+    starts = np.flatnonzero(run[: max(0, len(run) - window + 1)] == run[window - 1 :])
+    rows = order[starts[:, None] + np.arange(window)]
+    if set(fold.tolist()) > set(fold[rows[:, 0]].tolist()):
+        raise StateError(
+            f"window={window} needs {window} consecutive times in each of {len(np.unique(fold))} blocks, and {argument} has {len(fold)} times "
+            f"in {int(broken.sum()) + 1} unbroken runs; use a shorter window."
+        )
+    return rows, fold[rows[:, 0]], spacing
