@@ -23,7 +23,7 @@ import pytest
 
 from xgenda.errors import CheckpointError, ChecksumError, ModelNotFoundError, OptionError
 from xgenda.models import entries as entries_module
-from xgenda.models import store
+from xgenda.models import sources, store
 
 GOOD = bytes(range(256)) * 40
 SHA = hashlib.sha256(GOOD).hexdigest()
@@ -92,7 +92,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_RETRIES", 0)  # they wait 1 + 2 + 3 seconds
+    monkeypatch.setattr(sources, "RETRIES", 0)  # they wait 1 + 2 + 3 seconds
 
 
 def table(**fields: object) -> str:
@@ -145,10 +145,11 @@ def test_an_entry_has_what_its_table_says(tmp_path: Path) -> None:
         licence="Apache-2.0",
         variables=("t2m", "mslp"),
         region="Europe",
-        sha256=SHA,
-        size=len(GOOD),
-        url="https://example.org/tiny.safetensors",
+        files=(entries_module.File(sha256=SHA, size=len(GOOD), url="https://example.org/tiny.safetensors"),),
+        registry=tmp_path / "weights.toml",
+        root=tmp_path,
     )
+    assert (entry.sha256, entry.size, entry.url, entry.file) == (SHA, len(GOOD), entry.files[0].url, None)
     with pytest.raises(AttributeError):
         entry.size = 1  # type: ignore[misc]
 
@@ -161,6 +162,9 @@ def test_an_entry_has_what_its_table_says(tmp_path: Path) -> None:
         "http://localhost:8000/tiny.safetensors",
         "http://127.0.0.1/tiny.safetensors",
         "http://[::1]:80/tiny.safetensors",
+        "s3://bucket/folder/tiny.safetensors",
+        "gs://bucket/tiny.safetensors",
+        "memory://tiny.safetensors",
         f"hf://an-org/a.repo_1@{COMMIT}/folder/tiny.safetensors",
     ],
 )
@@ -177,8 +181,8 @@ def test_a_url_of_the_hub_is_taken_apart() -> None:
 MALFORMED = {
     "not TOML": ("schema = 1\n[models.tiny\n", r"cannot be read: .*line 2"),
     "a key twice": (table() + 'region = "Asia"\n', r"cannot be read: .*line 11"),
-    "no schema": ("", r"schema = None, but this version reads schema = 1"),
-    "a later schema": ("# a comment\nschema = 2\n", r"line 2: schema = 2, but this version reads schema = 1"),
+    "no schema": ("", r"schema = None, but this version reads schema = 1 and schema = 2"),
+    "a later schema": ("# a comment\nschema = 3\n", r"line 2: schema = 3, but this version reads .*pip install --upgrade xgenda"),
     "schema = true": ("schema = true\n", r"line 1: schema = True"),
     "unknown top-level key": ("schema = 1\nmodel = 1\n", r"line 2: unknown key 'model'"),
     "unknown top-level table": ("schema = 1\n\n[model.tiny]\n", r"line 3: unknown key 'model'"),
@@ -198,9 +202,9 @@ MALFORMED = {
     "empty licence": (table(licence=""), r"line 8: .*'licence' must not be empty"),
     "file and url": (table(file="tiny.safetensors"), r"line 2: .*exactly one of 'file' .* and 'url'"),
     "neither file nor url": (table(url=None), r"line 2: .*exactly one of 'file' .* and 'url'"),
-    "file above": (table(url=None, file="../tiny.safetensors"), r"'file' must be a path below data/weights/"),
-    "absolute file": (table(url=None, file="/tiny.safetensors"), r"'file' must be a path below data/weights/"),
-    "drive letter": (table(url=None, file="C:/tiny.safetensors"), r"'file' must be a path below data/weights/"),
+    "file above": (table(url=None, file="../tiny.safetensors"), r"'file' must be a path below the folder of the registry"),
+    "absolute file": (table(url=None, file="/tiny.safetensors"), r"'file' must be a path below the folder of the registry"),
+    "drive letter": (table(url=None, file="C:/tiny.safetensors"), r"'file' must be a path below the folder of the registry"),
     "pickled file": (
         table(url=None, file="tiny.pt"),
         r"must be a safetensors file, found 'tiny.pt'; pickled files can",
@@ -210,6 +214,9 @@ MALFORMED = {
     "http that looks local": (table(url="http://127.0.0.1.example.org/tiny"), r"is not accepted; use https://"),
     "password in url": (table(url="https://me:secret@example.org/tiny"), r"is not accepted; use https://"),
     "ftp": (table(url="ftp://example.org/tiny"), r"is not accepted; use https://"),
+    "password in a store": (table(url="s3://me:secret@bucket/tiny"), r"is not accepted; use https://"),
+    "no path in a store": (table(url="s3://"), r"is not accepted; use https://"),
+    "chained stores": (table(url="s3://zip::memory://tiny"), r"is not accepted; use https://"),
     "no host": (table(url="https:///tiny"), r"is not accepted; use https://"),
     "broken address": (table(url="http://[::1/tiny"), r"is not accepted; use https://|cannot be"),
     "hub without commit": (table(url="hf://org/repo/tiny"), r"is not accepted; .*@<40 digit commit>"),
@@ -259,8 +266,33 @@ def test_a_registered_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeyp
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"absent\.safetensors does not exist. Pass the path of"):
         store.find_file(tmp_path / "absent.safetensors")
-    with pytest.raises(ModelNotFoundError, match=r"is a folder, not a file"):
+    with pytest.raises(ModelNotFoundError, match=r"is a folder, not a file, and it holds no model file. Pass the path"):
         store.find_file(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_that_holds_one_model(tmp_path: Path, kind: type) -> None:
+    for name in ("README.md", ".model.safetensors.partial-3", ".hidden.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    assert store.find_file(kind(tmp_path)) == (tmp_path / "model.safetensors", SHA)
+    (tmp_path / "other.safetensors").write_bytes(GOOD)
+    with pytest.raises(
+        ModelNotFoundError, match=r"holds 2 model files: model.safetensors, other.safetensors. Pass .* model='.*/model\."
+    ):
+        store.find_file(tmp_path)
+
+
+def test_a_file_can_be_asked_for_by_its_checksum(tmp_path: Path, remote) -> None:
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(GOOD)
+    assert store.find_file(path, sha256=SHA.upper()) == (path, SHA)
+    with pytest.raises(ChecksumError, match=f"has sha256 {SHA}, expected {'0' * 64}"):
+        store.find_file(path, sha256="0" * 64)
+    with pytest.raises(OptionError, match="sha256='123' is not accepted; it must be 64 hexadecimal digits"):
+        store.find_file(path, sha256="123")
+    with pytest.raises(ChecksumError, match=f"is not that of the model 'tiny', which is registered with {SHA}"):
+        store.find_file("tiny", sha256="0" * 64, registry=remote("good"))
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
@@ -340,6 +372,7 @@ def test_list_models(remote, tmp_path: Path) -> None:
     assert models.loc["tiny"].to_dict() == {
         "task": "prior",
         "variables": "t2m, mslp",
+        "grid": "not stated",
         "region": "Europe",
         "size": len(GOOD),
         "licence": "Apache-2.0",
