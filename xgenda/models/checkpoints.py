@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xgenda.errors import CheckpointError
+from xgenda.errors import CheckpointError, check_flag
 from xgenda.files import aside, check_output
 from xgenda.metadata import package_version
 from xgenda.models.conditions import Conditions
@@ -27,21 +27,35 @@ LARGEST_HEADER = 16 * 2**20
 LISTED = 5  # differences of one kind in a message
 
 
-def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write `model` beside `path` and rename it into place."""
-    from safetensors.torch import save_file
+def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrite: bool = False, card: bool = False) -> Path:
+    """Write `model` beside `path` and rename it into place, and its card with it where that is asked for."""
+    from xgenda.models.cards import model_card
 
     target = Path(path)
     if target.suffix != ".safetensors":
         raise CheckpointError(
             f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')"
         )
+    check_flag("card", card)
     check_output(target, "model.save", overwrite=overwrite, error=CheckpointError)
+    beside = target.with_suffix(".md")
+    if card:
+        check_output(beside, "model.save", overwrite=overwrite, error=CheckpointError)
     with aside(target) as partial:
-        # one entry only: safetensors writes several in random order, and equal models would have different checksums
-        save_file(stored_tensors(model), partial, metadata={"xgenda": json.dumps(_document(model))})
+        write_model(model, partial)
     model.path, model.sha256 = target.resolve(), sha256_of(target)
+    if card:
+        with aside(beside) as partial:
+            partial.write_text(model_card(model, place=target.name), encoding="utf-8")
     return target
+
+
+def write_model(model: GenerativeModel, path: Path) -> None:
+    """Write a model file."""
+    from safetensors.torch import save_file
+
+    # one entry only: safetensors writes several in random order, and equal models would have different checksums
+    save_file(stored_tensors(model), path, metadata={"xgenda": json.dumps(_document(model))})
 
 
 def stored_tensors(model: GenerativeModel) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -39,7 +40,11 @@ class RefusedError(Exception):
 
 
 class TransientError(ValueError):
-    """The other side is in trouble: pooch asks again."""
+    """The other side is in trouble, or cannot be reached; `answered` tells which. Pooch asks again."""
+
+    def __init__(self, message: str, *, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 def download(url: str, target: Path, *, label: str, size: int | None = None, sha256: str | None = None) -> str:
@@ -113,14 +118,24 @@ def identity(url: str) -> str:
     if url.startswith("hf://"):
         return hashlib.sha256(url.encode()).hexdigest()[:8]  # pinned to a commit
     if url.startswith(("https://", "http://")):
-        with _get(url) as response:
-            names = ("ETag", "Last-Modified", "Content-Length")
-            given = [response.headers.get(n, "") for n in names]
+        given = _validators(url)
     else:
         with _store_errors(url):
             file_system, path = _opened(url)
             given = [str(file_system.ukey(path))]
     return hashlib.sha256("\n".join(given).encode()).hexdigest()[:8]
+
+
+def _validators(url: str) -> list[str]:
+    for wait in range(1, RETRIES + 2):
+        try:
+            with _get(url) as response:
+                return [response.headers.get(n, "") for n in ("ETag", "Last-Modified", "Content-Length")]
+        except TransientError as error:
+            if not error.answered or wait > RETRIES:
+                raise
+            time.sleep(wait)
+    return []
 
 
 def shown(url: str) -> str:
@@ -200,7 +215,7 @@ def _get(url: str) -> Iterator[Any]:
             if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                 raise RefusedError(without_secrets(status, url), absent=True)
             if response.status_code != 200:
-                raise TransientError(without_secrets(status, url))
+                raise TransientError(without_secrets(status, url), answered=True)
             yield response
     except requests.exceptions.RequestException as error:
         raise TransientError(without_secrets(error, url)) from None
@@ -291,11 +306,12 @@ def _copied(path: Path, output: _Bounded) -> None:
         shutil.copyfileobj(file, output, CHUNK)
 
 
-def hub_error(error: Exception, repo: str, url: str) -> RefusedError | TransientError:
+def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -> RefusedError:
     """Return what went wrong on the hub, with the line to type, and without anything that the server should not have said."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    said = without_secrets(" ".join(str(error).split()))
+    chain = [e for e in (error, error.__cause__) if e is not None]  # the first may only say that the file is not cached
+    kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
+    status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None)) is not None), None)
+    said = without_secrets(" ".join(str(error).split()).replace(token or "\0", "<token>"))
     login = "log in: hf auth login (or set the environment variable HF_TOKEN)"
     if "GatedRepoError" in kinds:
         page = f"{hub_endpoint()}/{repo}"
@@ -307,10 +323,12 @@ def hub_error(error: Exception, repo: str, url: str) -> RefusedError | Transient
         )
     if "RevisionNotFoundError" in kinds:
         return RefusedError(f"{repo} has no such commit: {url} (see {hub_endpoint()}/{repo}/commits/main)", absent=True)
-    if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
+    if "RemoteEntryNotFoundError" in kinds or ("EntryNotFoundError" in kinds and status == 404):
         return RefusedError(f"{repo} has no such file: {url} (see {hub_endpoint()}/{repo}/tree/main)", absent=True)
     if status is not None and 400 <= status < 500 and status not in (408, 429):
         return RefusedError(f"{url} answered {status}: {said}", absent=True)
-    if "HFValidationError" in kinds:
-        return RefusedError(said, absent=True)
-    return TransientError(f"{url} could not be downloaded: {said}")
+    if kinds & {"HFValidationError", "FileMetadataError"}:  # a malformed name; or no hub answered
+        return RefusedError(f"{url}: {said}", absent=True)
+    return RefusedError(
+        f"{hub_endpoint()} cannot be reached, or is in trouble: {said}", absent=True
+    )  # it was asked several times

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "Entry", "cache_dir", "fetch", "find_file", "list_models", "path_of", "registry", "sha256_of", "state_of",
+    "Entry", "File", "cache_dir", "fetch", "find_file", "list_models", "path_of", "registry", "sha256_of", "state_of",
 ]  # fmt: skip
 
 State = Literal["bundled", "cached", "remote", "damaged", "missing"]
