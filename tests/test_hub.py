@@ -361,6 +361,7 @@ def test_a_process_of_its_own_with_the_documented_variables(hub: Hub, content: b
 # -- publishing -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client itself
 def test_a_model_is_pushed_and_loaded_by_the_line_that_is_returned(
     hub: Hub, tiny_prior: GenerativeModel, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
@@ -384,6 +385,7 @@ def test_a_model_is_pushed_and_loaded_by_the_line_that_is_returned(
     assert xgenda.load_model(third).sha256 == again.sha256
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client itself
 def test_a_token_that_is_given(hub: Hub, tiny_prior: GenerativeModel) -> None:
     assert tiny_prior.push_to_hub("org/new", token=TOKEN).startswith("hf://org/new@")
 

@@ -311,7 +311,7 @@ def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -
     chain = [e for e in (error, error.__cause__) if e is not None]  # the first may only say that the file is not cached
     kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
     status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None)) is not None), None)
-    said = without_secrets(" ".join(str(error).split()).replace(token or "\0", "<token>"))
+    said = without_secrets(" ".join(" ".join(map(str, chain)).split()).replace(token or "\0", "<token>"))
     login = "log in: hf auth login (or set the environment variable HF_TOKEN)"
     if "GatedRepoError" in kinds:
         page = f"{hub_endpoint()}/{repo}"
