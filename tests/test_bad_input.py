@@ -98,7 +98,7 @@ def kit(request, background, stations, prior, tmp_path) -> Kit:
 def described(change: Callable[[dict], None]) -> Callable[[dict, dict], None]:
     def alter(header: dict, tensors: dict) -> None:
         data = json.loads(header["xgenda"])
-        change(data)
+        change(data["model"])
         header["xgenda"] = json.dumps(data)
 
     return alter
@@ -490,10 +490,10 @@ CASES: dict[str, Case] = {
     ),
     "newer format": (
         lambda k: xgenda.load_model(
-            k.altered(lambda header, _: header.update(xgenda=json.dumps({**json.loads(header["xgenda"]), "format": 99})))
+            k.altered(lambda h, _: h.update(xgenda=json.dumps({**json.loads(h["xgenda"]), "format": 99, "requires": "7.1"})))
         ),
         CheckpointError,
-        r"has format 99; this version reads 1. Update xgenda",
+        r"has format 99; xgenda .* reads formats 1 to 2. Type: pip install --upgrade 'xgenda>=7.1'",
     ),
     "nan in a tensor": (
         lambda k: xgenda.load_model(k.altered(lambda _, tensors: spoil(tensors))),
@@ -518,12 +518,12 @@ CASES: dict[str, Case] = {
     "missing tensor": (
         lambda k: xgenda.load_model(k.altered(lambda _, t: t.pop(next(n for n in t if n.startswith("network."))))),
         CheckpointError,
-        r"the tensors do not fit the description",
+        r"the tensors are not those that its header lists:\n  missing: network\.\S+ \(",
     ),
     "missing scaling": (
         lambda k: xgenda.load_model(k.altered(lambda _, t: t.pop("scaling.std"))),
         CheckpointError,
-        r"the tensor 'scaling.std' is missing",
+        r"missing: scaling.std \(1, ",
     ),
     "pickle": (
         lambda k: ((k.tmp / "m.pt").write_bytes(b"\x80\x04."), xgenda.load_model(k.tmp / "m.pt")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # noqa: TID251  (dask sends objects so)
 from collections.abc import Callable
 from typing import Any
 
@@ -191,7 +191,7 @@ def test_levels_are_independent() -> None:
     c = 4.0 * np.exp(-distances(np.array([40.0, 41.0]), np.array([0.0, 1.0]))[0, 1] / 1e6)
     np.testing.assert_allclose(R, [[4, 0, c], [0, 4, 0], [c, 0, 4]], atol=1e-12)
     np.testing.assert_allclose(dense @ table.value, value)
-    assert pickle.loads(pickle.dumps(table)).correlated[0].given.std == 2.0  # travels to workers
+    assert pickle.loads(pickle.dumps(table)).correlated[0].given.std == 2.0  # noqa: S301  (travels to workers)
 
 
 def test_thinning_and_superobs(state: xr.Dataset, prior: GenerativeModel) -> None:

@@ -179,7 +179,7 @@ def test_ten_thousand_times_are_set_up_without_computing(tiny_prior: GenerativeM
 
 
 def test_a_task_carries_a_handle_and_not_the_weights(tiny_prior: GenerativeModel) -> None:
-    import cloudpickle
+    import cloudpickle  # noqa: TID251  (dask sends objects so)
 
     from xgenda.devices import handle_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -99,3 +100,54 @@ def test_the_readme_has_the_command_that_runs_the_tests() -> None:
     command = "python -m pip install -e '.[test]' && python -m pytest"
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+CALLS = {"torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "np.load", "numpy.load", "pd.read_pickle"}
+
+
+def pickles_in(text: str) -> list[str]:
+    """Return what in a program reads or writes pickles: imports, calls, and allow_pickle."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in PICKLING]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{a.name}" for a in node.names]
+            found += [n for n in names if n.split(".")[0] in PICKLING or n in CALLS]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            found += [called] if called in CALLS or called.split(".")[0] in PICKLING or called.endswith("to_pickle") else []
+            found += ["allow_pickle"] if keywords.get("allow_pickle", "False") != "False" else []
+            found += ["weights_only"] if keywords.get("weights_only", "True") != "True" else []
+    return found
+
+
+def test_nothing_is_stored_as_a_pickle() -> None:
+    """But for the files of PhysicsNeMo, of which only numbers are read."""
+    found = {}
+    for path in [*ROOT.glob("xgenda/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("docs/benchmarks/*.py")]:
+        if names := pickles_in(path.read_text(encoding="utf-8")):
+            found[path.relative_to(ROOT).as_posix()] = sorted(names)
+    assert found == {"xgenda/models/physicsnemo.py": ["torch.load", "torch.save"]}
+    text = (ROOT / "xgenda/models/physicsnemo.py").read_text(encoding="utf-8")
+    assert text.count("weights_only=True") == text.count("torch.load(") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle", "from dill import loads", "import joblib.memory", "from torch import load", "torch.load(f, weights_only=True)",
+        "torch.save(x, f)", "open_archive(f, allow_pickle=True)", "read(f, weights_only=False)", "df.to_pickle(f)", "np.load(f)",
+    ],
+)  # fmt: skip
+def test_a_pickle_would_be_found(text: str) -> None:
+    assert pickles_in(text)
+
+
+def test_the_linter_refuses_pickles() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    assert {"TID251", "S301"} <= set(config["select"])
+    banned = set(config["flake8-tidy-imports"]["banned-api"])
+    assert {"pickle", "cloudpickle", "dill", "joblib", "torch.load", "torch.save", "numpy.load"} <= banned

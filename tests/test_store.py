@@ -12,18 +12,21 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from xgenda.errors import CheckpointError, ChecksumError, ModelNotFoundError, OptionError
+from xgenda.errors import CheckpointError, ChecksumError, GendaError, ModelNotFoundError, OptionError
 from xgenda.models import entries as entries_module
-from xgenda.models import store
+from xgenda.models import sources, store
 
 GOOD = bytes(range(256)) * 40
 SHA = hashlib.sha256(GOOD).hexdigest()
@@ -45,6 +48,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = GOOD[:-1]
         elif self.path == "/truncated":
             body, length = GOOD[:5000], len(GOOD)
+        elif self.path == "/half":
+            body, length = LIKE_A_MODEL[:5000], len(LIKE_A_MODEL)
         elif self.path == "/html":
             body = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
         elif self.path == "/missing":
@@ -53,7 +58,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, body = 503, b"try later"
         elif self.path == "/slow":
             time.sleep(0.5)
+        elif self.path.split("?")[0] in server.files:
+            body = server.files[self.path.split("?")[0]]
         self.send_response(status)
+        if body != GOOD:
+            self.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # the client had enough
@@ -69,6 +78,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.hits: list[str] = []
+        self.files: dict[str, bytes] = {}
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -92,7 +102,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_RETRIES", 0)  # they wait 1 + 2 + 3 seconds
+    monkeypatch.setattr(sources, "RETRIES", 0)  # they wait 1 + 2 + 3 seconds
 
 
 def table(**fields: object) -> str:
@@ -145,10 +155,11 @@ def test_an_entry_has_what_its_table_says(tmp_path: Path) -> None:
         licence="Apache-2.0",
         variables=("t2m", "mslp"),
         region="Europe",
-        sha256=SHA,
-        size=len(GOOD),
-        url="https://example.org/tiny.safetensors",
+        files=(entries_module.File(sha256=SHA, size=len(GOOD), url="https://example.org/tiny.safetensors"),),
+        registry=tmp_path / "weights.toml",
+        root=tmp_path,
     )
+    assert (entry.sha256, entry.size, entry.url, entry.file) == (SHA, len(GOOD), entry.files[0].url, None)
     with pytest.raises(AttributeError):
         entry.size = 1  # type: ignore[misc]
 
@@ -161,6 +172,9 @@ def test_an_entry_has_what_its_table_says(tmp_path: Path) -> None:
         "http://localhost:8000/tiny.safetensors",
         "http://127.0.0.1/tiny.safetensors",
         "http://[::1]:80/tiny.safetensors",
+        "s3://bucket/folder/tiny.safetensors",
+        "gs://bucket/tiny.safetensors",
+        "memory://tiny.safetensors",
         f"hf://an-org/a.repo_1@{COMMIT}/folder/tiny.safetensors",
     ],
 )
@@ -177,8 +191,8 @@ def test_a_url_of_the_hub_is_taken_apart() -> None:
 MALFORMED = {
     "not TOML": ("schema = 1\n[models.tiny\n", r"cannot be read: .*line 2"),
     "a key twice": (table() + 'region = "Asia"\n', r"cannot be read: .*line 11"),
-    "no schema": ("", r"schema = None, but this version reads schema = 1"),
-    "a later schema": ("# a comment\nschema = 2\n", r"line 2: schema = 2, but this version reads schema = 1"),
+    "no schema": ("", r"schema = None, but this version reads schema = 1 and schema = 2"),
+    "a later schema": ("# a comment\nschema = 3\n", r"line 2: schema = 3, but this version reads .*pip install --upgrade xgenda"),
     "schema = true": ("schema = true\n", r"line 1: schema = True"),
     "unknown top-level key": ("schema = 1\nmodel = 1\n", r"line 2: unknown key 'model'"),
     "unknown top-level table": ("schema = 1\n\n[model.tiny]\n", r"line 3: unknown key 'model'"),
@@ -198,9 +212,9 @@ MALFORMED = {
     "empty licence": (table(licence=""), r"line 8: .*'licence' must not be empty"),
     "file and url": (table(file="tiny.safetensors"), r"line 2: .*exactly one of 'file' .* and 'url'"),
     "neither file nor url": (table(url=None), r"line 2: .*exactly one of 'file' .* and 'url'"),
-    "file above": (table(url=None, file="../tiny.safetensors"), r"'file' must be a path below data/weights/"),
-    "absolute file": (table(url=None, file="/tiny.safetensors"), r"'file' must be a path below data/weights/"),
-    "drive letter": (table(url=None, file="C:/tiny.safetensors"), r"'file' must be a path below data/weights/"),
+    "file above": (table(url=None, file="../tiny.safetensors"), r"'file' must be a path below the folder of the registry"),
+    "absolute file": (table(url=None, file="/tiny.safetensors"), r"'file' must be a path below the folder of the registry"),
+    "drive letter": (table(url=None, file="C:/tiny.safetensors"), r"'file' must be a path below the folder of the registry"),
     "pickled file": (
         table(url=None, file="tiny.pt"),
         r"must be a safetensors file, found 'tiny.pt'; pickled files can",
@@ -210,6 +224,9 @@ MALFORMED = {
     "http that looks local": (table(url="http://127.0.0.1.example.org/tiny"), r"is not accepted; use https://"),
     "password in url": (table(url="https://me:secret@example.org/tiny"), r"is not accepted; use https://"),
     "ftp": (table(url="ftp://example.org/tiny"), r"is not accepted; use https://"),
+    "password in a store": (table(url="s3://me:secret@bucket/tiny"), r"is not accepted; use https://"),
+    "no path in a store": (table(url="s3://"), r"is not accepted; use https://"),
+    "chained stores": (table(url="s3://zip::memory://tiny"), r"is not accepted; use https://"),
     "no host": (table(url="https:///tiny"), r"is not accepted; use https://"),
     "broken address": (table(url="http://[::1/tiny"), r"is not accepted; use https://|cannot be"),
     "hub without commit": (table(url="hf://org/repo/tiny"), r"is not accepted; .*@<40 digit commit>"),
@@ -259,8 +276,33 @@ def test_a_registered_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeyp
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"absent\.safetensors does not exist. Pass the path of"):
         store.find_file(tmp_path / "absent.safetensors")
-    with pytest.raises(ModelNotFoundError, match=r"is a folder, not a file"):
+    with pytest.raises(ModelNotFoundError, match=r"is a folder, not a file, and it holds no model file. Pass the path"):
         store.find_file(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_that_holds_one_model(tmp_path: Path, kind: type) -> None:
+    for name in ("README.md", ".model.safetensors.partial-3", ".hidden.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    assert store.find_file(kind(tmp_path)) == (tmp_path / "model.safetensors", SHA)
+    (tmp_path / "other.safetensors").write_bytes(GOOD)
+    with pytest.raises(
+        ModelNotFoundError, match=r"holds 2 model files: model.safetensors, other.safetensors. Pass .* model='.*/model\."
+    ):
+        store.find_file(tmp_path)
+
+
+def test_a_file_can_be_asked_for_by_its_checksum(tmp_path: Path, remote) -> None:
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(GOOD)
+    assert store.find_file(path, sha256=SHA.upper()) == (path, SHA)
+    with pytest.raises(ChecksumError, match=f"has sha256 {SHA}, expected {'0' * 64}"):
+        store.find_file(path, sha256="0" * 64)
+    with pytest.raises(OptionError, match="sha256='123' is not accepted; it must be 64 hexadecimal digits"):
+        store.find_file(path, sha256="123")
+    with pytest.raises(ChecksumError, match=f"is not that of the model 'tiny', which is registered with {SHA}"):
+        store.find_file("tiny", sha256="0" * 64, registry=remote("good"))
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
@@ -340,6 +382,7 @@ def test_list_models(remote, tmp_path: Path) -> None:
     assert models.loc["tiny"].to_dict() == {
         "task": "prior",
         "variables": "t2m, mslp",
+        "grid": "not stated",
         "region": "Europe",
         "size": len(GOOD),
         "licence": "Apache-2.0",
@@ -459,3 +502,177 @@ def test_importing_the_store_is_light_and_touches_nothing(cache: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() in ("[]", "['pandas']")  # the package itself may need pandas, by way of xarray
     assert not cache.exists()
+
+
+# -- addresses that no registry has ------------------------------------------------------------------------------------
+
+LIKE_A_MODEL = (2).to_bytes(8, "little") + b"{}" + GOOD  # as safetensors begin
+DIGEST = hashlib.sha256(LIKE_A_MODEL).hexdigest()
+
+
+def test_a_model_from_anywhere(server: Server, cache: Path) -> None:
+    """Its checksum is shown once; with it, the cache answers without any question."""
+    server.files["/model.safetensors"] = LIKE_A_MODEL
+    url = f"{server.url}/model.safetensors"
+    with pytest.warns(UserWarning, match=f"Nothing vouches for {url}, .* xgenda.load_model\\('{url}', sha256='{DIGEST}'\\)"):
+        path, sha256 = store.find_file(url)
+    assert (path.parent, sha256, path.read_bytes()) == (cache, DIGEST, LIKE_A_MODEL)
+    asked = len(server.hits)
+    assert store.find_file(url) == (path, DIGEST)  # no warning: warnings are errors
+    assert len(server.hits) == asked + 1  # whether it has changed
+    assert store.find_file(url, sha256=DIGEST) == (path, DIGEST)
+    assert len(server.hits) == asked + 1
+    path.write_bytes(b"damaged")
+    assert store.find_file(url, sha256=DIGEST)[0].read_bytes() == LIKE_A_MODEL
+
+
+def test_a_model_that_changed_at_its_address_is_fetched_again(server: Server, cache: Path) -> None:
+    url = f"{server.url}/model.safetensors"
+    server.files["/model.safetensors"] = LIKE_A_MODEL
+    with pytest.warns(UserWarning, match=DIGEST):
+        first, _ = store.find_file(url)
+    server.files["/model.safetensors"] = LIKE_A_MODEL + b"more"
+    with pytest.warns(UserWarning, match="Nothing vouches for"):
+        second, sha256 = store.find_file(url)
+    assert first != second
+    assert sha256 == hashlib.sha256(LIKE_A_MODEL + b"more").hexdigest()
+    with pytest.raises(ChecksumError, match=f"is not the one asked for and was removed: expected sha256 {'0' * 64}"):
+        store.find_file(url, sha256="0" * 64)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_model_from_anywhere_without_network(server: Server, cache: Path) -> None:
+    server.files["/model.safetensors"] = LIKE_A_MODEL
+    url = f"{server.url}/model.safetensors"
+    with pytest.warns(UserWarning, match=DIGEST):
+        path, _ = store.find_file(url)
+    server.shutdown()
+    server.server_close()
+    with pytest.warns(UserWarning, match=f"cannot be asked for changes; the copy {path} is taken"):
+        assert store.find_file(url) == (path, DIGEST)
+    assert store.find_file(url, sha256=DIGEST) == (path, DIGEST)
+    with pytest.raises(ModelNotFoundError, match=r"cannot be reached: .*Try again with xgenda.load_model\("):
+        store.find_file(f"{url}-other")
+
+
+ANYWHERE = {
+    "html": (ChecksumError, "the server sent a web page instead of the file"),
+    "good": (ChecksumError, "the file is no safetensors file"),
+    "missing": (ModelNotFoundError, r"answered 404 .*Try again with xgenda.load_model\('http"),
+    "half": (ModelNotFoundError, "could not be downloaded: "),
+}
+
+
+@pytest.mark.usefixtures("no_retries")
+@pytest.mark.parametrize("place", ANYWHERE)
+def test_what_is_refused_from_anywhere(place: str, server: Server, cache: Path) -> None:
+    error, message = ANYWHERE[place]
+    with pytest.raises(error, match=message):
+        store.find_file(f"{server.url}/{place}")
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_the_query_of_a_signed_address_is_never_shown(server: Server, no_retries: None) -> None:
+    secret = "X-Amz-Signature=0123456789abcdef"
+    server.files["/model.safetensors"] = LIKE_A_MODEL
+    with pytest.warns(UserWarning, match="Nothing vouches for") as caught:
+        store.find_file(f"{server.url}/model.safetensors?{secret}")
+    assert secret not in str(caught[0].message)
+    for url in (f"{server.url}/missing?{secret}", f"http://127.0.0.1:9/a?{secret}", f"http://example.org/a?{secret}"):
+        with pytest.raises(GendaError) as refused:
+            store.find_file(url)
+        assert secret not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org/a", "ftp://example.org/a", "https://me:secret@example.org/a", "memory://a::b"]
+)
+def test_addresses_that_are_not_accepted(url: str) -> None:
+    with pytest.raises(
+        OptionError, match="is not accepted; use https://..., hf://organisation/repository@<40 digit commit>/file"
+    ) as caught:
+        store.find_file(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_pickle_is_not_fetched(server: Server) -> None:
+    with pytest.raises(CheckpointError, match="never loaded"):
+        store.find_file(f"{server.url}/model.pt?download=1")
+    assert server.hits == []
+
+
+# -- object stores -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    files = fsspec.filesystem("memory")
+    files.pipe("/bucket/model.safetensors", LIKE_A_MODEL)
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_model_of_a_store(memory: fsspec.AbstractFileSystem, cache: Path) -> None:
+    with pytest.warns(UserWarning, match=f"Nothing vouches for memory://bucket/model.safetensors, which has sha256 {DIGEST}"):
+        path, sha256 = store.find_file("memory://bucket/model.safetensors")
+    assert (path.parent, sha256, path.read_bytes()) == (cache, DIGEST, LIKE_A_MODEL)
+    assert store.find_file("memory://bucket/model.safetensors") == (path, DIGEST)
+    memory.pipe("/bucket/model.safetensors", LIKE_A_MODEL + b"more")
+    with pytest.warns(UserWarning, match="Nothing vouches for"):
+        assert store.find_file("memory://bucket/model.safetensors")[0] != path
+    with pytest.raises(ModelNotFoundError, match="memory://bucket/other does not exist"):
+        store.find_file("memory://bucket/other")
+
+
+def test_a_registered_model_of_a_store(memory: fsspec.AbstractFileSystem, tmp_path: Path, cache: Path) -> None:
+    registry = read(tmp_path, table(url="memory://bucket/model.safetensors", sha256=DIGEST, size=len(LIKE_A_MODEL)))
+    assert store.find_file("tiny", registry=registry) == (cache / f"tiny-{DIGEST[:8]}.safetensors", DIGEST)
+    shutil.rmtree(cache)
+    for content, message in (
+        (LIKE_A_MODEL[:-1] + b"x", "is not the registered one and was removed"),
+        (LIKE_A_MODEL + b"x", f"is larger than the registered {len(LIKE_A_MODEL)} bytes"),
+    ):
+        memory.pipe("/bucket/model.safetensors", content)
+        with pytest.raises(ChecksumError, match=message):
+            store.find_file("tiny", registry=registry)
+    memory.rm("/bucket/model.safetensors")
+    memory.pipe("/bucket/keep", b"")
+    with pytest.raises(ModelNotFoundError, match="memory://bucket/model.safetensors does not exist.*download memory://"):
+        store.find_file("tiny", registry=registry)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_retries")
+def test_part_of_a_file_of_a_store(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    registry = read(tmp_path, table(url="memory://bucket/model.safetensors", sha256=DIGEST, size=len(LIKE_A_MODEL) + 1))
+    with pytest.raises(ChecksumError, match=f"is incomplete: expected {len(LIKE_A_MODEL) + 1} bytes, found {len(LIKE_A_MODEL)}"):
+        store.find_file("tiny", registry=registry)
+
+
+def test_an_address_of_this_machine_is_a_path(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(GOOD)
+    assert store.find_file(f"file://{tmp_path}/a.safetensors") == (tmp_path / "a.safetensors", SHA)
+    assert store.find_file(f"file://{tmp_path}") == (tmp_path / "a.safetensors", SHA)
+    registry = read(tmp_path, table(url=f"file://{tmp_path}/a.safetensors"))  # in a registry it is copied to the cache, verified
+    assert store.find_file("tiny", registry=registry) == (cache / f"tiny-{SHA[:8]}.safetensors", SHA)
+
+
+def test_a_store_whose_package_is_not_installed(tmp_path: Path) -> None:
+    """In a process of its own, where these packages cannot be imported; fsspec remembers what it has imported."""
+    read(tmp_path, table(url="s3://bucket/tiny.safetensors"))
+    program = (
+        "import pathlib, sys\n"
+        "for name in ('s3fs', 'gcsfs', 'adlfs'): sys.modules[name] = None\n"
+        "from xgenda.errors import MissingDependencyError\n"
+        "from xgenda.models import store\n"
+        "registry = store.registry(pathlib.Path(sys.argv[1]))\n"
+        "for model in ('tiny', 's3://b/a.safetensors', 'gs://b/a.safetensors', 'az://b/a.safetensors'):\n"
+        "    try: store.find_file(model, registry=registry)\n"
+        "    except MissingDependencyError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "weights.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"Files at {scheme}:// need the package {package!r}, which is not installed. Install it with: pip install {package}"
+        for scheme, package in (("s3", "s3fs"), ("s3", "s3fs"), ("gs", "gcsfs"), ("az", "adlfs"))
+    ]

@@ -1,13 +1,17 @@
-"""The command line: ``xgenda demo`` and ``xgenda models``; the library is imported when a command needs it."""
+"""The command line: ``xgenda demo``, ``models`` and ``weights``; the library is imported when a command needs it."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from xgenda.errors import GendaError
+
+if TYPE_CHECKING:
+    from xgenda.models.entries import Entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 where all went well, 1 after an error of xgenda (its message is on standard error), 2 where no command was given.
+        0 where all went well, 1 after an error of xgenda (its message is on standard error), or where a file is not as it should be,
+        2 where no command was given.
 
     Examples
     --------
@@ -35,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {"demo": _demo, "models": _models, "weights": _weights}
     try:
-        return _demo(options) if options.command == "demo" else _models()
+        return commands[options.command](options)
     except GendaError as problem:
         print(f"xgenda: error: {problem}", file=sys.stderr)
         return 1
@@ -57,6 +63,35 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, metavar="S", help="key of the random numbers (default: %(default)s)")
     demo.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
     commands.add_parser("models", help="list the models that can be used by name", description="List the registered models.")
+    weights = commands.add_parser(
+        "weights",
+        help="list, fetch and verify the files of models",
+        description="The files of the registered models: those of the package, of XGENDA_REGISTRY and of installed packages. "
+        "Files are kept in the cache (environment variable XGENDA_CACHE), a copy of which serves a machine without network.",
+    )
+    actions = weights.add_subparsers(dest="action", metavar="action", required=True)
+    actions.add_parser("list", help="list the registered models", description="List the registered models.")
+    fetch = actions.add_parser(
+        "fetch",
+        help="download the files of models, for use without network",
+        description="Download the files of models that are not on this machine, and verify all of them.",
+    )
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="registered names, or addresses: hf://..., https://..., s3://...")
+    fetch.add_argument("--all", action="store_true", help="all registered models")
+    verify = actions.add_parser(
+        "verify",
+        help="compare files with their registered checksums",
+        description="Compare size and SHA-256 of the files on this machine with the registered ones. The exit status is 1 where one "
+        "differs, or where a model that was named is not here.",
+    )
+    verify.add_argument("names", nargs="*", metavar="NAME", help="registered names (default: all)")
+    where = actions.add_parser(
+        "where",
+        help="print the paths of model files",
+        description="Print where the file of each model is; the exit status is 1 where one that was named is not here. With one name "
+        "the path is printed alone.",
+    )
+    where.add_argument("names", nargs="*", metavar="NAME", help="registered names (default: all)")
     return parser
 
 
@@ -87,7 +122,7 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _models() -> int:
+def _models(_: argparse.Namespace) -> int:
     from xgenda.models.store import list_models
 
     table = list_models()
@@ -97,3 +132,83 @@ def _models() -> int:
     table["size"] = [f"{size / 1e6:.1f} MB" for size in table["size"]]
     print(table.to_string())
     return 0
+
+
+def _weights(options: argparse.Namespace) -> int:
+    actions = {"list": _models, "fetch": _fetch, "verify": _verify, "where": _paths}
+    return actions[options.action](options)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    """Download what was asked for; a model that fails keeps no other from being fetched."""
+    from xgenda.models.store import fetch, find_file, registry
+
+    entries = registry()
+    names = [*options.names, *(n for n in entries if options.all and n not in options.names)]
+    if not names:
+        print("xgenda: error: name the models to fetch, or type: xgenda weights fetch --all", file=sys.stderr)
+        return 2
+    failed = 0
+    for name in names:
+        try:
+            if name in entries:
+                paths = [fetch(entries[name], file if number else None) for number, file in enumerate(entries[name].files)]
+            else:
+                paths = [find_file(name)[0]]
+        except GendaError as problem:
+            print(f"xgenda: error: {problem}", file=sys.stderr)
+            failed += 1
+        else:
+            for path in paths:
+                print(f"{name}\t{path}")
+    return 1 if failed else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Print the state of each file: ok, damaged, missing, or not fetched."""
+    from xgenda.models.store import path_of, state_of
+
+    words = {"bundled": "ok", "cached": "ok", "remote": "not fetched", "damaged": "damaged", "missing": "missing"}
+    wrong = {"damaged", "missing"} | ({"not fetched"} if options.names else set())
+    status = 0
+    for entry in _chosen(options.names):
+        for number, file in enumerate(entry.files):
+            asked = file if number else None
+            word = words[state_of(entry, asked, verify=True)]
+            print(f"{entry.name}\t{word}\t{path_of(entry, asked)}")
+            if word in wrong:
+                status = 1
+                if file.url is not None:
+                    remedy = f"type: xgenda weights fetch {entry.name}"
+                elif entry.root != entry.registry.parent:  # part of the package
+                    remedy = "type: pip install --force-reinstall xgenda"
+                else:
+                    remedy = f"put it there again, or correct {entry.registry}"
+                print(f"xgenda: {entry.name}: {file.label} is {word}; {remedy}", file=sys.stderr)
+    return status
+
+
+def _paths(options: argparse.Namespace) -> int:
+    """Print where files are."""
+    from xgenda.models.store import path_of, state_of
+
+    status = 0
+    for entry in _chosen(options.names):
+        print(path_of(entry) if len(options.names) == 1 else f"{entry.name}\t{path_of(entry)}")
+        if options.names and state_of(entry) not in ("bundled", "cached"):
+            print(f"xgenda: {entry.name} is not on this machine; type: xgenda weights fetch {entry.name}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _chosen(names: Sequence[str]) -> list[Entry]:
+    """Return the entries of these names; of all models where there are none."""
+    from xgenda.errors import ModelNotFoundError, did_you_mean
+    from xgenda.models.store import registry
+
+    entries = registry()
+    for name in names:
+        if name not in entries:
+            known = ", ".join(map(repr, entries))
+            raise ModelNotFoundError(f"No model is named {name!r}.{did_you_mean(name, entries)} Registered models: {known}.")
+    return [entries[name] for name in names] if names else list(entries.values())

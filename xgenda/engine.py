@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import numbers
 import secrets
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +17,7 @@ from xgenda import chunking, metadata
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
+from xgenda.formatting import bar_class
 from xgenda.grids import Orientation
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
 from xgenda.observations.correlations import whitened
@@ -317,10 +315,7 @@ class progress_bar:
 
     def __enter__(self) -> Callable[[int], None]:
         """Return the function to call with finished units of work."""
-        # the notebook bar without ipywidgets only warns
-        notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
-        bar = importlib.import_module("tqdm.notebook" if notebook else "tqdm.std").tqdm
-        self.bar = bar(
+        self.bar = bar_class()(
             total=self.total,
             desc=self.description,
             disable=None if self.progress is None else not self.progress,

@@ -13,6 +13,7 @@
     +-- ModelNotFoundError     (KeyError)     no model of that name, or none that fits
     +-- ChecksumError          (ValueError)   a file is not the one that was registered
     +-- CheckpointError        (ValueError)   a model file cannot be read
+    +-- PublishingError        (OSError)      a model could not be put on a hub
     +-- OutputExistsError      (FileExistsError)
     +-- MissingDependencyError (ImportError)  an optional package is not installed
 
@@ -70,6 +71,10 @@ class ChecksumError(GendaError, ValueError):
 
 class CheckpointError(GendaError, ValueError):
     """A model file cannot be read."""
+
+
+class PublishingError(GendaError, OSError):
+    """A model could not be put on a hub."""
 
 
 class OutputExistsError(GendaError, FileExistsError):

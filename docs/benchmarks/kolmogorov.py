@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -262,7 +263,7 @@ def train(
     network = WindowNetwork(width)
     denoiser = EDMDenoiser(network, anchor, feeds_state=True)
     if path.exists():
-        network.load_state_dict(torch.load(path, weights_only=True))
+        network.load_state_dict(load_file(path))
         return denoiser.eval().requires_grad_(False)
     levels = torch.logspace(math.log10(SIGMA[0]), math.log10(SIGMA[1]), 64).tolist()  # few enough for the anchor to keep
     average = {n: p.clone() for n, p in network.state_dict().items()}
@@ -296,9 +297,9 @@ def train(
         if (step + 1) % every == 0:
             print(f"step {step + 1}, loss {recent / every:.5f}, {time.perf_counter() - began:.0f} s", flush=True)
             recent = 0.0
-            torch.save(average, path.with_suffix(".part"))
+            save_file(average, path.with_suffix(".part"))
     network.load_state_dict(average)
-    torch.save(average, path)
+    save_file(average, path)
     path.with_suffix(".part").unlink(missing_ok=True)
     denoiser = denoiser.eval().requires_grad_(False)
     print_skill(denoiser, held)
@@ -447,12 +448,12 @@ def picture(path: Path, truth: Tensor, members: Tensor, observed: str, scale: fl
 
 def flow_data(cache: Path, runs: int, size: int, substeps: int, **options: int) -> Tensor:
     """Return trajectories in physical units, from the cache where they are there."""
-    path = cache / f"flow-{runs}x{size}.pt"
+    path = cache / f"flow-{runs}x{size}.safetensors"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        return load_file(path)["states"]
     began = time.perf_counter()
     states = simulate(runs, size, substeps, **options)
-    torch.save(states, path)
+    save_file({"states": states.contiguous()}, path)
     energy = " ".join(f"{e:.1e}" for e in spectrum(states[:, ::8])[[1, 2, 4, 8, 16, 32]].tolist())
     print(f"{time.perf_counter() - began:.0f} s; energy at wavenumbers 1, 2, 4, 8, 16, 32: {energy}", flush=True)
     return states
@@ -486,7 +487,7 @@ def main() -> None:
         data = flow_data(args.cache, args.runs, args.size, 30)
     train_set, held = data[:-4], data[-4:]
     scale = float(train_set.square().mean().sqrt())
-    path = args.cache / f"anchored-{len(data)}x{args.width}-{args.steps}.pt"
+    path = args.cache / f"anchored-{len(data)}x{args.width}-{args.steps}.safetensors"
     denoiser = train(train_set / scale, held / scale, path, args.steps, args.width)
     print(f"standard deviation of velocity {scale:.3f}", flush=True)
     results = args.cache / ("quick.json" if args.quick else "results.json")

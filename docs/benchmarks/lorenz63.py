@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
@@ -181,13 +182,13 @@ def train(
     k: int, steps: int, cache: Path, *, width: int = 128, blocks: int = 4, batch: int = 2048, rate: float = 2e-3
 ) -> EDMDenoiser:
     """Return the denoiser of windows of 2 k + 1 states, from the cache where it was trained before."""
-    path = cache / f"window{k}-{width}x{blocks}-{steps}.pt"
+    path = cache / f"window{k}-{width}x{blocks}-{steps}.safetensors"
     data = (simulate(1024, 1024, seed=1) - MEAN) / STD if not path.exists() else torch.zeros(1, 16, 3)
     spread = (float(data.diff(dim=1).std()), float(data.diff(n=2, dim=1).std()))
     torch.manual_seed(k)
     network = WindowNetwork(k, width, blocks, spread)
     if path.exists():
-        network.load_state_dict(torch.load(path, weights_only=True))
+        network.load_state_dict(load_file(path))
         return EDMDenoiser(network).eval().requires_grad_(False)
     average = {n: p.clone() for n, p in network.state_dict().items()}
     # the composition keeps the centre of a window, and of the others only those at the two ends of the trajectory
@@ -218,7 +219,7 @@ def train(
             recent = 0.0
     network.load_state_dict(average)
     cache.mkdir(parents=True, exist_ok=True)
-    torch.save(average, path)
+    save_file(average, path)
     return EDMDenoiser(network).eval().requires_grad_(False)
 
 

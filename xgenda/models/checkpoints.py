@@ -9,37 +9,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xgenda.errors import CheckpointError
+from xgenda.errors import CheckpointError, check_flag
 from xgenda.files import aside, check_output
+from xgenda.metadata import package_version
 from xgenda.models.conditions import Conditions
+from xgenda.models.migrations import FORMAT, KEYS, REQUIRES, migrated
 from xgenda.models.spec import ModelSpec
 from xgenda.models.store import sha256_of
 from xgenda.scaling import Scaling
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from xgenda.models.generative import GenerativeModel
 
-FORMAT = 1
 LARGEST_HEADER = 16 * 2**20
+LISTED = 5  # differences of one kind in a message
 
 
-def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write `model` beside `path` and rename it into place."""
-    from safetensors.torch import save_file
+def save_model(model: GenerativeModel, path: str | os.PathLike[str], *, overwrite: bool = False, card: bool = False) -> Path:
+    """Write `model` beside `path` and rename it into place, and its card with it where that is asked for."""
+    from xgenda.models.cards import model_card
 
     target = Path(path)
     if target.suffix != ".safetensors":
         raise CheckpointError(
             f"A model file ends in .safetensors; got {target.name!r}. Type: model.save('{target.stem}.safetensors')"
         )
+    check_flag("card", card)
     check_output(target, "model.save", overwrite=overwrite, error=CheckpointError)
+    beside = target.with_suffix(".md")
+    if card:
+        check_output(beside, "model.save", overwrite=overwrite, error=CheckpointError)
     with aside(target) as partial:
-        # one entry only: safetensors writes several in random order, and equal models would have different checksums
-        save_file(stored_tensors(model), partial, metadata={"xgenda": json.dumps({"format": FORMAT, **model.spec.to_dict()})})
+        write_model(model, partial)
     model.path, model.sha256 = target.resolve(), sha256_of(target)
+    if card:
+        with aside(beside) as partial:
+            partial.write_text(model_card(model, place=target.name), encoding="utf-8")
     return target
+
+
+def write_model(model: GenerativeModel, path: Path) -> None:
+    """Write a model file."""
+    from safetensors.torch import save_file
+
+    # one entry only: safetensors writes several in random order, and equal models would have different checksums
+    save_file(stored_tensors(model), path, metadata={"xgenda": json.dumps(_document(model))})
 
 
 def stored_tensors(model: GenerativeModel) -> dict[str, Tensor]:
@@ -51,6 +67,12 @@ def stored_tensors(model: GenerativeModel) -> dict[str, Tensor]:
         tensors[f"{prefix}.mean"] = torch.as_tensor(scaling.mean, dtype=torch.float32)
         tensors[f"{prefix}.std"] = torch.as_tensor(scaling.std, dtype=torch.float32)
     return tensors
+
+
+def _document(model: GenerativeModel) -> dict[str, Any]:
+    """Return the entry of the header; see `xgenda.models.migrations`."""
+    shapes = {k: list(v.shape) for k, v in sorted(stored_tensors(model).items())}
+    return {"format": FORMAT, "requires": REQUIRES, "model": model.spec.to_dict(), "tensors": shapes}
 
 
 def as_stored(model: GenerativeModel) -> GenerativeModel:
@@ -76,6 +98,8 @@ def read_model(path: Path, sha256: str) -> GenerativeModel:
     spec, tensors = read_tensors(path)
     try:
         model: GenerativeModel = _reader(spec).from_tensors(spec, tensors)
+    except CheckpointError as problem:
+        raise CheckpointError(f"{path}: {problem}") from problem
     except (KeyError, RuntimeError, TypeError) as problem:
         raise CheckpointError(f"{path}: the tensors do not fit the description: {problem}") from problem
     model.path, model.sha256 = path, sha256
@@ -122,15 +146,65 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         raise CheckpointError(f"{path}: the model description is no valid JSON: {problem}") from problem
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: the model description is no mapping.")
-    found = data.pop("format", header.get("format"))  # beside the description in the first files
-    if str(found) != str(FORMAT):
-        raise CheckpointError(f"{path} has format {found}; this version reads {FORMAT}. Update xgenda.")
-    return _described(path, data, tensors), tensors
+    data.setdefault("format", header.get("format"))  # beside the description in the first files
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    return _described(path, _current(path, data, shapes)["model"], tensors), tensors
+
+
+def _current(path: Path, document: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return a document of any known format in today's, after comparing it with the tensors of its file."""
+    found = document["format"]
+    known = isinstance(found, (int, str)) and str(found).isdecimal()
+    if not known or not 1 <= int(found) <= FORMAT:
+        newer = known and int(found) > FORMAT
+        needed = document.get("requires") if newer else None
+        wanted = f"'xgenda>={needed}'" if isinstance(needed, str) else "xgenda"
+        raise CheckpointError(
+            f"{path} has format {found}; xgenda {package_version()} reads formats 1 to {FORMAT}."
+            + (f" Type: pip install --upgrade {wanted}" if newer else " It is no model file of xgenda.")
+        )
+    document = migrated({**document, "format": int(found)}, shapes)
+    if set(document) != set(KEYS):
+        raise CheckpointError(f"{path}: the header has unexpected or missing keys: {sorted(set(document) ^ set(KEYS))}.")
+    if not isinstance(document["model"], dict) or not isinstance(document["tensors"], dict):
+        raise CheckpointError(f"{path}: 'model' and 'tensors' of the header must be mappings.")
+    expected = {k: tuple(v) if isinstance(v, list) else v for k, v in document["tensors"].items()}
+    if found_out := differences(expected, shapes):
+        raise CheckpointError(f"{path}: the tensors are not those that its header lists:\n{found_out}")
+    return document
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return how two sets of named shapes differ, a line each; an empty string where they don't."""
+    kinds = {
+        "missing": [f"{k} {v}" for k, v in expected.items() if k not in found],
+        "unexpected": [f"{k} {v}" for k, v in found.items() if k not in expected],
+        "wrong shape": [f"{k}: expected {v}, found {found[k]}" for k, v in expected.items() if k in found and v != found[k]],
+    }
+    lines = []
+    for kind, items in kinds.items():
+        lines += [f"  {kind}: {item}" for item in items[:LISTED]]
+        lines += [f"  {kind}: and {len(items) - LISTED} more"] if len(items) > LISTED else []
+    return "\n".join(lines)
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Copy the tensors whose names begin with `prefix` into a network that must have exactly these.
+
+    Raises
+    ------
+    CheckpointError
+        Listing what is missing, unexpected, or of another shape.
+    """
+    own = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+    expected = {prefix + k: tuple(v.shape) for k, v in module.state_dict().items()}
+    if found := differences(expected, {k: tuple(v.shape) for k, v in own.items()}):
+        raise CheckpointError(f"the tensors do not fit the description:\n{found}")
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()}, strict=True)
 
 
 def _described(path: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> ModelSpec:
     """Return the description, taking the arrays of its scalings out of the tensors."""
-    data.setdefault("inputs", None)  # which the first files of priors do not have
     parts: dict[str, Any] = {"scaling": None, "inputs": None}
     for prefix, reader in (("scaling", Scaling.from_dict), ("inputs", Conditions.from_dict)):
         if data.get(prefix) is None:

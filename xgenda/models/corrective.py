@@ -30,6 +30,7 @@ from xgenda.errors import OptionError, check_choice, check_count, check_pair
 from xgenda.grids import rectilinear
 from xgenda.models.blocks import Blocks
 from xgenda.models.calibration import Calibration
+from xgenda.models.checkpoints import load_weights
 from xgenda.models.diffusive import BATCH, STEPS, build_network
 from xgenda.models.features import Features
 from xgenda.models.generative import STAGES, GenerativeModel, Request, SamplingOptions
@@ -378,11 +379,11 @@ class CorrectiveModel(GenerativeModel):
                 networks.append(None)
                 continue
             built = build_network(arguments)
-            own = {k.removeprefix(f"{part}."): tensors.pop(k) for k in list(tensors) if k.startswith(f"{part}.")}
-            built.load_state_dict(own, strict=True)
+            load_weights(built, tensors, f"{part}.")
             networks.append(built)
-        if tensors:
-            raise KeyError(f"unexpected tensors {sorted(tensors)}")
+        known = tuple(f"{part}." for part in ("network", "regression") if spec.options[part] is not None)
+        if stray := sorted(k for k in tensors if not k.startswith(known)):
+            raise KeyError(f"unexpected tensors {stray}")
         options = spec.options
         denoiser = EDMDenoiser(
             networks[0],

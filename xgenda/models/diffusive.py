@@ -20,6 +20,7 @@ from xgenda.diffusion.samplers import SAMPLERS, integrate, network_calls, sample
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.models.checkpoints import load_weights
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
 from xgenda.networks.songunet import SongUNet
@@ -250,7 +251,9 @@ class DiffusionModel(GenerativeModel):
         anchor, covariance = read_anchor(tensors), read_anchor(tensors, "covariance")
         valid = tensors.pop("valid").bool().numpy() if "valid" in tensors else None
         network = build_network(spec.options["network"])
-        network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()}, strict=True)
+        load_weights(network, tensors, "network.")
+        if stray := sorted(k for k in tensors if not k.startswith("network.")):
+            raise KeyError(f"unexpected tensors {stray}")
         return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
 
 

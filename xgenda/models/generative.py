@@ -198,17 +198,67 @@ class GenerativeModel(ABC):
         """Return mean and standard deviation of the prior, each shape (t, channels, cells), for the background check."""
         raise NotImplementedError
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, card: bool = False) -> Path:
         """Write the model to a safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path
+            Ends in ``.safetensors``.
+        overwrite
+            Whether an existing file may be replaced.
+        card
+            Whether the model's card is written beside it, under the same name with ``.md``.
 
         Raises
         ------
         OutputExistsError
-            If `path` exists and `overwrite` is False.
+            If `path`, or the card, exists and `overwrite` is False.
         """
         from xgenda.models.checkpoints import save_model
 
-        return save_model(self, path, overwrite=overwrite)
+        return save_model(self, path, overwrite=overwrite, card=card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        file: str = "model.safetensors",
+        private: bool | None = None,
+        card: bool = True,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Publish the model on the Hugging Face hub, as a safetensors file and a model card.
+
+        Parameters
+        ----------
+        repo_id
+            ``organisation/repository``; it is made if it does not exist.
+        file
+            The name of the model file there.
+        private
+            Whether a repository that is made is private; by default as the hub has it.
+        card
+            Whether ``README.md`` there is replaced by the card of the model.
+        message
+            Of the commit.
+        token
+            By default that of ``hf auth login`` or of the environment variable ``HF_TOKEN``. It is never shown.
+
+        Returns
+        -------
+        str
+            What `xgenda.load_model` takes, pinned to the commit: ``hf://organisation/repository@<commit>/file``.
+
+        Raises
+        ------
+        PublishingError
+            If the hub cannot be reached, or does not let you write there.
+        """
+        from xgenda.models.publishing import push_model
+
+        return push_model(self, repo_id, file=file, private=private, card=card, message=message, token=token)
 
     def template(self, *, inputs: bool = False) -> xr.Dataset:
         """Return zeros on the grid of the model with the attributes of its variables: what fields for it look like.

@@ -12,17 +12,22 @@ from xgenda.curvilinear import AnyGrid
 from xgenda.errors import GendaError, ModelNotFoundError, OptionError
 from xgenda.models.checkpoints import read_model
 from xgenda.models.generative import GenerativeModel
-from xgenda.models.store import find_file, registry
+from xgenda.models.store import find_file, registry, state_of
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> GenerativeModel:
-    """Return a model by its registered name, or from a file.
+def load_model(name_or_path: str | os.PathLike[str], *, sha256: str | None = None) -> GenerativeModel:
+    """Return a model by its registered name, from a file, or from an address.
 
     Parameters
     ----------
     name_or_path
-        A name of `list_models`, or the path of a ``.safetensors`` file written by ``model.save``. Files that are not bundled are
-        fetched once, checked against their SHA-256, and kept in the cache directory (environment variable ``XGENDA_CACHE``).
+        A name of `list_models`; the path of a ``.safetensors`` file written by ``model.save``, or of a folder that holds one; or an
+        address: ``hf://organisation/repository@<commit>/file``, ``https://...``, ``s3://...``, ``gs://...``. Files that are not on
+        this machine are fetched once and kept in the cache directory (environment variable ``XGENDA_CACHE``); those of registered
+        models are checked against their SHA-256.
+    sha256
+        What the file must be, 64 hexadecimal digits, for one that is not registered. Without it, a file from an address is taken as
+        it is, and a warning says its SHA-256.
 
     Returns
     -------
@@ -33,7 +38,7 @@ def load_model(name_or_path: str | os.PathLike[str]) -> GenerativeModel:
     ModelNotFoundError
         If there is no such name or file, or it cannot be fetched.
     ChecksumError
-        If a fetched file is not the registered one.
+        If a file is not the registered one, or not that of `sha256`.
     CheckpointError
         If the file is no xgenda model.
 
@@ -43,8 +48,8 @@ def load_model(name_or_path: str | os.PathLike[str]) -> GenerativeModel:
     >>> xgenda.load_model("t2m-north-america").spec.task
     'prior'
     """
-    path, sha256 = find_file(name_or_path)
-    return read_model(Path(path), sha256)
+    path, found = find_file(name_or_path, sha256=sha256)
+    return read_model(Path(path), found)
 
 
 def choose_model(
@@ -73,6 +78,9 @@ def choose_model(
     candidates, reasons = [], []
     for name, entry in registry().items():
         if entry.task != task:
+            continue
+        if state_of(entry) == "remote":  # nothing is downloaded that was not asked for by its name
+            reasons.append(f"  {name}: it is not on this machine; if it is the one you want, type model={name!r}")
             continue
         try:
             found = load_model(name)

@@ -48,6 +48,8 @@ class ModelSpec:
         Where the numbers come from: data, period, samples, scores.
     licence, description
         Free text.
+    doi, citation
+        Of the weights, where they are published; shown by their card.
     """
 
     name: str
@@ -63,6 +65,8 @@ class ModelSpec:
     licence: str = "not stated"
     description: str = ""
     inputs: Conditions | None = None
+    doi: str = ""
+    citation: str = ""
 
     @property
     def channels(self) -> int:
@@ -90,6 +94,8 @@ class ModelSpec:
             "licence": self.licence,
             "description": self.description,
             "inputs": None if self.inputs is None else self.inputs.to_dict(),
+            "doi": self.doi,
+            "citation": self.citation,
         }
 
     @classmethod
@@ -103,7 +109,7 @@ class ModelSpec:
         """
         expected = {
             "name", "task", "kind", "variables", "grid", "scaling", "factor", "needs_background", "options", "training",
-            "licence", "description", "inputs",
+            "licence", "description", "inputs", "doi", "citation",
         }  # fmt: skip
         if set(data) != expected:
             raise CheckpointError(f"The model description has unexpected or missing keys: {sorted(set(data) ^ expected)}.")

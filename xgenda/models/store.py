@@ -1,9 +1,9 @@
-"""Where model files come from: the registry ``weights.toml``, the cache, and files on disk.
+"""Where model files come from: registered names, the cache, files on disk, and addresses.
 
-A model file is found by name or by path, and handed over only after its size and SHA-256 were compared with the
-registered ones. Nothing is downloaded, and no folder is made, before a file is asked for. Downloads go through pooch
-into one cache, which the environment variable ``XGENDA_CACHE`` moves; a file gets its name there by an atomic move
-once it is complete, so that several processes may ask for it at once.
+A registered model is handed over only after its size and SHA-256 were compared with the registered ones. Nothing is downloaded,
+and no folder is made, before a file is asked for. Downloads go into one cache, which the environment variable ``XGENDA_CACHE``
+moves; a file gets its name there by an atomic move once it is complete, so that several processes may ask for it at once. A copy
+of that folder serves a machine without network.
 
 Only safetensors are read: a pickled checkpoint (``.pt``, ``.ckpt``, ...) can run code when it is opened.
 """
@@ -12,22 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import re
 import tempfile
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
 
 from xgenda.errors import CheckpointError, ChecksumError, ModelNotFoundError, OptionError, did_you_mean
-from xgenda.models import entries as _entries
-from xgenda.models.entries import HUB_URL, PICKLES, Entry, registry
+from xgenda.metadata import package_version
+from xgenda.models import sources
+from xgenda.models.entries import PICKLES, STORES, Entry, File, is_allowed
+from xgenda.models.registries import registry
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Entry", "cache_dir", "find_file", "list_models", "path_of", "registry", "sha256_of"]
+__all__ = [
+    "Entry", "File", "cache_dir", "fetch", "find_file", "list_models", "path_of", "registry", "sha256_of", "state_of",
+]  # fmt: skip
 
-_RETRIES = 3
+State = Literal["bundled", "cached", "remote", "damaged", "missing"]
 
 
 def cache_dir() -> Path:
@@ -37,18 +42,31 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XGENDA_CACHE") or pooch.os_cache("xgenda")).expanduser().absolute()
 
 
-def path_of(entry: Entry) -> Path:
-    """Return where a registered model's file is on this machine, or will be once it is downloaded."""
-    if entry.file is not None:
-        return _entries.PACKAGE / "data" / "weights" / entry.file
-    return cache_dir() / f"{entry.name}-{entry.sha256[:8]}.safetensors"  # a new version gets a new name
+def path_of(entry: Entry, file: File | None = None) -> Path:
+    """Return where a file of a registered model is on this machine, or will be once it is downloaded; by default the model."""
+    wanted = entry.files[0] if file is None else file
+    if wanted.file is not None:
+        return entry.root / wanted.file
+    suffix = ".safetensors" if wanted == entry.files[0] else f"-{wanted.label}"
+    return cache_dir() / f"{entry.name}-{wanted.sha256[:8]}{suffix}"  # a new version gets a new name
 
 
-def _where(entry: Entry) -> Literal["bundled", "cached", "remote"]:
-    if entry.file is not None:
-        return "bundled"
-    path = path_of(entry)
-    return "cached" if path.is_file() and path.stat().st_size == entry.size else "remote"
+def state_of(entry: Entry, file: File | None = None, *, verify: bool = False) -> State:
+    """Tell where a file of a model is: beside its registry ("bundled"), in the cache, elsewhere, or not as it should be.
+
+    Parameters
+    ----------
+    entry, file
+        The model, and which of its files; by default the model itself.
+    verify
+        Whether its SHA-256 is compared; by default only its size is.
+    """
+    wanted, path = entry.files[0] if file is None else file, path_of(entry, file)
+    if not path.is_file():
+        return "remote" if wanted.url is not None else "missing"
+    if path.stat().st_size != wanted.size or (verify and sha256_of(path) != wanted.sha256):
+        return "damaged"
+    return "cached" if wanted.url is not None else "bundled"
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -58,36 +76,41 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def list_models(*, registry: Mapping[str, Entry] | None = None) -> pd.DataFrame:
-    """List the registered models: task, variables, region, size in bytes, licence, and where each file is.
+    """List the registered models: task, variables, grid, region, size in bytes, licence, and where each file is.
 
     Parameters
     ----------
     registry : mapping of str to Entry, optional
-        Models by name. By default those that come with xgenda.
+        Models by name. By default those that come with xgenda, those of ``XGENDA_REGISTRY``, and those of installed packages.
 
     Returns
     -------
     pandas.DataFrame
-        One row per model, indexed by ``name``. ``where`` is "bundled", "cached" or "remote".
+        One row per model, indexed by ``name``. ``where`` is "bundled", "cached", "remote", "damaged" or "missing".
     """
     import pandas as pd
 
-    columns = ["task", "variables", "region", "size", "licence", "where"]
+    columns = ["task", "variables", "grid", "region", "size", "licence", "where"]
     entries = list((_registry() if registry is None else registry).values())
-    rows = [[e.task, ", ".join(e.variables), e.region, e.size, e.licence, _where(e)] for e in entries]
+    rows = [[e.task, ", ".join(e.variables), e.grid, e.region, e.size, e.licence, state_of(e)] for e in entries]
     return pd.DataFrame(rows, columns=columns, index=pd.Index([e.name for e in entries], name="name", dtype=object))
 
 
-def find_file(name_or_path: str | os.PathLike[str], *, registry: Mapping[str, Entry] | None = None) -> tuple[Path, str]:
+def find_file(
+    name_or_path: str | os.PathLike[str], *, sha256: str | None = None, registry: Mapping[str, Entry] | None = None
+) -> tuple[Path, str]:
     """Find a model's file on this machine, downloading it if need be.
 
     Parameters
     ----------
     name_or_path : str or path
-        A registered name (see `list_models`), or the path of a safetensors file. A string is a path if it has a
-        folder or the suffix of a model file, or if no model has that name and there is such a file.
+        A registered name (see `list_models`); an address, ``hf://organisation/repository@commit/file``, ``https://...`` or of an
+        object store, ``s3://...``; or the path of a safetensors file, or of a folder that holds one. A string is a path if it has
+        a folder or the suffix of a model file, or if no model has that name and there is such a file.
+    sha256 : str, optional
+        What the file must be, for one that is not registered.
     registry : mapping of str to Entry, optional
-        Models by name. By default those that come with xgenda.
+        Models by name. By default all that are known.
 
     Returns
     -------
@@ -99,36 +122,45 @@ def find_file(name_or_path: str | os.PathLike[str], *, registry: Mapping[str, En
     Raises
     ------
     ModelNotFoundError
-        No model has that name, there is no such file, or it cannot be downloaded.
+        No model has that name, there is no such file, it cannot be downloaded, or it is for another version of xgenda.
     ChecksumError
-        The file is not the registered one.
+        The file is not the registered one, or not the one that was asked for.
     CheckpointError
         The file is pickled, or the registry is faulty.
     """
     given: object = name_or_path
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
         raise OptionError(f"model={name_or_path!r} is not accepted; pass a registered name or a path.")
-    entries = _registry() if registry is None else registry
-    text, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(sha256).lower()):
+        raise OptionError(f"sha256={sha256!r} is not accepted; it must be 64 hexadecimal digits.")
+    wanted = None if sha256 is None else sha256.lower()
+    text = os.fspath(name_or_path)
+    path, url = Path(text).expanduser(), text if isinstance(name_or_path, str) and "://" in text else None
+    _check_suffix(text if url is None else sources.shown(url))
+    if url is not None and url.startswith("file://"):
+        path = Path(re.sub(r"^file://(localhost)?", "", url))  # has a "/" and is a path below too
+    elif url is not None:
+        return _unregistered(url, wanted)
     is_path = not isinstance(name_or_path, str) or "/" in text or os.sep in text
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"model={text!r} is a pickled checkpoint, which is never loaded: opening one can run code. "
-            "Convert it to safetensors where you trust it, and pass that file."
-        )
-    if path.suffix.lower() == ".mdlus":
-        raise CheckpointError(
-            f"model={text!r} is one network of a CorrDiff model, without its variables and grids. Join them: "
-            f"xgenda.models.corrdiff.read_corrdiff(regression, diffusion, inputs=coarse, target=fine, statistics=...)"
-        )
-    if not is_path and text in entries:
-        entry = entries[text]
-        return (_bundled(entry) if entry.file is not None else _fetched(entry)), entry.sha256
+    entries: Mapping[str, Entry] = {}
+    if not is_path:
+        entries = _registry() if registry is None else registry
+        if text in entries:
+            entry = entries[text]
+            if wanted not in (None, entry.sha256):
+                raise ChecksumError(
+                    f"sha256={sha256!r} is not that of the model {text!r}, which is registered with {entry.sha256}."
+                )
+            return fetch(entry), entry.sha256
+    if path.is_dir():
+        path = _only_file(text, path)
     if path.is_file():
-        return path.absolute(), sha256_of(path)
+        found = sha256_of(path)
+        if wanted not in (None, found):
+            raise ChecksumError(f"model={text!r}: {path.absolute()} has sha256 {found}, expected {wanted}.")
+        return path.absolute(), found
     if is_path or path.suffix == ".safetensors":
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ModelNotFoundError(f"model={text!r}: {path.absolute()} {kind}. Pass the path of a .safetensors file.")
+        raise ModelNotFoundError(f"model={text!r}: {path.absolute()} does not exist. Pass the path of a .safetensors file.")
     known = ", ".join(map(repr, entries)) or "none"
     raise ModelNotFoundError(
         f"No model is named {text!r}.{did_you_mean(text, entries)} Registered models: {known}. "
@@ -139,124 +171,180 @@ def find_file(name_or_path: str | os.PathLike[str], *, registry: Mapping[str, En
 _registry = registry  # the functions above have a keyword of the same name
 
 
-def _bundled(entry: Entry) -> Path:
-    path, again = path_of(entry), "Install the package again: pip install --force-reinstall xgenda"
-    if not path.is_file():
-        raise ModelNotFoundError(f"{path}, the file of the model {entry.name!r}, is missing. {again}")
-    found = sha256_of(path)
-    if found != entry.sha256:
-        raise ChecksumError(
-            f"{path}, the file of the model {entry.name!r}, is not the registered one: "
-            f"expected sha256 {entry.sha256}, found {found}. {again}"
+def _check_suffix(text: str) -> None:
+    suffix = PurePosixPath(text).suffix.lower()
+    if suffix in PICKLES:
+        raise CheckpointError(
+            f"model={text!r} is a pickled checkpoint, which is never loaded: opening one can run code. "
+            "Convert it to safetensors where you trust it, and pass that file."
         )
-    return path
+    if suffix == ".mdlus":
+        raise CheckpointError(
+            f"model={text!r} is one network of a CorrDiff model, without its variables and grids. Join them: "
+            f"xgenda.models.corrdiff.read_corrdiff(regression, diffusion, inputs=coarse, target=fine, statistics=...)"
+        )
 
 
-def _fetched(entry: Entry) -> Path:
-    """Return the verified file in the cache, downloading it where it is missing or not the registered one."""
-    import pooch
+def _only_file(text: str, folder: Path) -> Path:
+    """Return the one model file that a folder holds."""
+    found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
+    raise ModelNotFoundError(
+        f"model={text!r} is a folder, not a file, and it holds {f'{len(found)} model files: {names}' if found else 'no model file'}. "
+        f"Pass the path of a .safetensors file{f': model={str(found[0])!r}' if found else '.'}"
+    )
 
-    path, url = path_of(entry), str(entry.url)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"The cache {path.parent} cannot be used: {error}. Set the environment variable XGENDA_CACHE to a folder "
-            "that can be written."
-        ) from error
 
-    def failure(kind: type[ModelNotFoundError] | type[ChecksumError], problem: str) -> Exception:
+def fetch(entry: Entry, file: File | None = None) -> Path:
+    """Return the verified file of a registered model, downloading it where it is missing or not the registered one.
+
+    Parameters
+    ----------
+    entry, file
+        The model, and which of its files; by default the model itself.
+    """
+    wanted, path = entry.files[0] if file is None else file, path_of(entry, file)
+    what = f"Model {entry.name!r}" if file is None else f"Model {entry.name!r}, file {wanted.label!r}"
+    _check_version(entry)
+    if wanted.url is None:
+        return _beside_registry(entry, wanted, path)
+    _make_cache(path.parent)
+    url = wanted.url
+
+    def failure(kind: type[ModelNotFoundError] | type[ChecksumError], problem: object) -> Exception:
         note = ""
-        if path.is_file() and (found := sha256_of(path)) != entry.sha256:
+        if path.is_file() and (found := sha256_of(path)) != wanted.sha256:
             path.unlink(missing_ok=True)
             note = f" (The file in the cache had sha256 {found} and was removed.)"
         return kind(
-            f"Model {entry.name!r}: {problem}.{note} Try again with xgenda.load_model({entry.name!r}), or download "
+            f"{what}: {sources.without_secrets(problem)}.{note} Try again with xgenda.load_model({entry.name!r}), or download "
             f"{url} on another machine and copy it, under the name {path.name}, to {path.parent}"
         )
 
-    cache = pooch.create(path=path.parent, base_url="", registry={path.name: f"sha256:{entry.sha256}"}, urls={path.name: url})
-    cache.retry_if_failed = _RETRIES
     try:
-        cache.fetch(path.name, downloader=_Download(entry))
-    except _RefusedError as error:
-        raise failure(ModelNotFoundError if error.absent else ChecksumError, str(error)) from error.__cause__
-    except OSError as error:  # requests' errors are OSErrors, and some of them ValueErrors too
-        raise failure(ModelNotFoundError, f"{url} could not be downloaded: {error}") from error
+        sources.download(url, path, label=entry.name, size=wanted.size, sha256=wanted.sha256)
+    except sources.RefusedError as error:
+        raise failure(ModelNotFoundError if error.absent else ChecksumError, error) from None
+    except (sources.TransientError, OSError) as error:
+        raise failure(ModelNotFoundError, f"{url} could not be downloaded: {error}") from None
     except ValueError as error:
-        raise failure(ChecksumError, str(error)) from error
+        raise failure(ChecksumError, error) from None
     return path
 
 
-class _RefusedError(Exception):
-    """What came is not what was asked for, and asking again would not change that."""
-
-    def __init__(self, message: str, *, absent: bool = False) -> None:
-        super().__init__(message)
-        self.absent = absent
-
-
-class _Download:
-    """A downloader for pooch that stops at the registered size and says what it got instead of the file."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-
-    def __call__(self, url: str, output_file: str, pooch: object) -> None:
-        entry = self.entry
-        with open(output_file, "wb") as file:
-            bounded = _Bounded(file, entry.size)
-            if url.startswith("hf://"):
-                _from_hub(url, bounded, Path(output_file).parent)
-            else:
-                _from_web(url, bounded)
-        if bounded.size < entry.size:
-            raise ValueError(f"the file is incomplete: expected {entry.size} bytes, found {bounded.size}")
-        if bounded.hash.hexdigest() != entry.sha256:
-            raise _RefusedError(
-                f"the file from {url} is not the registered one and was removed: expected sha256 {entry.sha256}, "
-                f"found {bounded.hash.hexdigest()}"
-            )
+def _beside_registry(entry: Entry, file: File, path: Path) -> Path:
+    again = (
+        "Install the package again: pip install --force-reinstall xgenda"
+        if entry.root != entry.registry.parent
+        else f"Put it there again, or correct {entry.registry}"
+    )
+    if not path.is_file():
+        raise ModelNotFoundError(f"{path}, the file of the model {entry.name!r}, is missing. {again}")
+    found = sha256_of(path)
+    if found != file.sha256:
+        raise ChecksumError(
+            f"{path}, the file of the model {entry.name!r}, is not the registered one: "
+            f"expected sha256 {file.sha256}, found {found}. {again}"
+        )
+    return path
 
 
-class _Bounded:
-    """A file that counts and hashes what is written, and refuses a web page or more than the registered size."""
+def _check_version(entry: Entry) -> None:
+    """Refuse a model that is for another version of xgenda."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
 
-    def __init__(self, file: IO[bytes], limit: int) -> None:
-        self.file, self.limit, self.size, self.hash = file, limit, 0, hashlib.sha256()
-
-    def write(self, chunk: bytes) -> int:
-        if not self.size and chunk[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise _RefusedError("the server sent a web page instead of the file (a login or error page?)")
-        self.size += len(chunk)
-        if self.size > self.limit:
-            raise _RefusedError(f"the file is larger than the registered {self.limit} bytes and was not kept")
-        self.hash.update(chunk)
-        return self.file.write(chunk)
-
-
-def _from_web(url: str, output: _Bounded) -> None:
-    import requests
-
-    with requests.get(url, stream=True, timeout=30) as response:
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-            raise _RefusedError(f"{url} answered {response.status_code} {response.reason}", absent=True)
-        response.raise_for_status()  # a server in trouble is asked again
-        for chunk in response.iter_content(2**20):
-            output.write(chunk)
+    try:
+        own = Version(package_version())
+    except InvalidVersion:
+        return
+    if entry.xgenda and not SpecifierSet(entry.xgenda).contains(own, prereleases=True):
+        raise ModelNotFoundError(
+            f"Model {entry.name!r} is for xgenda {entry.xgenda}, and this is {own}. Type: pip install 'xgenda{entry.xgenda}'"
+        )
 
 
-def _from_hub(url: str, output: _Bounded, folder: Path) -> None:
-    """Copy a file from the Hugging Face hub, pinned to a commit, by way of a temporary folder in the cache."""
-    from huggingface_hub import hf_hub_download
+def _make_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"The cache {folder} cannot be used: {error}. Set the environment variable XGENDA_CACHE to a folder "
+            "that can be written."
+        ) from error
 
-    match = HUB_URL.fullmatch(url)
-    if match is None:
-        raise _RefusedError(f"{url} is not hf://organisation/repository@<40 digit commit>/path", absent=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+
+def _unregistered(url: str, sha256: str | None) -> tuple[Path, str]:
+    """Return the file at an address that no registry has, from the cache if this version of it is there.
+
+    The name in the cache has hashes of the address, of the version there, and of the content.
+    """
+    shown = sources.shown(url)
+    _check_url(url)
+    folder, stem = cache_dir(), re.sub(r"[^\w.-]", "_", PurePosixPath(shown).name.removesuffix(".safetensors")) or "model"
+    if sha256 is not None and (found := _cached(folder, f"*-{sha256[:16]}.safetensors", sha256)):
+        return found, sha256
+    address = hashlib.sha256(url.encode()).hexdigest()[:8]
+    again = f"Try again with xgenda.load_model({shown!r}), or give the path of a copy of the file"
+    try:
+        version = sources.identity(url)
+    except sources.RefusedError as error:
+        raise ModelNotFoundError(f"model={shown!r}: {error}. {again}") from None
+    except (sources.TransientError, OSError) as error:
+        if found := _cached(folder, f"*-{address}-*.safetensors", sha256):
+            warnings.warn(f"{shown} cannot be asked for changes; the copy {found} is taken.", stacklevel=4)
+            return found, sha256_of(found)
+        raise ModelNotFoundError(f"model={shown!r} cannot be reached: {sources.without_secrets(error, url)}. {again}") from None
+    if found := _cached(folder, f"*-{address}-{version}-*.safetensors", sha256):
+        return found, sha256_of(found)
+    _make_cache(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
+        partial = Path(temporary) / "model.safetensors"
         try:
-            local = hf_hub_download(match["repo"], match["path"], revision=match["commit"], local_dir=temporary)
-        except Exception as error:  # the hub's errors have no common base across its versions
-            raise _RefusedError(f"{url} could not be downloaded: {error}", absent=True) from error
-        with open(local, "rb") as file:
-            shutil.copyfileobj(file, output, 2**20)
+            digest = sources.download(url, partial, label=stem, sha256=sha256)
+        except sources.RefusedError as error:
+            kind = ModelNotFoundError if error.absent else ChecksumError
+            raise kind(f"model={shown!r}: {sources.without_secrets(error, url)}. {again}") from None
+        except (OSError, ValueError) as error:
+            problem = sources.without_secrets(error, url)
+            raise ModelNotFoundError(f"model={shown!r} could not be downloaded: {problem}. {again}") from None
+        path = folder / f"{stem}-{address}-{version}-{digest[:16]}.safetensors"
+        os.replace(partial, path)
+    if sha256 is None and not url.startswith("hf://"):
+        warnings.warn(
+            f"Nothing vouches for {shown}, which has sha256 {digest}. To have it checked: "
+            f"xgenda.load_model({shown!r}, sha256={digest!r})",
+            stacklevel=4,
+        )
+    return path, digest
+
+
+def _cached(folder: Path, pattern: str, sha256: str | None) -> Path | None:
+    """Return the newest file of that name whose content is what its name says, and what is asked for."""
+    for path in sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True) if folder.is_dir() else ():
+        digest = sha256_of(path)
+        if digest[:16] == path.stem.rpartition("-")[2] and sha256 in (None, digest):
+            return path
+    return None
+
+
+def _check_url(url: str) -> None:
+    if is_allowed(url):
+        return
+    if re.fullmatch(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}/?", url):
+        raise OptionError(f"model={url!r} lacks the name of the file. Type: model={url.rstrip('/') + '/model.safetensors'!r}")
+    if url.startswith("hf://"):
+        repo = "/".join(re.split("[/@]", url.removeprefix("hf://"))[:2])
+        file = url.rpartition("/")[2] if url.count("/") > 3 else "model.safetensors"
+        raise OptionError(
+            f"model={url!r} is not pinned to a commit, so it may change at any time. Type: "
+            f"xgenda.load_model('hf://{repo}@<commit>/{file}') with the 40 digits that "
+            f"huggingface_hub.HfApi().model_info({repo!r}).sha gives."
+        )
+    scheme = url.split("://")[0]
+    raise OptionError(
+        f"model={sources.shown(url)!r} is not accepted; use https://..., hf://organisation/repository@<40 digit commit>/file, or an object "
+        f"store ({scheme}:// is not one of {', '.join(s + '://' for s in STORES if s != 'file')})."
+    )

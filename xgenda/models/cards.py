@@ -1,0 +1,117 @@
+"""Model cards: what a model is, what it was trained on, how good it is and how to load it, as Markdown made from its description.
+
+The front matter is that of the Hugging Face hub (https://huggingface.co/docs/hub/model-cards).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from xgenda.metadata import package_version
+from xgenda.models.variables import VariableSpec
+
+if TYPE_CHECKING:
+    from xgenda.models.generative import GenerativeModel
+
+# The identifiers of the hub, https://huggingface.co/docs/hub/repositories-licenses, among those that data and models have.
+LICENCES = (
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-2.0", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl-2.1", "lgpl-3.0",
+    "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "odbl", "pddl", "odc-by", "eupl-1.1", "eupl-1.2", "etalab-2.0", "unlicense",
+)  # fmt: skip
+SCORES = re.compile(r"valid|score|crps|rmse|spread|skill|loss|ratio|card", re.IGNORECASE)
+CALLS = {
+    "prior": ("analysis = ds.genda.assimilate(obs, model=model, members=16, seed=0)", "data-assimilation"),
+    "downscale": ("fine = coarse.genda.downscale(model=model, members=16, seed=0)", "downscaling"),
+}
+
+
+def model_card(model: GenerativeModel, *, place: str | None = None) -> str:
+    """Return the card of a model, with the line that loads it.
+
+    Parameters
+    ----------
+    model
+        Any.
+    place
+        What `xgenda.load_model` takes: a name, a path, or ``hf://organisation/repository@<commit>/file``. By default the name of the
+        model.
+
+    Returns
+    -------
+    str
+        Markdown with the front matter of the Hugging Face hub.
+    """
+    spec = model.spec
+    call, topic = CALLS.get(spec.task, ("", spec.task))
+    scores = {k: v for k, v in spec.training.items() if SCORES.search(str(k))}
+    training = {k: v for k, v in spec.training.items() if k not in scores}
+    load = f"model = xgenda.load_model({json.dumps(spec.name if place is None else place)})"
+    shape = {k: v for k, v in model.summary().items() if k in ("task", "inputs", "input grid", "grid", "mask", "window")}
+    parts = [
+        _front_matter(spec.licence, topic, spec.kind),
+        f"# {spec.name}",
+        spec.description,
+        _table(shape.items()),
+        "## Use",
+        f"```python\nimport xgenda\n\n{load}\n{call}".rstrip() + "\n```",
+        "Install it with `pip install xgenda`.",
+        "## Variables",
+        _variables(spec.variables),
+        *(["## Inputs", _variables(spec.inputs.variables)] if spec.inputs is not None else []),
+        "## Training",
+        _record(training) or "Nothing was recorded.",
+        "## Scores",
+        _record(scores) or "None were recorded.",
+        "## Licence",
+        spec.licence,
+        *([f"DOI: [{spec.doi}](https://doi.org/{spec.doi})"] if spec.doi else []),
+        *(["## Citation", spec.citation] if spec.citation else []),
+        f"This card was written by xgenda {package_version()} from the description in the model file.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hub_licence(text: str) -> dict[str, str]:
+    """Return the entries of the front matter for a licence in words; the hub knows identifiers, and 'other' with a name."""
+    first = re.split(r"[;,(]", text)[0].strip()
+    if first.lower() in LICENCES:
+        return {"license": first.lower()}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", first.lower()).strip("-") or "not-stated"}
+
+
+def _front_matter(licence: str, topic: str, kind: str) -> str:
+    tags = dict.fromkeys(["xgenda", topic, kind, "xarray", "geoscience", "generative-model"])
+    lines = [f"{k}: {json.dumps(v)}" for k, v in hub_licence(licence).items()]
+    return "\n".join(["---", *lines, 'library_name: "xgenda"', "tags:", *(f"- {json.dumps(t)}" for t in tags), "---"])
+
+
+def _variables(variables: Iterable[VariableSpec]) -> str:
+    rows = [(v.name, v.standard_name or "", v.units or "", v.long_name or "") for v in variables]
+    return _table(rows, ("name", "standard name", "units", "long name"))
+
+
+def _record(given: Mapping[str, Any]) -> str:
+    """Return a table of what is a value, and below it one for each mapping."""
+    flat = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
+    nested = {k: v for k, v in given.items() if isinstance(v, Mapping)}
+    parts = [_table((str(k).replace("_", " "), _value(v)) for k, v in flat.items())] if flat else []
+    for name, values in nested.items():
+        parts += [f"### {str(name).replace('_', ' ').capitalize()}", _record(values)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value)) if len(value) <= 12 else f"{len(value)} values"
+    return str(value)
+
+
+def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
+    lines = [header, ("---",) * len(header), *(tuple(" ".join(c.split()).replace("|", "\\|") for c in row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
