@@ -16,6 +16,7 @@ from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import (
+    DENSE_LIMIT,
     KERNELS,
     Covariance,
     KernelCovariance,
@@ -23,18 +24,19 @@ from xgenda.diffusion.covariances import (
 )
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
+from xgenda.diffusion.hybrids import HybridSample, hybrid_modes
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
-from xgenda.models.fitting import candidates, cross_validate, fit_sample, kernel_on, read_sample, standardise
+from xgenda.models.fitting import candidates, fit_sample, kernel_on, read_sample, search, standardise
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
-from xgenda.scaling import fit_scaling
+from xgenda.scaling import cycle_basis, fit_scaling
 from xgenda.spherical import unit_vectors
 from xgenda.states import State
 
-SAMPLE_KINDS = ("localized", "eof")
+SAMPLE_KINDS = ("hybrid", "localized", "eof")
 
 
 class GaussianModel(GenerativeModel):
@@ -82,6 +84,9 @@ class GaussianModel(GenerativeModel):
             return LocalisedSample(
                 self.arrays["anomalies"], kernel_on(grid, "gaspari-cohn", options["radius"]), options["inflation"]
             )
+        if kind == "hybrid":
+            kernel = kernel_on(grid, options["kernel"], options["length"])
+            return HybridSample(self.arrays["anomalies"], kernel, options["weight"], options["inflation"])
         names = [v.name for v in self.spec.variables]
         kernels = [kernel_on(grid, kind, options["length_scale"][n]) for n in names]
         std = torch.tensor([options["std"][n] for n in names], dtype=torch.float64)
@@ -91,7 +96,9 @@ class GaussianModel(GenerativeModel):
 
     def denoiser(self, grid: AnyGrid | None = None) -> GaussianDenoiser:
         """Return the exact denoiser of the standardised anomaly, N(0, S), for use in the diffusion machinery."""
-        low_rank = LowRank.of(self.covariance(grid))
+        covariance = self.covariance(grid)
+        large = isinstance(covariance, HybridSample) and covariance.size > DENSE_LIMIT
+        low_rank = hybrid_modes(covariance) if large else LowRank.of(covariance)
         return GaussianDenoiser(torch.zeros(low_rank.size), low_rank)
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
@@ -173,7 +180,7 @@ class GaussianModel(GenerativeModel):
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> GaussianModel:
         """Rebuild the model from stored tensors."""
         kind, names = spec.options["covariance"], [v.name for v in spec.variables]
-        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}}.get(kind, set())
+        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}, "hybrid": {"anomalies"}}.get(kind, set())
         if kind not in (*SAMPLE_KINDS, *KERNELS):
             raise KeyError(f"covariance {kind!r} is not known")
         if kind in KERNELS and not all(set(spec.options[k]) == set(names) for k in ("std", "length_scale")):
@@ -457,22 +464,19 @@ def _from_sample(
         )
     kinds = SAMPLE_KINDS if covariance is None else (covariance,)
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
-    scores = (
-        cross_validate(z, grid, choices, np.arange(len(z)) * folds // len(z), valid)
-        if len(choices) > 1
-        else {choices[0]: float("nan")}
-    )
-    best = max(scores, key=lambda c: scores[c])
-    options, arrays = fit_sample(z, *best)
+    best, tried = choices[0], 1
+    if len(choices) > 1:
+        fold = np.arange(len(z)) * folds // len(z)
+        best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)))
+        tried = len(scores)
+    options, arrays = fit_sample(z, best)
     training = {
         "sample": f"{len(values)} fields along {sample_dim}",
-        "covariance": f"{best[0]}, {f'radius {best[1] / 1e3:.0f} km' if best[0] == 'localized' else f'rank {best[1]:.0f}'}, inflation {best[2]:g}",
-        "cross_validation": f"best of {len(choices)} by log score over {folds} blocks"
-        if len(choices) > 1
-        else "none: all options given",
+        "covariance": best.describe(),
+        "cross_validation": f"best of {tried} by log score over {folds} blocks" if tried > 1 else "none: all options given",
     }
     spec = ModelSpec(
-        f"gaussian-{best[0]}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
+        f"gaussian-{best.kind}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
         licence="that of the sample", description="Covariance of a sample",
     )  # fmt: skip
     return GaussianModel(spec, arrays if valid is None else arrays | {"valid": torch.as_tensor(valid)})
