@@ -18,17 +18,17 @@ from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
 from xgenda.diffusion.hybrids import channel_correlation
 from xgenda.errors import OptionError
 from xgenda.grids import Grid
-from xgenda.scaling import Scaling, cycle_basis
+from xgenda.scaling import CYCLES, Scaling, cycle_basis
 from xgenda.states import State
 
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (2, 5, 10, 20, 40, 80)
 RADII = 8
+WORTH = 0.97  # what a cycle must leave less of
 HYBRID_KERNELS = ("exponential", "matern32", "matern52")
 LENGTHS = 8
-WEIGHTS = (0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
-COARSE_INFLATIONS = (1.0, 2.5)
-KEPT = 12  # hybrids that are tried at all inflations
+WEIGHTS = (0.02, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
+TAPERED_LIMIT = 20_000  # entries of a state up to which hybrids with a taper are tried, whose modes take a while
 PROBES = 150  # observed and predicted cells of one cross-validation fold
 
 
@@ -92,22 +92,50 @@ def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None)
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
 
 
+def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarray) -> str:
+    """Return the cycle that describes withheld blocks of times best, 'none' unless one leaves less than `WORTH` of the mean square.
+
+    Parameters
+    ----------
+    z
+        Anomalies from the mean, shape (n, state); masked entries zero.
+    time
+        Of the fields; without one there is no cycle.
+    fold
+        Number of the block of consecutive times of each field.
+    """
+    left = {"none": 0.0} | ({} if time is None else dict.fromkeys(CYCLES, 0.0))
+    for cycle in left:
+        basis = cycle_basis(time, cycle, len(z))
+        for k in range(int(fold.max()) + 1):
+            rest, block = fold != k, fold == k
+            if int(rest.sum()) < 2 * basis.shape[1]:
+                left[cycle] = np.inf
+                break
+            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
+            left[cycle] += float(((z[block] - basis[block] @ mean) ** 2).sum())
+    best = min(left, key=lambda c: left[c])
+    return best if left[best] < WORTH * left["none"] else "none"
+
+
 class Choice(NamedTuple):
-    """A covariance to choose from: 'localized' of a radius, 'eof' of a rank, or 'hybrid' of a length, a weight and a kernel."""
+    """A covariance to choose from: 'localized' of a radius, 'eof' of a rank, or 'hybrid' of a length, a weight, a kernel and a radius."""
 
     kind: str
     size: float
     inflation: float
     weight: float = 0.0
     kernel: str = ""
+    radius: float | None = None
 
     def describe(self) -> str:
         """Return the choice in words."""
         km = f"{self.size / 1e3:.3g} km"
+        within = "" if self.radius is None else f" within {self.radius / 1e3:.3g} km"
         shown = {
             "eof": f"rank {self.size:.0f}",
             "localized": f"radius {self.size / 1e3:.0f} km",
-            "hybrid": f"{1 - self.weight:.0%} of the sample and {self.weight:.0%} {self.kernel} of {km}",
+            "hybrid": f"{1 - self.weight:.0%} of the sample{within} and {self.weight:.0%} {self.kernel} of {km}",
         }
         return f"{self.kind}, {shown[self.kind]}, inflation {self.inflation:g}"
 
@@ -132,8 +160,12 @@ def candidates(
         yield from (Choice("eof", float(r), i) for r, i in itertools.product(ranks, inflations))
     if "hybrid" in kinds:
         lengths = np.geomspace(extent / 80, extent / 3, LENGTHS)
+        within: list[float | None] = (
+            [None] if shape[1] > TAPERED_LIMIT else [None, *np.geomspace(extent / 12, extent * 2.5, RADII).tolist()]
+        )
         yield from (
-            Choice("hybrid", float(r), i, w, k) for k, r, w, i in itertools.product(HYBRID_KERNELS, lengths, WEIGHTS, inflations)
+            Choice("hybrid", float(r), i, w, k, t)
+            for k, r, w, t, i in itertools.product(HYBRID_KERNELS, lengths, WEIGHTS, within, inflations)
         )
 
 
@@ -156,6 +188,8 @@ def fit_sample(z: np.ndarray, choice: Choice) -> tuple[dict[str, Any], dict[str,
         if kind == "localized"
         else {"kernel": choice.kernel, "length": choice.size, "weight": choice.weight}
     )
+    if kind == "hybrid" and choice.radius is not None:
+        options["radius"] = choice.radius
     return options, {"anomalies": torch.as_tensor(anomaly)}
 
 
@@ -177,70 +211,82 @@ def search(
     valid: np.ndarray | None = None,
     basis: np.ndarray | None = None,
 ) -> tuple[Choice, dict[Choice, float]]:
-    """Return the best choice by `cross_validate`, and the scores of those tried: the many hybrids first at two inflations, then the best at all."""
-    coarse = [c for c in choices if c.kind != "hybrid" or c.inflation in COARSE_INFLATIONS]
-    coarse = coarse or choices
-    scores = cross_validate(z, grid, coarse, fold, valid, basis)
-    ranked = sorted((c for c in coarse if c.kind == "hybrid"), key=lambda c: -scores[c])[:KEPT]
-    alike = {c._replace(inflation=0.0) for c in ranked}
-    rest = [c for c in choices if c not in scores and c._replace(inflation=0.0) in alike]
-    scores |= cross_validate(z, grid, rest, fold, valid, basis) if rest else {}
+    """Return the best choice by `Validation`, and the scores of those tried.
+
+    The many hybrids are searched along lines: the best kernel and length, the best weight and radius, again, and the best inflation.
+    """
+    validation = Validation(z, grid, fold, valid, basis)
+    scores = validation.scores([c for c in choices if c.kind != "hybrid"])
+    hybrids = [c for c in choices if c.kind == "hybrid"]
+    if hybrids:
+        at = min(
+            hybrids, key=lambda c: (abs(c.weight - 0.3), abs(c.inflation - 1.5), c.radius is not None, c.kernel != "matern32")
+        )
+        for varied in (
+            ("kernel", "size"),
+            ("weight", "radius"),
+            ("inflation",),
+            ("kernel", "size"),
+            ("weight", "radius"),
+            ("inflation",),
+        ):
+            kept = [f for f in Choice._fields if f not in varied]
+            line = [c for c in hybrids if all(getattr(c, f) == getattr(at, f) for f in kept)]
+            scores |= validation.scores([c for c in line if c not in scores])
+            at = max(line, key=lambda c: scores[c])
     return max(scores, key=lambda c: scores[c]), scores
 
 
-def cross_validate(
-    z: np.ndarray,
-    grid: AnyGrid,
-    choices: list[Choice],
-    fold: np.ndarray,
-    valid: np.ndarray | None = None,
-    basis: np.ndarray | None = None,
-) -> dict[Choice, float]:
-    """Return the mean log score of each choice over the blocks of consecutive fields that `fold` numbers from 0, on valid cells.
+class Validation:
+    """The mean log score of covariances over the blocks of consecutive fields that `fold` numbers from 0, on valid cells.
 
     With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is.
     """
-    total = dict.fromkeys(choices, 0.0)
-    cells = grid.size
-    folds = int(fold.max()) + 1
-    among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
-    basis = np.ones((len(z), 1)) if basis is None else basis
-    for k in range(folds):
-        block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
-        rng = np.random.default_rng(k)
-        probe = rng.choice(among, min(2 * PROBES, len(among)), replace=False)
-        seen = len(probe) // 3
-        mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
-        anomaly = z[rest] - basis[rest] @ mean
-        test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]
-        matrix_of = _Probe(anomaly, grid, probe, any(c.kind == "hybrid" for c in choices))
-        for choice in choices:
-            total[choice] += _log_score(choice.inflation * matrix_of(choice), test, seen) / folds
-    return total
+
+    def __init__(
+        self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None
+    ) -> None:
+        among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
+        basis = np.ones((len(z), 1)) if basis is None else basis
+        self.parts = []
+        for k in range(int(fold.max()) + 1):
+            block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+            probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
+            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
+            test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]
+            self.parts.append((_Probe(z[rest] - basis[rest] @ mean, grid, probe), test))
+
+    def scores(self, choices: list[Choice]) -> dict[Choice, float]:
+        """Return the score of each choice."""
+        total = dict.fromkeys(choices, 0.0)
+        for matrix_of, test in self.parts:
+            for choice in choices:
+                matrix = choice.inflation * matrix_of(choice)
+                total[choice] += _log_score(matrix, test, test.shape[1] // 3) / len(self.parts)
+        return total
 
 
 class _Probe:
     """Covariances, without their inflation, between some entries of the state."""
 
-    def __init__(self, anomaly: np.ndarray, grid: AnyGrid, probe: np.ndarray, hybrid: bool) -> None:
+    def __init__(self, anomaly: np.ndarray, grid: AnyGrid, probe: np.ndarray) -> None:
         self.anomaly, self.grid, self.index = anomaly, grid, torch.as_tensor(probe)
         scaled = torch.as_tensor(anomaly) / np.sqrt(len(anomaly) - 1)
         self.sample = (scaled[:, self.index].T @ scaled[:, self.index]).numpy()
         self.place, self.channel = self.index % grid.size, self.index // grid.size
-        if hybrid:
-            between = channel_correlation(scaled, (scaled**2).sum(0).sqrt(), anomaly.shape[1] // grid.size)
-            std = np.sqrt(np.diag(self.sample))
-            self.scale = std[:, None] * between[self.channel][:, self.channel].numpy() * std
+        between = channel_correlation(scaled, (scaled**2).sum(0).sqrt(), anomaly.shape[1] // grid.size)
+        std = np.sqrt(np.diag(self.sample))
+        self.scale = std[:, None] * between[self.channel][:, self.channel].numpy() * std
         self._made: dict[tuple[str, float], np.ndarray] = {}
 
     def __call__(self, choice: Choice) -> np.ndarray:
         if choice.kind == "eof":
             return self._once(("eof", choice.size))
-        kernel = "gaspari-cohn" if choice.kind == "localized" else choice.kernel
-        correlation = self._once((kernel, choice.size))
+        radius = choice.size if choice.kind == "localized" else choice.radius
+        sample = self.sample if radius is None else self.sample * self._once(("gaspari-cohn", radius))
         if choice.kind == "localized":
-            return self.sample * correlation
-        return (1 - choice.weight) * self.sample + choice.weight * self.scale * correlation
+            return np.asarray(sample)
+        return np.asarray((1 - choice.weight) * sample + choice.weight * self.scale * self._once((choice.kernel, choice.size)))
 
     def _once(self, key: tuple[str, float]) -> np.ndarray:
         if key not in self._made:

@@ -50,7 +50,7 @@ class GaussianModel(GenerativeModel):
         ``options['covariance']`` names the kind; the scaling, where there is one, standardises with one standard deviation per
         variable.
     arrays
-        'anomalies' (localized), 'factor' and 'residual' (eof), in standardised units; nothing for a covariance function.
+        'anomalies' (hybrid, localized), 'factor' and 'residual' (eof), in standardised units; nothing for a covariance function.
     """
 
     closed_form = True
@@ -86,7 +86,8 @@ class GaussianModel(GenerativeModel):
             )
         if kind == "hybrid":
             kernel = kernel_on(grid, options["kernel"], options["length"])
-            return HybridSample(self.arrays["anomalies"], kernel, options["weight"], options["inflation"])
+            taper = kernel_on(grid, "gaspari-cohn", options["radius"]) if "radius" in options else None
+            return HybridSample(self.arrays["anomalies"], kernel, options["weight"], options["inflation"], taper)
         names = [v.name for v in self.spec.variables]
         kernels = [kernel_on(grid, kind, options["length_scale"][n]) for n in names]
         std = torch.tensor([options["std"][n] for n in names], dtype=torch.float64)
@@ -97,8 +98,11 @@ class GaussianModel(GenerativeModel):
     def denoiser(self, grid: AnyGrid | None = None) -> GaussianDenoiser:
         """Return the exact denoiser of the standardised anomaly, N(0, S), for use in the diffusion machinery."""
         covariance = self.covariance(grid)
-        large = isinstance(covariance, HybridSample) and covariance.size > DENSE_LIMIT
-        low_rank = hybrid_modes(covariance) if large else LowRank.of(covariance)
+        low_rank: LowRank
+        if isinstance(covariance, HybridSample) and covariance.size > DENSE_LIMIT:
+            low_rank = hybrid_modes(covariance)
+        else:
+            low_rank = LowRank.of(covariance)
         return GaussianDenoiser(torch.zeros(low_rank.size), low_rank)
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
@@ -221,7 +225,8 @@ def gaussian_prior(
 
     With `length_scale` and `std` it is a covariance function around the background that is later given to `assimilate`. Without
     them the covariance is that of the sample in `ds`, along ``member`` (an ensemble) or ``time`` (a history): the sample
-    covariance under a Gaspari-Cohn taper ('localized') or its leading EOFs plus an uncorrelated residual ('eof').
+    covariance under a Gaspari-Cohn taper ('localized'), a blend of that with a function of distance ('hybrid'), or its leading EOFs plus an
+    uncorrelated residual ('eof').
 
     Parameters
     ----------
@@ -236,8 +241,8 @@ def gaussian_prior(
         difference in the logarithm of pressure, or in metres of height or depth. None: not at all.
     covariance
         'exponential' (default with `length_scale`; great-circle distance), 'matern32', 'matern52' or 'gaussian' (chordal
-        distance, without which they are not valid on a sphere); or 'localized' or 'eof' for a sample. None chooses between
-        the last two by cross-validation.
+        distance, without which they are not valid on a sphere); or 'hybrid', 'localized' or 'eof' for a sample. None chooses between
+        the last three by cross-validation.
     radius
         Distance in metres at which the taper reaches zero. None: by cross-validation.
     rank

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
-from xgenda.diffusion.hybrids import HybridSample, hybrid_modes, kernel_modes, mode_columns
+from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
 from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, search
 from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, time_order
 
-ANCHORS = ("hybrid", "eof", "localized", "spectral")
+ANCHORS = ("eof", "hybrid", "localized", "spectral")
 
 
 def fit_anchors(
@@ -50,7 +51,7 @@ def _anomaly(z: np.ndarray, basis: np.ndarray) -> np.ndarray:
 
 
 def _anchors_of(anomalies: list[np.ndarray], samples: Samples, choice: Choice) -> Iterator[Anchor]:
-    modes: torch.Tensor | None = None
+    shared: Parts | None = None
     for anomaly in anomalies:
         if choice.kind == "eof":
             yield fit_eofs(anomaly, int(choice.size), choice.inflation)
@@ -59,9 +60,14 @@ def _anchors_of(anomalies: list[np.ndarray], samples: Samples, choice: Choice) -
             yield LowRank.of(LocalisedSample(torch.as_tensor(anomaly), taper, choice.inflation))
         else:
             kernel = kernel_on(samples.grid, choice.kernel, choice.size)
-            if modes is None:  # of the function of distance, which all folds share
-                modes = kernel_modes(kernel, mode_columns(anomaly.shape[1] // samples.grid.size))
-            yield hybrid_modes(HybridSample(torch.as_tensor(anomaly), kernel, choice.weight, choice.inflation), modes)
+            within = None if choice.radius is None else kernel_on(samples.grid, "gaspari-cohn", choice.radius)
+            hybrid = HybridSample(torch.as_tensor(anomaly), kernel, choice.weight, choice.inflation, within)
+            if hybrid.size > LANDMARKS and shared is None:
+                shared = Parts.of(hybrid)
+            modes = hybrid_modes(hybrid, parts=shared)
+            if shared is not None and shared.start is None:
+                shared = replace(shared, start=modes.factor)
+            yield modes
 
 
 def correlation_in_time(z: np.ndarray, samples: Samples, fold: np.ndarray, window: int, without: int | None) -> torch.Tensor:
