@@ -18,7 +18,7 @@ from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
 from xgenda.diffusion.hybrids import channel_correlation
 from xgenda.errors import OptionError
 from xgenda.grids import Grid
-from xgenda.scaling import CYCLES, Scaling, cycle_basis
+from xgenda.scaling import CYCLES, Scaling, cycle_basis, fit_scaling
 from xgenda.states import State
 
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -90,6 +90,18 @@ def read_sample(
 def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None) -> np.ndarray:
     """Return standardised anomalies, shape (n, channels * cells)."""
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
+
+
+def fit_standardised(
+    values: np.ndarray, time: xr.DataArray | None, names: list[str], fold: np.ndarray, climatology: str = "auto", **options: Any
+) -> tuple[Scaling, np.ndarray]:
+    """Return a `fit_scaling` with these options, and the standardised anomalies (n, state); 'auto' by `choose_climatology`."""
+    scaling = fit_scaling(values, time, names, cycle="none" if climatology == "auto" else climatology, **options)
+    z = standardise(scaling, values, time)
+    if climatology == "auto" and (cycle := choose_climatology(z, time, fold)) != "none":
+        scaling = fit_scaling(values, time, names, cycle=cycle, **options)
+        z = standardise(scaling, values, time)
+    return scaling, z
 
 
 def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarray) -> str:

@@ -29,10 +29,10 @@ from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
-from xgenda.models.fitting import candidates, fit_sample, kernel_on, read_sample, search, standardise
+from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
-from xgenda.scaling import cycle_basis, fit_scaling
+from xgenda.scaling import CYCLES, cycle_basis
 from xgenda.spherical import unit_vectors
 from xgenda.states import State
 
@@ -217,7 +217,7 @@ def gaussian_prior(
     radius: float | None = None,
     rank: int | None = None,
     inflation: float | None = None,
-    climatology: str = "none",
+    climatology: str = "auto",
     mean: Literal["sample", "background"] = "sample",
     folds: int = 5,
 ) -> GaussianModel:
@@ -251,7 +251,7 @@ def gaussian_prior(
         Factor on the covariance. None: by cross-validation, because a sample that is also scored in sample is overconfident.
     climatology
         Part of the cycle to remove from a history before its covariance is taken: 'none', 'dayofyear', 'hour',
-        'dayofyear+hour'.
+        'dayofyear+hour'; or 'auto', what describes withheld blocks of times best.
     mean
         Prior mean for a sample: that of the 'sample' (its climatology), or the 'background' given to `assimilate`.
     folds
@@ -300,7 +300,7 @@ def gaussian_prior(
     check_choice("covariance", covariance or "localized", (*SAMPLE_KINDS, *KERNELS))
     if length_scale is not None or std is not None or covariance in KERNELS:
         stray = [k for k, v in {"radius": radius, "rank": rank, "inflation": inflation}.items() if v is not None]
-        if stray or covariance in SAMPLE_KINDS or mean != "sample" or climatology != "none":
+        if stray or covariance in SAMPLE_KINDS or mean != "sample" or climatology not in ("auto", "none"):
             raise OptionError(
                 f"{stray[0] if stray else 'covariance=' + repr(covariance)} belongs to a prior from a sample; leave out "
                 f"length_scale and std for that, or leave it out for a covariance function."
@@ -309,6 +309,7 @@ def gaussian_prior(
     if vertical_scale is not None:
         raise OptionError("vertical_scale belongs to a covariance function; give length_scale and std too, or leave it out.")
     check_choice("mean", mean, ("sample", "background"))
+    check_choice("climatology", climatology, ("auto", *CYCLES))
     check_count("folds", folds, 2)
     if rank is not None:
         check_count("rank", rank)
@@ -461,8 +462,8 @@ def _from_sample(
             f"ds has {len(values)} fields along {sample_dim!r}; a sample covariance with {folds}-fold cross-validation needs at "
             f"least {2 * folds}. Give more, or use a covariance function: gaussian_prior(ds, length_scale=300e3, std=2.0)"
         )
-    scaling = fit_scaling(values, time, names, cycle=climatology, valid=valid)
-    z = standardise(scaling, values, time)
+    fold = np.arange(len(values)) * folds // len(values)
+    scaling, z = fit_standardised(values, time, names, fold, climatology, valid=valid)
     if rank is not None and rank >= len(values):
         raise OptionError(
             f"rank={rank} is not below the {len(values)} fields of the sample; leave it out to choose by cross-validation."
@@ -471,13 +472,13 @@ def _from_sample(
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
     best, tried = choices[0], 1
     if len(choices) > 1:
-        fold = np.arange(len(z)) * folds // len(z)
         best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)))
         tried = len(scores)
     options, arrays = fit_sample(z, best)
     training = {
         "sample": f"{len(values)} fields along {sample_dim}",
         "covariance": best.describe(),
+        "climatology": scaling.cycle,
         "cross_validation": f"best of {tried} by log score over {folds} blocks" if tried > 1 else "none: all options given",
     }
     spec = ModelSpec(

@@ -56,7 +56,7 @@ def train(
     tile: int | tuple[int, int] | Literal["auto"] | None = None,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
-    climatology: str = "none",
+    climatology: str = "auto",
     transform: str | Mapping[str, str] = "none",
     offset: float | Mapping[str, float] = 1e-3,
     bounds: Mapping[str, Sequence[float | None]] | None = None,
@@ -128,7 +128,8 @@ def train(
     variables
         Which variables of `ds`; by default all on its grid.
     climatology
-        Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'.
+        Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'; 'auto': for a prior what describes withheld blocks of
+        times best, for 'downscale' none.
     transform, offset
         'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
         such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero and not above
@@ -227,7 +228,8 @@ def train(
     check_choice("method", method, ("diffusion", *METHODS))
     check_choice("stages", stages, STAGES)
     check_choice("architecture", architecture, ARCHITECTURES)
-    check_choice("time_features", time_features, ("auto", *CYCLES))
+    for argument, cycle in (("time_features", time_features), ("climatology", climatology)):
+        check_choice(argument, cycle, ("auto", *CYCLES))
     for argument, flag in (("lead_time", lead_time), ("calibrate", calibrate), ("mean_condition", mean_condition)):
         check_flag(argument, flag)
     if conserve != "auto":
@@ -277,7 +279,7 @@ def train(
             )  # fmt: skip
         else:
             recipe = Recipe(
-                climatology, transform, offset, bounds, anchor, periodic, width,
+                "none" if climatology == "auto" else climatology, transform, offset, bounds, anchor, periodic, width,
                 architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
             )  # fmt: skip
             model = (
@@ -309,7 +311,7 @@ def _trained_prior(
     anchor: str | None, window: int, periodic: bool | Literal["both"] | None, width: int, name: str | None, licence: str,
 ) -> GenerativeModel:  # fmt: skip
     if start is not None:
-        kept = {"window": (window, 1), "width": (width, 16), "anchor": (anchor, "auto"), "climatology": (climatology, "none"),
+        kept = {"window": (window, 1), "width": (width, 16), "anchor": (anchor, "auto"), "climatology": (climatology, "auto"),
                 "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None)}  # fmt: skip
         for argument, (found, default) in kept.items():
             if found != default:

@@ -16,11 +16,10 @@ from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.trajectories import windows_of
 from xgenda.errors import OptionError, StateError
 from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
-from xgenda.models.fitting import standardise
+from xgenda.models.fitting import fit_standardised, standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec
-from xgenda.scaling import fit_scaling
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
 from xgenda.training.objectives import Denoising
 from xgenda.training.optimiser import Optimiser
@@ -43,23 +42,23 @@ def train_prior(
 ) -> DiffusionModel:
     """Train an unconditional prior of one state, or of a window of states."""
     names = [v.name for v in samples.variables]
-    scaling = fit_scaling(
+    fold = blocks(samples.time, len(samples.values), FOLDS)
+    scaling, z = fit_standardised(
         samples.values,
         samples.time,
         names,
-        cycle=climatology,
+        fold,
+        climatology,
         transform=transform,
         offset=offset,
         bounds=bounds,
         homogeneous=periodic == "both",
         valid=samples.valid,
     )
-    z = standardise(scaling, samples.values, samples.time)
-    fold = blocks(samples.time, len(z), FOLDS)
     kind = anchor or ("spectral" if periodic == "both" else "auto")  # without one in the denoiser, still for guidance
     if window > 1:
         check_windows(samples, fold, window)  # before the fit of the anchors, which takes long
-    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=anchor is not None)
+    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=anchor is not None, cycle=scaling.cycle)
     if window > 1:
         memory = [correlation_in_time(z, samples, fold, window, without) for without in (None, *range(len(crossed)))]
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
