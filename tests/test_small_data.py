@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from scipy.stats import norm
 
+import xgenda
 from xgenda.diffusion import hybrids
 from xgenda.diffusion.anchors import Modes, anchor_tensors, read_anchor
 from xgenda.diffusion.covariances import LocalisedSample, SphereKernel, matrix_root
+from xgenda.diffusion.denoisers import EDMDenoiser, GaussianDenoiser
+from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.hybrids import HybridSample, Parts, Product, hybrid_modes, kernel_modes, taper_modes
 from xgenda.diffusion.noise import NoiseStream
+from xgenda.errors import LittleDataWarning
 from xgenda.models.fitting import choose_climatology
+from xgenda.training.defaults import independent_fields
+from xgenda.training.scoring import fair_crps, posterior_crps
 
 LATITUDE, LONGITUDE = torch.linspace(30, 60, 7), torch.linspace(0, 40, 9)
 CELLS = len(LATITUDE) * len(LONGITUDE)
@@ -151,3 +158,78 @@ def test_a_cycle_is_found_and_noise_has_none() -> None:
     assert choose_climatology(wave - wave.mean(0), hourly, fold) == "hour"
     few, when = monthly(8, 3.0)
     assert choose_climatology(few, when, np.arange(8) // 2) == "none"  # too few for its coefficients
+
+
+def test_memory_takes_from_the_worth_of_fields() -> None:
+    """An AR(1) process of coefficient a is worth N (1 - a^2) / (1 + a^2) independent fields, for its covariance."""
+    rng, a = np.random.default_rng(0), 0.8
+    z = rng.standard_normal((400, 300))
+    assert independent_fields(z - z.mean(0)) == pytest.approx(400, rel=0.05)
+    for t in range(1, len(z)):
+        z[t] = a * z[t - 1] + np.sqrt(1 - a**2) * z[t]
+    assert independent_fields(z - z.mean(0)) == pytest.approx(400 * (1 - a**2) / (1 + a**2), rel=0.1)
+
+
+def test_a_day_of_hours_is_said_to_be_little() -> None:
+    rng = np.random.default_rng(1)
+    slow = np.cumsum(rng.standard_normal((40, 4, 6)), 0)
+    hours = np.datetime64("2001-05-01", "ns") + np.arange(40) * np.timedelta64(1, "h")
+    ds = xr.Dataset(
+        {"t2m": (("time", "latitude", "longitude"), slow, {"units": "K"})},
+        {"time": hours, "latitude": 40.0 + np.arange(4), "longitude": 5.0 + np.arange(6)},
+    )
+    with pytest.warns(LittleDataWarning, match=r"40 fields .* worth about \d independent .*gaussian_prior") as caught:
+        xgenda.train(ds, steps=1, width=8, progress=False)
+    assert caught[0].filename == __file__  # the line of the user
+
+
+class Zero(torch.nn.Module):
+    """A network that says nothing."""
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+def test_the_posterior_score_of_a_gaussian_is_that_of_its_closed_form() -> None:
+    anchor = hybrid_modes(hybrid(taper=None), 2 * CELLS)
+    states = anchor.draw(NoiseStream([(1, "truth", t) for t in range(4)])).reshape(4, 2, 7, 9)
+    valid = np.ones((2, 7, 9), bool)
+    valid[:, 0, 5] = False
+    std = np.array([2.0, 0.5]).reshape(2, 1, 1)
+    gaussian = GaussianDenoiser(torch.zeros(2 * CELLS), anchor)
+    options = {"std": std, "valid": valid, "share": 0.15, "members": 300, "steps": 24}
+    found = posterior_crps({"gaussian": gaussian, "model": EDMDenoiser(Zero(), anchor)}, anchor, states, **options)
+    torch.testing.assert_close(found["gaussian"], found["model"], atol=1e-6, rtol=1e-6)  # a correction of nothing changes nothing
+    # the same in closed form: the mean of the CRPS of N(m, v), with the network that the score draws
+    generator = torch.Generator().manual_seed(0)
+    sea = torch.nonzero(torch.as_tensor(valid).reshape(2, -1).any(0))[:, 0]
+    seen = sea[torch.randperm(len(sea), generator=generator)[: round(0.15 * len(sea))]]
+    where = torch.cat([seen, CELLS + seen])
+    value = states.reshape(4, -1)[:, where] + 0.25 * torch.randn(4, len(where), generator=generator, dtype=torch.float64)
+    solver = GaussianPosterior(anchor, where[:, None], torch.ones(len(where), 1), torch.full((len(where),), 0.25**2))
+    mean = torch.stack([solver.mean(torch.zeros(2 * CELLS), v) for v in value])
+    deviation = solver.variance().clamp(min=1e-12).sqrt()
+    u = ((states.reshape(4, -1) - mean) / deviation).numpy()
+    exact = deviation.numpy() * (u * (2 * norm.cdf(u) - 1) + 2 * norm.pdf(u) - 1 / np.sqrt(np.pi))
+    left = valid.reshape(2, -1).copy()
+    left[:, seen] = False
+    wanted = std[:, 0, 0] * np.stack([exact.reshape(4, 2, -1)[:, c][:, left[c]].mean(1) for c in range(2)], 1)
+    np.testing.assert_allclose(found["gaussian"], wanted, rtol=0.08)
+    assert found["gaussian"].mean() == pytest.approx(wanted.mean(), rel=0.03)
+
+
+def test_a_wrong_correction_scores_worse() -> None:
+    class One(Zero):
+        def forward(self, x: torch.Tensor, label: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+            return 0.7 * torch.ones_like(x)
+
+    anchor = hybrid_modes(hybrid(taper=None), 2 * CELLS)
+    states = anchor.draw(NoiseStream([(1, "truth", t) for t in range(3)])).reshape(3, 2, 7, 9)
+    found = posterior_crps({"right": EDMDenoiser(Zero(), anchor), "wrong": EDMDenoiser(One(), anchor)}, anchor, states)
+    assert bool((found["wrong"].mean(1) > found["right"].mean(1)).all())
+
+
+def test_crps_of_members_is_that_of_all_pairs() -> None:
+    members, truth = torch.randn(2, 5, 1, 3, dtype=torch.float64), torch.randn(2, 1, 1, 3, dtype=torch.float64)
+    pairs = (members[:, :, None] - members[:, None]).abs().sum((1, 2)) / (2 * 5 * 4)
+    torch.testing.assert_close(fair_crps(members, truth), (members - truth).abs().mean(1) - pairs)

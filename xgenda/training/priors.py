@@ -21,6 +21,7 @@ from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
+from xgenda.training.defaults import warn_of_little
 from xgenda.training.objectives import Denoising
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.windows import FOLDS, Samples, blocks, spacing_of, split_rows, time_order
@@ -55,6 +56,7 @@ def train_prior(
         homogeneous=periodic == "both",
         valid=samples.valid,
     )
+    warn_of_little(z, samples, stacklevel=4)
     kind = anchor or ("spectral" if periodic == "both" else "auto")  # without one in the denoiser, still for guidance
     if window > 1:
         check_windows(samples, fold, window)  # before the fit of the anchors, which takes long
