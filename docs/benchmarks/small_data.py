@@ -56,7 +56,8 @@ def norkyst(path: str) -> xr.Dataset:
 
     ds = xr.open_dataset(path).isel(depth=0, drop=True)
     crs = CRS.from_proj4(ds["projection_stere"].attrs["proj4"])
-    coarse = ds[["u", "v"]].coarsen(X=4, Y=4, boundary="trim").mean(skipna=False, keep_attrs=True)
+    blocks_of = ds[["u", "v"]].coarsen(X=4, Y=4, boundary="trim")
+    coarse = blocks_of.mean(keep_attrs=True).where(ds[["u", "v"]].isnull().coarsen(X=4, Y=4, boundary="trim").sum() == 0)
     x, y = np.meshgrid(coarse["X"], coarse["Y"])
     longitude, latitude = Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True).transform(x, y)
     coarse = coarse.drop_vars(["X", "Y"]).assign_coords(
