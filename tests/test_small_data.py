@@ -163,11 +163,15 @@ def test_a_cycle_is_found_and_noise_has_none() -> None:
 def test_memory_takes_from_the_worth_of_fields() -> None:
     """An AR(1) process of coefficient a is worth N (1 - a^2) / (1 + a^2) independent fields, for its covariance."""
     rng, a = np.random.default_rng(0), 0.8
-    z = rng.standard_normal((400, 300))
-    assert independent_fields(z - z.mean(0)) == pytest.approx(400, rel=0.05)
+    patterns = rng.standard_normal((5, 60))
+    z = rng.standard_normal((2000, 5))
+    assert independent_fields(z @ patterns) == pytest.approx(2000, rel=0.05)
     for t in range(1, len(z)):
         z[t] = a * z[t - 1] + np.sqrt(1 - a**2) * z[t]
-    assert independent_fields(z - z.mean(0)) == pytest.approx(400 * (1 - a**2) / (1 + a**2), rel=0.1)
+    wanted = 2000 * (1 - a**2) / (1 + a**2)
+    assert independent_fields(z @ patterns) == pytest.approx(wanted, rel=0.15)
+    trend = np.linspace(-60, 60, 2000)[:, None] * np.ones(60)
+    assert independent_fields(z @ patterns + trend) == pytest.approx(wanted, rel=0.25)
 
 
 def test_a_day_of_hours_is_said_to_be_little() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from xgenda.errors import LittleDataWarning
 from xgenda.training.windows import Samples, time_order
 
+SHARE, COMPONENTS = 0.9, 20  # of the variance, and the most principal components that are looked at
 LITTLE = 15.0  # independent fields below which withheld later times are hardly ever like the training
 
 
@@ -40,8 +41,9 @@ class Verdict:
 def independent_fields(z: np.ndarray) -> float:
     """Return how many independent fields are worth as much as consecutive ones, for the estimate of a covariance.
 
-    With the autocorrelation r_l at lag l, over all cells, N / (1 + 2 sum_l (1 - l / N) r_l^2) (Bartlett 1935, for the product of two series
-    of the same memory).
+    With the autocorrelation r_l of a principal component at lag l, N / (1 + 2 sum_l (1 - l / N) r_l^2) (Bartlett 1935, for the product of
+    two series of the same memory; the r_l^2 of white noise, 1 / N, taken off). The median of the leading components: a trend, which fills
+    one of them, leaves the others what they are.
 
     Parameters
     ----------
@@ -49,10 +51,14 @@ def independent_fields(z: np.ndarray) -> float:
         Anomalies in order of time, shape (n, state).
     """
     n = len(z)
+    patterns, power, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    count = 1 + int((np.cumsum(power**2) < SHARE * (power**2).sum()).sum())
     lags = np.arange(1, max(2, n // 3))
-    power = float((z**2).sum())
-    correlation = np.array([float((z[l:] * z[:-l]).sum()) / power * n / (n - l) for l in lags])  # noqa: E741
-    return n / (1 + 2 * float(((1 - lags / n) * correlation**2).sum()))
+    worth = []
+    for p in patterns[:, : min(count, COMPONENTS)].T:
+        squares = np.array([float(p[lag:] @ p[:-lag]) * n / (n - lag) for lag in lags]) ** 2 - 1 / n
+        worth.append(n / (1 + 2 * max(0.0, float(((1 - lags / n) * squares).sum()))))
+    return float(np.median(worth))
 
 
 def judge(z: np.ndarray, samples: Samples) -> Verdict:
