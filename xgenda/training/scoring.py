@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xgenda.diffusion.anchors import Anchor
-from xgenda.diffusion.denoisers import Denoiser
+from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser, GaussianDenoiser
 from xgenda.diffusion.evidence import LinearEvidence
 from xgenda.diffusion.guidance import guide
 from xgenda.diffusion.noise import LabelledNoise
@@ -97,6 +99,77 @@ def posterior_crps(
             score = unit * fair_crps(drawn, flat.reshape(k, 1, channels, cells))
             out[name] = (score * left).sum(-1) / left.sum(-1).clamp(min=1)
     return out
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Validation CRPS of the Gaussian that a network corrects and of the corrected one, by channel, in physical units.
+
+    Attributes
+    ----------
+    gaussian, model
+        Shape (channels,).
+    gain, error
+        By how much the model's is below the Gaussian's, relative to that and averaged over channels, and the standard error of this over the
+        withheld states.
+    """
+
+    gaussian: Tensor
+    model: Tensor
+    gain: float
+    error: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether the correction did harm."""
+        return self.gain < 0
+
+    def describe(self) -> str:
+        """Return the comparison in a line."""
+        both = ", ".join(f"{m:.4g} ({g:.4g})" for m, g in zip(self.model.tolist(), self.gaussian.tolist(), strict=True))
+        return f"CRPS of withheld states, of the model (of its Gaussian): {both}; gain {self.gain:.1%} ± {self.error:.1%}"
+
+
+def beside_gaussian(
+    network: nn.Module,
+    anchor: Anchor,
+    states: Tensor,
+    *,
+    feeds_state: bool = True,
+    std: np.ndarray | float = 1.0,
+    valid: np.ndarray | None = None,
+    most: int = 8,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Comparison:
+    """Return what a network is worth as a correction of a Gaussian, both scored by `posterior_crps` on some of the withheld states.
+
+    Parameters
+    ----------
+    network
+        F of an `EDMDenoiser` on `anchor`, in training or not; it is left in the mode that it was in.
+    anchor
+        The Gaussian fitted without `states`: that of their fold.
+    states
+        The withheld ones, standardised, shape (n, channels, ny, nx), in order of time.
+    feeds_state
+        As in `EDMDenoiser`.
+    std, valid, device, **options
+        As in `posterior_crps`.
+    most
+        How many of the states to take, evenly spread.
+    """
+    chosen = states[torch.linspace(0, len(states) - 1, min(most, len(states))).round().long()]
+    before = network.training
+    network.eval()
+    model = EDMDenoiser(network, anchor, feeds_state, (SIGMA_MIN, highest_sigma(anchor)))
+    pair = {"gaussian": GaussianDenoiser(torch.zeros(anchor.size), anchor), "model": model}
+    found = posterior_crps(pair, anchor, chosen, std=std, valid=valid, device=device, **options)
+    network.train(before)
+    scale = found["gaussian"].mean(0).clamp(min=1e-300)
+    gain = ((found["gaussian"] - found["model"]) / scale).mean(1)
+    error = float(gain.std(correction=1)) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
+    return Comparison(found["gaussian"].mean(0), found["model"].mean(0), float(gain.mean()), error)
 
 
 def fair_crps(members: Tensor, truth: Tensor) -> Tensor:
