@@ -679,7 +679,7 @@ CASES: dict[str, Case] = {
     "unknown climatology": (
         lambda k: k.train(climatology="monthly"),
         OptionError,
-        r"climatology='monthly' is not accepted; choose one of 'none', 'dayofyear'",
+        r"climatology='monthly' is not accepted; choose one of 'auto', 'none', 'dayofyear'",
     ),
     "unknown anchor": (
         lambda k: k.train(anchor="iron"),

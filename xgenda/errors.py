@@ -17,6 +17,8 @@
     +-- OutputExistsError      (FileExistsError)
     +-- MissingDependencyError (ImportError)  an optional package is not installed
 
+    LittleDataWarning          (UserWarning)  there is too little to train on
+
 A message says which argument is wrong, what was found, what would be accepted, and the line to type.
 """
 
@@ -83,6 +85,10 @@ class OutputExistsError(GendaError, FileExistsError):
 
 class MissingDependencyError(GendaError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class LittleDataWarning(UserWarning):
+    """The training fields are worth too few independent ones to learn from."""
 
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:

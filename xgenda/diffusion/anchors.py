@@ -144,23 +144,28 @@ class LowRank:
 
 
 class Modes(LowRank):
-    """S = F F^T with orthogonal columns: the same as a sum over modes, for which nothing needs solving.
+    """S = F F^T + floor I with orthogonal columns: the same as a sum over modes, for which nothing needs solving.
 
     Parameters
     ----------
     factor
         F, shape (n, r), its columns eigenvectors times the root of their eigenvalue.
+    floor
+        Variance beside that of the modes, the same in all cells.
     """
 
-    def __init__(self, factor: Tensor) -> None:
-        super().__init__(factor, torch.zeros(len(factor)))
+    def __init__(self, factor: Tensor, floor: float = 0.0) -> None:
+        super().__init__(factor, torch.full((len(factor),), floor, dtype=torch.float64))
+        self.floor = floor
         self._square = self.factor**2
         self.power = self._square.sum(0)
         self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def given_noise(self, sigma: float) -> LowRankConditional:
-        """Return C, mode by mode: an eigenvalue p becomes sigma^2 p / (p + sigma^2)."""
-        share = sigma**2 / (self.power + sigma**2)
+        """Return C, mode by mode: an eigenvalue q = p + floor becomes sigma^2 q / (q + sigma^2), the floor itself among them."""
+        beside = sigma**2 + self.floor
+        # (of p + floor, less that of the floor) / p, without a difference of like numbers
+        share = sigma**4 / (beside * (self.power + beside))
         return ModesConditional(self, share, self._square @ share, sigma)
 
     def factor_like(self, like: Tensor) -> Tensor:
@@ -204,11 +209,13 @@ class LowRankConditional:
 
 
 class ModesConditional(LowRankConditional):
-    """C = F diag(share) F^T, sharing F with all other noise levels: a matrix as large as the covariance for each would be too much."""
+    """C = F diag(share) F^T + c I, sharing F with all other noise levels: a matrix as large as the covariance for each would be too much."""
 
     def __init__(self, modes: Modes, share: Tensor, variance: Tensor, sigma: float) -> None:
-        self.modes, self.share, self.variance, self.sigma = modes, share, variance, sigma
-        self.diagonal = modes.residual
+        self.modes, self.share, self.sigma = modes, share, sigma
+        self.beside = sigma**2 * modes.floor / (sigma**2 + modes.floor)
+        self.variance = variance + self.beside
+        self.diagonal = torch.full_like(modes.residual, self.beside)
 
     @property
     def factor(self) -> Tensor:  # type: ignore[override]
@@ -218,12 +225,12 @@ class ModesConditional(LowRankConditional):
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""
         factor = self.modes.factor_like(vector)
-        return ((vector @ factor) * self.share.to(vector)) @ factor.T
+        return self.beside * vector + ((vector @ factor) * self.share.to(vector)) @ factor.T
 
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
         half = matrix @ self.modes.factor[columns]
-        return (half * self.share) @ half.T
+        return (half * self.share) @ half.T + self.beside * (matrix @ matrix.T)
 
 
 class Spectral:
@@ -500,7 +507,8 @@ def read_anchor(tensors: dict[str, Tensor], prefix: str = "anchor") -> Anchor | 
     if f"{prefix}.factor" not in tensors:
         return None
     factor, residual = tensors.pop(f"{prefix}.factor"), tensors.pop(f"{prefix}.residual")
-    return Modes(factor) if not residual.any() and _orthogonal(factor) else LowRank(factor, residual)
+    alike = bool((residual == residual[0]).all())
+    return Modes(factor, float(residual[0])) if alike and _orthogonal(factor) else LowRank(factor, residual)
 
 
 def _orthogonal(factor: Tensor) -> bool:

@@ -346,12 +346,17 @@ class LocalisedSample:
 
     def draw(self, noise: NoiseStream) -> Tensor:
         """Draw one field per sample."""
-        channels = self.size // self.taper.size
-        out = []
-        for s in range(len(noise)):  # a sample at a time: N fields each are plenty of memory
-            tapered = self.taper.draw(_Single(noise, s), fields=len(self.scaled))[0]
-            out.append((self.scaled * tapered.repeat(1, channels)).sum(0))
-        return torch.stack(out)
+        return draw_tapered(self.scaled, self.taper, noise)
+
+
+def draw_tapered(scaled: Tensor, taper: SphereKernel, noise: NoiseStream) -> Tensor:
+    """Draw fields whose covariance is that of a sample, (X^T X) o T for X of shape (N, n), shape (samples, n)."""
+    channels = scaled.shape[1] // taper.size
+    out = []
+    for s in range(len(noise)):  # a sample at a time: N fields each are plenty of memory
+        tapered = taper.draw(_Single(noise, s), fields=len(scaled))[0]
+        out.append((scaled * tapered.repeat(1, channels)).sum(0))
+    return torch.stack(out)
 
 
 class _Single(NoiseStream):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,19 @@ from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
+from xgenda.diffusion.hybrids import channel_correlation
 from xgenda.grids import Grid
-from xgenda.scaling import Scaling, cycle_basis
+from xgenda.scaling import CYCLES, Scaling, cycle_basis, fit_scaling
 from xgenda.states import State
 
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (2, 5, 10, 20, 40, 80)
 RADII = 8
+WORTH = 0.97  # what a cycle must leave less of
+HYBRID_KERNELS = ("exponential", "matern32", "matern52")
+LENGTHS = 8
+WEIGHTS = (0.02, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
+TAPERED_LIMIT = 20_000  # entries of a state up to which hybrids with a taper are tried, whose modes take a while
 PROBES = 150  # observed and predicted cells of one cross-validation fold
 
 
@@ -31,6 +37,13 @@ def kernel_on(grid: AnyGrid, kind: str, length: float) -> SphereKernel:
         latitude, longitude = (torch.as_tensor(p) for p in grid.points())
         return SphereKernel.at(latitude, longitude, kind, length)
     return SphereKernel(torch.as_tensor(grid.latitude), torch.as_tensor(grid.longitude), kind, length, grid.longitude_count)
+
+
+def correlation_at(grid: AnyGrid, kind: str, length: float, places: Tensor) -> Tensor:
+    """Return a correlation function between some cells of a grid, without the preparation of the others."""
+    latitude, longitude = (torch.as_tensor(p)[places] for p in grid.points())
+    everything = torch.arange(len(places))
+    return SphereKernel.at(latitude, longitude, kind, length).correlation(everything, everything)
 
 
 def read_sample(
@@ -71,7 +84,64 @@ def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None)
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
 
 
-Choice = tuple[str, float, float]
+def fit_standardised(
+    values: np.ndarray, time: xr.DataArray | None, names: list[str], fold: np.ndarray, climatology: str = "auto", **options: Any
+) -> tuple[Scaling, np.ndarray]:
+    """Return a `fit_scaling` with these options, and the standardised anomalies (n, state); 'auto' by `choose_climatology`."""
+    scaling = fit_scaling(values, time, names, cycle="none" if climatology == "auto" else climatology, **options)
+    z = standardise(scaling, values, time)
+    if climatology == "auto" and (cycle := choose_climatology(z, time, fold)) != "none":
+        scaling = fit_scaling(values, time, names, cycle=cycle, **options)
+        z = standardise(scaling, values, time)
+    return scaling, z
+
+
+def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarray) -> str:
+    """Return the cycle that describes withheld blocks of times best, 'none' unless one leaves less than `WORTH` of the mean square.
+
+    Parameters
+    ----------
+    z
+        Anomalies from the mean, shape (n, state); masked entries zero.
+    time
+        Of the fields; without one there is no cycle.
+    fold
+        Number of the block of consecutive times of each field.
+    """
+    left = {"none": 0.0} | ({} if time is None else dict.fromkeys(CYCLES, 0.0))
+    for cycle in left:
+        basis = cycle_basis(time, cycle, len(z))
+        for k in range(int(fold.max()) + 1):
+            rest, block = fold != k, fold == k
+            if int(rest.sum()) < 2 * basis.shape[1]:
+                left[cycle] = np.inf
+                break
+            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
+            left[cycle] += float(((z[block] - basis[block] @ mean) ** 2).sum())
+    best = min(left, key=lambda c: left[c])
+    return best if left[best] < WORTH * left["none"] else "none"
+
+
+class Choice(NamedTuple):
+    """A covariance to choose from: 'localized' of a radius, 'eof' of a rank, or 'hybrid' of a length, a weight, a kernel and a radius."""
+
+    kind: str
+    size: float
+    inflation: float
+    weight: float = 0.0
+    kernel: str = ""
+    radius: float | None = None
+
+    def describe(self) -> str:
+        """Return the choice in words."""
+        km = f"{self.size / 1e3:.3g} km"
+        within = "" if self.radius is None else f" within {self.radius / 1e3:.3g} km"
+        shown = {
+            "eof": f"rank {self.size:.0f}",
+            "localized": f"radius {self.size / 1e3:.0f} km",
+            "hybrid": f"{1 - self.weight:.0%} of the sample{within} and {self.weight:.0%} {self.kernel} of {km}",
+        }
+        return f"{self.kind}, {shown[self.kind]}, inflation {self.inflation:g}"
 
 
 def candidates(
@@ -82,16 +152,25 @@ def candidates(
     rank: int | None,
     inflation: float | None,
 ) -> Iterator[Choice]:
-    """Yield (kind, radius or rank, inflation) to choose from; what is given is not varied."""
+    """Yield choices; what is given is not varied."""
     latitude, longitude = (np.radians(a) for a in grid.points())
     extent = EARTH_RADIUS * 2 * np.arcsin(np.sqrt(_haversine(latitude, longitude).max()))
     inflations = INFLATIONS if inflation is None else (float(inflation),)
     if "localized" in kinds:
         radii = np.geomspace(extent / 12, extent * 2.5, RADII) if radius is None else [float(radius)]
-        yield from (("localized", float(r), i) for r, i in itertools.product(radii, inflations))
+        yield from (Choice("localized", float(r), i) for r, i in itertools.product(radii, inflations))
     if "eof" in kinds:
         ranks = [r for r in RANKS if r < 0.75 * shape[0]] if rank is None else [int(rank)]
-        yield from (("eof", float(r), i) for r, i in itertools.product(ranks, inflations))
+        yield from (Choice("eof", float(r), i) for r, i in itertools.product(ranks, inflations))
+    if "hybrid" in kinds:
+        lengths = np.geomspace(extent / 80, extent / 3, LENGTHS)
+        within: list[float | None] = (
+            [None] if shape[1] > TAPERED_LIMIT else [None, *np.geomspace(extent / 12, extent * 2.5, RADII).tolist()]
+        )
+        yield from (
+            Choice("hybrid", float(r), i, w, k, t)
+            for k, r, w, t, i in itertools.product(HYBRID_KERNELS, lengths, WEIGHTS, within, inflations)
+        )
 
 
 def _haversine(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
@@ -100,16 +179,22 @@ def _haversine(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(np.sin(dy / 2) ** 2 + np.cos(latitude[i])[:, None] * np.cos(latitude) * np.sin(dx / 2) ** 2, 0, 1))
 
 
-def fit_sample(z: np.ndarray, kind: str, size: float, inflation: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def fit_sample(z: np.ndarray, choice: Choice) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return options and arrays of a Gaussian fitted to standardised fields (n, state)."""
-    anomaly = z - z.mean(0)
-    if kind == "localized":
-        return {"covariance": kind, "radius": size, "inflation": inflation}, {"anomalies": torch.as_tensor(anomaly)}
-    low_rank = fit_eofs(anomaly, int(size), inflation)
-    return {"covariance": kind, "rank": int(size), "inflation": inflation}, {
-        "factor": low_rank.factor,
-        "residual": low_rank.residual,
-    }
+    anomaly, kind, inflation = z - z.mean(0), choice.kind, choice.inflation
+    if kind == "eof":
+        low_rank = fit_eofs(anomaly, int(choice.size), inflation)
+        arrays = {"factor": low_rank.factor, "residual": low_rank.residual}
+        return {"covariance": kind, "rank": int(choice.size), "inflation": inflation}, arrays
+    options: dict[str, Any] = {"covariance": kind, "inflation": inflation}
+    options |= (
+        {"radius": choice.size}
+        if kind == "localized"
+        else {"kernel": choice.kernel, "length": choice.size, "weight": choice.weight}
+    )
+    if kind == "hybrid" and choice.radius is not None:
+        options["radius"] = choice.radius
+    return options, {"anomalies": torch.as_tensor(anomaly)}
 
 
 def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
@@ -122,37 +207,100 @@ def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
     return LowRank(torch.as_tensor(factor.copy()), torch.as_tensor(residual))
 
 
-def cross_validate(
-    z: np.ndarray, grid: AnyGrid, choices: list[Choice], fold: np.ndarray, valid: np.ndarray | None = None
-) -> dict[Choice, float]:
-    """Return the mean log score of each choice over the blocks of consecutive fields that `fold` numbers from 0, on valid cells."""
-    total = dict.fromkeys(choices, 0.0)
-    cells = z.shape[1] // grid.size
-    taper = kernel_on(grid, "gaspari-cohn", 1.0)
-    folds = int(fold.max()) + 1
-    among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
-    for k in range(folds):
-        block = np.flatnonzero(fold == k)
-        rng = np.random.default_rng(k)
-        probe = rng.choice(among, min(2 * PROBES, len(among)), replace=False)
-        seen = len(probe) // 3
-        rest = np.setdiff1d(np.arange(len(z)), block)
-        centre = z[rest].mean(0)
-        anomaly, test = (z[rest] - centre)[:, probe], (z[block] - centre)[:, probe]
-        sample = anomaly.T @ anomaly / (len(rest) - 1)
-        place = torch.as_tensor(probe % (z.shape[1] // cells))
-        modes: dict[int, LowRank] = {}
-        for kind, size, inflation in choices:
-            if kind == "localized":
-                taper.length = size
-                matrix = sample * taper.correlation(place, place).numpy()
+def search(
+    z: np.ndarray,
+    grid: AnyGrid,
+    choices: list[Choice],
+    fold: np.ndarray,
+    valid: np.ndarray | None = None,
+    basis: np.ndarray | None = None,
+) -> tuple[Choice, dict[Choice, float]]:
+    """Return the best choice by `Validation`, and the scores of those tried.
+
+    The many hybrids are searched along lines: the best kernel and length, the best weight and radius, again, and the best inflation.
+    """
+    validation = Validation(z, grid, fold, valid, basis)
+    scores = validation.scores([c for c in choices if c.kind != "hybrid"])
+    hybrids = [c for c in choices if c.kind == "hybrid"]
+    if hybrids:
+        at = min(
+            hybrids, key=lambda c: (abs(c.weight - 0.3), abs(c.inflation - 1.5), c.radius is not None, c.kernel != "matern32")
+        )
+        for varied in (
+            ("kernel", "size"),
+            ("weight", "radius"),
+            ("inflation",),
+            ("kernel", "size"),
+            ("weight", "radius"),
+            ("inflation",),
+        ):
+            kept = [f for f in Choice._fields if f not in varied]
+            line = [c for c in hybrids if all(getattr(c, f) == getattr(at, f) for f in kept)]
+            scores |= validation.scores([c for c in line if c not in scores])
+            at = max(line, key=lambda c: scores[c])
+    return max(scores, key=lambda c: scores[c]), scores
+
+
+class Validation:
+    """The mean log score of covariances over the blocks of consecutive fields that `fold` numbers from 0, on valid cells.
+
+    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is.
+    """
+
+    def __init__(
+        self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None
+    ) -> None:
+        among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
+        basis = np.ones((len(z), 1)) if basis is None else basis
+        self.parts = []
+        for k in range(int(fold.max()) + 1):
+            block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+            probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
+            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
+            test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]
+            self.parts.append((_Probe(z[rest] - basis[rest] @ mean, grid, probe), test))
+
+    def scores(self, choices: list[Choice]) -> dict[Choice, float]:
+        """Return the score of each choice."""
+        total = dict.fromkeys(choices, 0.0)
+        for matrix_of, test in self.parts:
+            for choice in choices:
+                matrix = choice.inflation * matrix_of(choice)
+                total[choice] += _log_score(matrix, test, test.shape[1] // 3) / len(self.parts)
+        return total
+
+
+class _Probe:
+    """Covariances, without their inflation, between some entries of the state."""
+
+    def __init__(self, anomaly: np.ndarray, grid: AnyGrid, probe: np.ndarray) -> None:
+        self.anomaly, self.grid, self.index = anomaly, grid, torch.as_tensor(probe)
+        scaled = torch.as_tensor(anomaly) / np.sqrt(len(anomaly) - 1)
+        self.sample = (scaled[:, self.index].T @ scaled[:, self.index]).numpy()
+        self.place, self.channel = self.index % grid.size, self.index // grid.size
+        between = channel_correlation(scaled, (scaled**2).sum(0).sqrt(), anomaly.shape[1] // grid.size)
+        std = np.sqrt(np.diag(self.sample))
+        self.scale = std[:, None] * between[self.channel][:, self.channel].numpy() * std
+        self._made: dict[tuple[str, float], np.ndarray] = {}
+
+    def __call__(self, choice: Choice) -> np.ndarray:
+        if choice.kind == "eof":
+            return self._once(("eof", choice.size))
+        radius = choice.size if choice.kind == "localized" else choice.radius
+        sample = self.sample if radius is None else self.sample * self._once(("gaspari-cohn", radius))
+        if choice.kind == "localized":
+            return np.asarray(sample)
+        return np.asarray((1 - choice.weight) * sample + choice.weight * self.scale * self._once((choice.kernel, choice.size)))
+
+    def _once(self, key: tuple[str, float]) -> np.ndarray:
+        if key not in self._made:
+            kind, size = key
+            if kind == "eof":
+                found = fit_eofs(self.anomaly, int(size)).block(self.index, self.index)
             else:
-                if int(size) not in modes:
-                    modes[int(size)] = fit_eofs(z[rest] - centre, int(size))
-                index = torch.as_tensor(probe)
-                matrix = modes[int(size)].block(index, index).numpy()
-            total[kind, size, inflation] += _log_score(inflation * matrix, test, seen) / folds
-    return total
+                found = correlation_at(self.grid, kind, size, self.place)
+            self._made[key] = found.numpy()
+        return self._made[key]
 
 
 def _log_score(matrix: np.ndarray, test: np.ndarray, seen: int, error: float = 0.3) -> float:

@@ -16,6 +16,7 @@ from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import (
+    DENSE_LIMIT,
     KERNELS,
     Covariance,
     KernelCovariance,
@@ -23,18 +24,19 @@ from xgenda.diffusion.covariances import (
 )
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
+from xgenda.diffusion.hybrids import HybridSample, hybrid_modes
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
-from xgenda.models.fitting import candidates, cross_validate, fit_sample, kernel_on, read_sample, standardise
+from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
-from xgenda.scaling import fit_scaling
+from xgenda.scaling import CYCLES, cycle_basis
 from xgenda.spherical import unit_vectors
 from xgenda.states import State
 
-SAMPLE_KINDS = ("localized", "eof")
+SAMPLE_KINDS = ("hybrid", "localized", "eof")
 
 
 class GaussianModel(GenerativeModel):
@@ -48,7 +50,7 @@ class GaussianModel(GenerativeModel):
         ``options['covariance']`` names the kind; the scaling, where there is one, standardises with one standard deviation per
         variable.
     arrays
-        'anomalies' (localized), 'factor' and 'residual' (eof), in standardised units; nothing for a covariance function.
+        'anomalies' (hybrid, localized), 'factor' and 'residual' (eof), in standardised units; nothing for a covariance function.
     """
 
     closed_form = True
@@ -82,6 +84,10 @@ class GaussianModel(GenerativeModel):
             return LocalisedSample(
                 self.arrays["anomalies"], kernel_on(grid, "gaspari-cohn", options["radius"]), options["inflation"]
             )
+        if kind == "hybrid":
+            kernel = kernel_on(grid, options["kernel"], options["length"])
+            taper = kernel_on(grid, "gaspari-cohn", options["radius"]) if "radius" in options else None
+            return HybridSample(self.arrays["anomalies"], kernel, options["weight"], options["inflation"], taper)
         names = [v.name for v in self.spec.variables]
         kernels = [kernel_on(grid, kind, options["length_scale"][n]) for n in names]
         std = torch.tensor([options["std"][n] for n in names], dtype=torch.float64)
@@ -91,7 +97,12 @@ class GaussianModel(GenerativeModel):
 
     def denoiser(self, grid: AnyGrid | None = None) -> GaussianDenoiser:
         """Return the exact denoiser of the standardised anomaly, N(0, S), for use in the diffusion machinery."""
-        low_rank = LowRank.of(self.covariance(grid))
+        covariance = self.covariance(grid)
+        low_rank: LowRank
+        if isinstance(covariance, HybridSample) and covariance.size > DENSE_LIMIT:
+            low_rank = hybrid_modes(covariance)
+        else:
+            low_rank = LowRank.of(covariance)
         return GaussianDenoiser(torch.zeros(low_rank.size), low_rank)
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
@@ -173,7 +184,7 @@ class GaussianModel(GenerativeModel):
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> GaussianModel:
         """Rebuild the model from stored tensors."""
         kind, names = spec.options["covariance"], [v.name for v in spec.variables]
-        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}}.get(kind, set())
+        expected = {"eof": {"factor", "residual"}, "localized": {"anomalies"}, "hybrid": {"anomalies"}}.get(kind, set())
         if kind not in (*SAMPLE_KINDS, *KERNELS):
             raise KeyError(f"covariance {kind!r} is not known")
         if kind in KERNELS and not all(set(spec.options[k]) == set(names) for k in ("std", "length_scale")):
@@ -206,7 +217,7 @@ def gaussian_prior(
     radius: float | None = None,
     rank: int | None = None,
     inflation: float | None = None,
-    climatology: str = "none",
+    climatology: str = "auto",
     mean: Literal["sample", "background"] = "sample",
     folds: int = 5,
 ) -> GaussianModel:
@@ -214,7 +225,8 @@ def gaussian_prior(
 
     With `length_scale` and `std` it is a covariance function around the background that is later given to `assimilate`. Without
     them the covariance is that of the sample in `ds`, along ``member`` (an ensemble) or ``time`` (a history): the sample
-    covariance under a Gaspari-Cohn taper ('localized') or its leading EOFs plus an uncorrelated residual ('eof').
+    covariance under a Gaspari-Cohn taper ('localized'), a blend of that with a function of distance ('hybrid'), or its leading EOFs plus an
+    uncorrelated residual ('eof').
 
     Parameters
     ----------
@@ -229,8 +241,8 @@ def gaussian_prior(
         difference in the logarithm of pressure, or in metres of height or depth. None: not at all.
     covariance
         'exponential' (default with `length_scale`; great-circle distance), 'matern32', 'matern52' or 'gaussian' (chordal
-        distance, without which they are not valid on a sphere); or 'localized' or 'eof' for a sample. None chooses between
-        the last two by cross-validation.
+        distance, without which they are not valid on a sphere); or 'hybrid', 'localized' or 'eof' for a sample. None chooses between
+        the last three by cross-validation.
     radius
         Distance in metres at which the taper reaches zero. None: by cross-validation.
     rank
@@ -239,7 +251,7 @@ def gaussian_prior(
         Factor on the covariance. None: by cross-validation, because a sample that is also scored in sample is overconfident.
     climatology
         Part of the cycle to remove from a history before its covariance is taken: 'none', 'dayofyear', 'hour',
-        'dayofyear+hour'.
+        'dayofyear+hour'; or 'auto', what describes withheld blocks of times best.
     mean
         Prior mean for a sample: that of the 'sample' (its climatology), or the 'background' given to `assimilate`.
     folds
@@ -288,7 +300,7 @@ def gaussian_prior(
     check_choice("covariance", covariance or "localized", (*SAMPLE_KINDS, *KERNELS))
     if length_scale is not None or std is not None or covariance in KERNELS:
         stray = [k for k, v in {"radius": radius, "rank": rank, "inflation": inflation}.items() if v is not None]
-        if stray or covariance in SAMPLE_KINDS or mean != "sample" or climatology != "none":
+        if stray or covariance in SAMPLE_KINDS or mean != "sample" or climatology not in ("auto", "none"):
             raise OptionError(
                 f"{stray[0] if stray else 'covariance=' + repr(covariance)} belongs to a prior from a sample; leave out "
                 f"length_scale and std for that, or leave it out for a covariance function."
@@ -297,6 +309,7 @@ def gaussian_prior(
     if vertical_scale is not None:
         raise OptionError("vertical_scale belongs to a covariance function; give length_scale and std too, or leave it out.")
     check_choice("mean", mean, ("sample", "background"))
+    check_choice("climatology", climatology, ("auto", *CYCLES))
     check_count("folds", folds, 2)
     if rank is not None:
         check_count("rank", rank)
@@ -449,30 +462,27 @@ def _from_sample(
             f"ds has {len(values)} fields along {sample_dim!r}; a sample covariance with {folds}-fold cross-validation needs at "
             f"least {2 * folds}. Give more, or use a covariance function: gaussian_prior(ds, length_scale=300e3, std=2.0)"
         )
-    scaling = fit_scaling(values, time, names, cycle=climatology, valid=valid)
-    z = standardise(scaling, values, time)
+    fold = np.arange(len(values)) * folds // len(values)
+    scaling, z = fit_standardised(values, time, names, fold, climatology, valid=valid)
     if rank is not None and rank >= len(values):
         raise OptionError(
             f"rank={rank} is not below the {len(values)} fields of the sample; leave it out to choose by cross-validation."
         )
     kinds = SAMPLE_KINDS if covariance is None else (covariance,)
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
-    scores = (
-        cross_validate(z, grid, choices, np.arange(len(z)) * folds // len(z), valid)
-        if len(choices) > 1
-        else {choices[0]: float("nan")}
-    )
-    best = max(scores, key=lambda c: scores[c])
-    options, arrays = fit_sample(z, *best)
+    best, tried = choices[0], 1
+    if len(choices) > 1:
+        best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)))
+        tried = len(scores)
+    options, arrays = fit_sample(z, best)
     training = {
         "sample": f"{len(values)} fields along {sample_dim}",
-        "covariance": f"{best[0]}, {f'radius {best[1] / 1e3:.0f} km' if best[0] == 'localized' else f'rank {best[1]:.0f}'}, inflation {best[2]:g}",
-        "cross_validation": f"best of {len(choices)} by log score over {folds} blocks"
-        if len(choices) > 1
-        else "none: all options given",
+        "covariance": best.describe(),
+        "climatology": scaling.cycle,
+        "cross_validation": f"best of {tried} by log score over {folds} blocks" if tried > 1 else "none: all options given",
     }
     spec = ModelSpec(
-        f"gaussian-{best[0]}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
+        f"gaussian-{best.kind}", "prior", "gaussian", variables, grid, scaling, None, mean == "background", options, training,
         licence="that of the sample", description="Covariance of a sample",
     )  # fmt: skip
     return GaussianModel(spec, arrays if valid is None else arrays | {"valid": torch.as_tensor(valid)})

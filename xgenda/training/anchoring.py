@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
-from xgenda.models.fitting import Choice, candidates, cross_validate, fit_eofs, kernel_on
+from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
+from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, search
+from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, time_order
 
-ANCHORS = ("eof", "localized", "spectral")
-LOCALIZED_LIMIT = 2500  # cells up to which 'auto' tries the localised covariance, whose eigenvectors are a dense matrix
+ANCHORS = ("eof", "hybrid", "localized", "spectral")
 
 
 def fit_anchors(
-    z: np.ndarray, samples: Samples, fold: np.ndarray, kind: str = "eof", *, crossed: bool = True
+    z: np.ndarray,
+    samples: Samples,
+    fold: np.ndarray,
+    kind: str = "eof",
+    *,
+    crossed: bool = True,
+    cycle: str = "none",
 ) -> tuple[Anchor, list[Anchor], str]:
-    """Return the anchor of all samples, one per fold fitted without it (if `crossed`), and a note on the choice."""
+    """Return the anchor of all samples, one per fold fitted without it (if `crossed`), and a note on the choice.
+
+    `cycle` is the climatology that `z` are anomalies of; it is fitted anew without each fold.
+    """
     cells = samples.grid.size
-    parts = [z[fold != k] - z[fold != k].mean(0) for k in range(FOLDS)] if crossed else []
+    basis = cycle_basis(samples.time, cycle, len(z))
+    parts = [_anomaly(z[fold != k], basis[fold != k]) for k in range(FOLDS)] if crossed else []
     everything = z - z.mean(0)
     if kind == "spectral":
         shape = (-1, z.shape[1] // cells, *samples.grid.plane)
         fit = [Spectral.fit(torch.as_tensor(p).reshape(shape)) for p in [everything, *parts]]
         return fit[0], list(fit[1:]), "spectral"
-    kinds: tuple[str, ...] = (kind,)
-    if kind == "auto":
-        kinds = ("localized", "eof") if z.shape[1] <= LOCALIZED_LIMIT else ("eof",)
-    scores = cross_validate(
-        z, samples.grid, list(candidates(kinds, samples.grid, z.shape, None, None, None)), fold, samples.valid
-    )
-    choice: Choice = max(scores, key=lambda c: scores[c])
-    built = [_anchor_of(p, samples, choice) for p in [everything, *parts]]
-    size = f"rank {int(choice[1])}" if choice[0] == "eof" else f"radius {choice[1] / 1e3:.0f} km"
-    return built[0], list(built[1:]), f"{choice[0]}, {size}, inflation {choice[2]:g}"
+    kinds = ("hybrid", "eof") if kind == "auto" else (kind,)
+    choices = list(candidates(kinds, samples.grid, z.shape, None, None, None))
+    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis)
+    built = [*_anchors_of([everything, *parts], samples, choice)]
+    return built[0], list(built[1:]), choice.describe()
 
 
-def _anchor_of(anomaly: np.ndarray, samples: Samples, choice: Choice) -> Anchor:
-    kind, size, inflation = choice
-    if kind == "eof":
-        return fit_eofs(anomaly, int(size), inflation)
-    taper = kernel_on(samples.grid, "gaspari-cohn", size)
-    return LowRank.of(LocalisedSample(torch.as_tensor(anomaly), taper, inflation))
+def _anomaly(z: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    return np.asarray(z - basis @ np.linalg.lstsq(basis, z, rcond=None)[0])
+
+
+def _anchors_of(anomalies: list[np.ndarray], samples: Samples, choice: Choice) -> Iterator[Anchor]:
+    shared: Parts | None = None
+    for anomaly in anomalies:
+        if choice.kind == "eof":
+            yield fit_eofs(anomaly, int(choice.size), choice.inflation)
+        elif choice.kind == "localized":
+            taper = kernel_on(samples.grid, "gaspari-cohn", choice.size)
+            yield LowRank.of(LocalisedSample(torch.as_tensor(anomaly), taper, choice.inflation))
+        else:
+            kernel = kernel_on(samples.grid, choice.kernel, choice.size)
+            within = None if choice.radius is None else kernel_on(samples.grid, "gaspari-cohn", choice.radius)
+            hybrid = HybridSample(torch.as_tensor(anomaly), kernel, choice.weight, choice.inflation, within)
+            if hybrid.size > LANDMARKS and shared is None:
+                shared = Parts.of(hybrid)
+            modes = hybrid_modes(hybrid, parts=shared)
+            if shared is not None and shared.start is None:
+                shared = replace(shared, start=modes.factor)
+            yield modes
 
 
 def correlation_in_time(z: np.ndarray, samples: Samples, fold: np.ndarray, window: int, without: int | None) -> torch.Tensor:

@@ -138,7 +138,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         **suggested_tile(reach, recipe.tile, int(getattr(network, "stride", 1))),
     }  # fmt: skip
     spec = dataclasses.replace(
-        ready.spec, options=options, training=record_of(pairs.fine, optimiser, extra, second),
+        ready.spec, options=options, training=record_of(len(pairs.fine.values), pairs.fine.dimension, pairs.fine.period, optimiser, extra, second),
         description="Regression of the mean and diffusion of the residual" + ("" if conserve is None else ", block means kept"),
     )  # fmt: skip
     spread = spread.reshape(channels, *plane)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import numbers
 import os
 import re
@@ -27,6 +26,7 @@ from xgenda.models.loading import load_model
 from xgenda.scaling import CYCLES
 from xgenda.training.anchoring import ANCHORS
 from xgenda.training.classical import train_classical
+from xgenda.training.corpus import open_corpus
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
 from xgenda.training.journal import Journal
 from xgenda.training.optimiser import Effort, Optimiser
@@ -34,8 +34,8 @@ from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import WIDTH, PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched
 from xgenda.training.reporting import Callback
+from xgenda.training.statistics import fingerprint
 from xgenda.training.transfer import FREEZE
-from xgenda.training.windows import read_samples
 
 CLASSICAL = (
     "target",
@@ -65,7 +65,7 @@ def train(
     tile: int | tuple[int, int] | Literal["auto"] | None = None,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
-    climatology: str = "none",
+    climatology: str = "auto",
     transform: str | Mapping[str, str] = "none",
     offset: float | Mapping[str, float] = 1e-3,
     bounds: Mapping[str, Sequence[float | None]] | None = None,
@@ -93,6 +93,7 @@ def train(
     licence: str = "that of the training data",
     device: str = "auto",
     dtype: str = "float32",
+    memory: str | float = "500MB",
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
 ) -> GenerativeModel:
@@ -108,7 +109,8 @@ def train(
     Parameters
     ----------
     ds
-        Training fields along ``time`` or ``member``, at least 20, without NaN. Read into memory. For 'downscale' the coarse fields, or
+        Training fields along ``time`` or ``member``, at least 20, in memory or chunked. Fields that are NaN everywhere
+        are left out; cells that are NaN at all times, land in an ocean, are masked. For 'downscale' the coarse fields, or
         without `target` the fine ones.
     task
         'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind coarse ones, for `downscale`.
@@ -149,7 +151,8 @@ def train(
     variables
         Which variables of `ds`; by default all on its grid.
     climatology
-        Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'.
+        Part of the cycle to remove: 'none', 'dayofyear', 'hour', 'dayofyear+hour'; 'auto': for a prior what describes withheld blocks of
+        times best, for 'downscale' none.
     transform, offset
         'none', or 'log' for log(x + offset), with the offset in the units of the variable; for all variables or by a mapping,
         such as ``transform={"precipitation": "log"}``. Results of a logarithm are not below zero and not above
@@ -204,6 +207,9 @@ def train(
         Stored with the model.
     device, progress
         As in `assimilate`.
+    memory
+        Fields of a prior that take more than this are not read into memory: they are streamed from where they are (Zarr, netCDF,
+        object stores), shuffled in blocks, and read ahead while the network computes.
     callbacks
         Functions that get a `Progress` at every validation; training ends when one returns True. `TensorBoard` is one.
     dtype
@@ -271,7 +277,8 @@ def train(
     check_choice("method", method, ("diffusion", *METHODS))
     check_choice("stages", stages, STAGES)
     check_choice("architecture", architecture, ARCHITECTURES)
-    check_choice("time_features", time_features, ("auto", *CYCLES))
+    for argument, cycle in (("time_features", time_features), ("climatology", climatology)):
+        check_choice(argument, cycle, ("auto", *CYCLES))
     for argument, flag in (("lead_time", lead_time), ("calibrate", calibrate), ("mean_condition", mean_condition)):
         check_flag(argument, flag)
     if conserve != "auto":
@@ -318,10 +325,10 @@ def train(
         if target is None and factor is not None:
             check_count("factor", factor, 2)
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
-        content = {"ds": fingerprint_of(pairs.coarse.values), "target": fingerprint_of(pairs.fine.values)}
+        content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     else:
-        samples = read_samples(ds, chosen)
-        content = {"ds": fingerprint_of(samples.values)}
+        corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, progress)
+        content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
     rate = learning_rate or (LEARNING_RATE if start is None else LEARNING_RATE / 2)
     journal = Journal()
     if target_file is not None:
@@ -351,10 +358,10 @@ def train(
             prior_recipe = PriorRecipe(
                 climatology, transform, offset, bounds, anchor, window, periodic, width, validation, freeze, adapters, augment
             )
-            model: GenerativeModel = train_prior(samples, prior_recipe, start, optimiser, name, licence)
+            model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
         else:
             recipe = Recipe(
-                climatology, transform, offset, bounds, anchor, periodic, width or WIDTH,
+                "none" if climatology == "auto" else climatology, transform, offset, bounds, anchor, periodic, width or WIDTH,
                 architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
             )  # fmt: skip
             model = (
@@ -427,9 +434,13 @@ def _tile(tile: Any) -> Any:
     return pair
 
 
-def fingerprint_of(values: np.ndarray) -> str:
-    """Return a checksum of training fields."""
-    return hashlib.sha256(repr(values.shape).encode() + np.ascontiguousarray(values).data).hexdigest()[:16]
+def parse_memory(memory: str | float) -> float:
+    """Return bytes from '500MB', '2GB' or a number of bytes."""
+    units = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?B)?\s*", str(memory))
+    if not match or float(match[1]) <= 0:
+        raise OptionError(f"memory={memory!r} is not accepted; give bytes or a text such as '500MB' or '2GB'.")
+    return float(match[1]) * units[(match[2] or "B").upper()]
 
 
 def parse_time_budget(budget: str | float) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 
 from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.diffusion.trajectories import windows_of
 from xgenda.errors import OptionError, StateError
 from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
 from xgenda.models.fitting import standardise
@@ -24,14 +25,19 @@ from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
-from xgenda.scaling import Scaling, fit_scaling
+from xgenda.scaling import Scaling
 from xgenda.training.anchoring import ANCHORS, correlation_in_time, fit_anchors
+from xgenda.training.corpus import Corpus
+from xgenda.training.defaults import warn_of_little
+from xgenda.training.fields import Fields
 from xgenda.training.objectives import Denoising
 from xgenda.training.optimiser import Optimiser
+from xgenda.training.scoring import Comparison, beside_gaussian
 from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, thawed, transfer
-from xgenda.training.windows import FOLDS, Samples, blocks, memory_of, spacing_of, split_rows, time_order
+from xgenda.training.windows import FOLDS, HELD, Samples, blocks, memory_of, split_rows, window_rows
 
 WIDTH = 16
+LARGEST_SCORED = 200_000  # cells of a state, above which ensembles are not scored in training
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Gaussians:
 
 
 def train_prior(
-    samples: Samples,
+    corpus: Corpus,
     recipe: PriorRecipe,
     start: GenerativeModel | str | os.PathLike[str] | None,
     optimiser: Optimiser,
@@ -73,77 +79,111 @@ def train_prior(
     """Train an unconditional prior of one state, or of a window of states."""
     before = None if start is None else _starting(start)
     if before is not None:
-        recipe, samples = _continued(recipe, before), _in_units_of(samples, before)
-    fold = blocks(samples.time, len(samples.values), FOLDS, recipe.validation)
-    if recipe.window > 1:
-        spacing = check_windows(samples, fold, recipe.window)  # before the fit of the anchors, which takes long
-        if before is not None:
-            _check_spacing(before, spacing)
-    fitted = _fitted(samples, fold, recipe)
-    if (
-        before is not None
-        and (kept := _kept_gaussians(before, samples, recipe)) is not None
-        and _fits_better(kept, fitted, samples, fold)
-    ):
+        recipe, corpus = _continued(recipe, before), _in_units_of(corpus, before)
+    samples = corpus.samples
+    every = blocks(corpus.time, corpus.size, FOLDS, recipe.validation)
+    windows, fold, spacing = window_rows(corpus.time, every, recipe.window)  # before the fit of the anchors, which takes long
+    if before is not None and spacing is not None:
+        _check_spacing(before, spacing)
+    fitted = _fitted(corpus, every[corpus.rows], recipe)
+    kept = None if before is None else _kept_gaussians(before, samples, recipe)
+    if kept is not None and _fits_better(kept, fitted, samples, every[corpus.rows]):
         fitted = kept
     z = standardise(fitted.scaling, samples.values, samples.time)
-    gap = memory_of(z, samples.time)
+    gap = math.ceil(memory_of(z, samples.time) * (corpus.stride if recipe.window == 1 else 1.0))
     final, crossed, note = fitted.final, fitted.crossed, fitted.note
-    rows, held = split_rows(fold, samples.time, gap)
-    if recipe.window > 1:
-        z, fold, extra = _windows(samples, z, fold, recipe.window)
-        rows, held = split_rows(fold)
-    else:
-        extra = {}
+    rows, held = _split(windows, every, fold, corpus.time, gap)
     channels = len(samples.variables) * recipe.window
     feeds_state = recipe.anchor is not None
     options = network_arguments(channels, channels if feeds_state else 0, recipe.width or WIDTH, samples, recipe.periodic)
-    transferred: dict[str, Any] = {}
     if before is not None:
         options |= {k: before.spec.options["network"][k] for k in ("width", "multipliers", "position")}
     network = build_network(options)
+    transferred: dict[str, Any] = {}
     if before is not None:
         transferred = _transferred(network, before, samples, recipe, feeds_state)
         if recipe.freeze == "backbone":
             freeze_backbone(network)
         if recipe.adapters is not None:
             add_adapters(network, recipe.adapters, optimiser.seed)
-    states = torch.as_tensor(z, dtype=torch.float32).reshape(len(z), channels, *samples.grid.plane)
+    fields = corpus.fields(fitted.scaling, z, windows)
     sigma_max = highest_sigma(final)
     objective = Denoising(
-        states, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
+        fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
         shifts=_shifts(recipe, samples),
     )  # fmt: skip
-    report = optimiser.fit(network, objective, rows, held, 1.0, "prior", labels=samples.labels if recipe.window == 1 else None)
+    compare = None
+    if feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED:
+        compare = _comparison(fields, held, crossed[HELD], fitted.scaling, samples, optimiser)
+    score = None if compare is None else lambda net: _scores(compare(net), samples.variables)
+    report = optimiser.fit(network, objective, rows, held, 1.0, "prior", score, corpus.labels if recipe.window == 1 else None)
     thawed(network)
     report["card"] = _card(recipe.anchor, report)
+    if compare is not None and report["correction_weight"]:
+        final_comparison = compare(network)
+        report["scores"] = final_comparison.describe()
+        if final_comparison.worse:  # the denoising got better, and the ensembles did not
+            network.scale_output(0.0)
+            report |= {"correction_weight": 0.0, "validation_best": report["validation_start"]}
+            report["card"] = (
+                "the learned correction did not make posterior ensembles better: its weight is zero, and this is the Gaussian"
+            )
     record = {"anchor": note if feeds_state else "none", "guidance_covariance": note, **transferred}
+    extra = {} if spacing is None else {"window": recipe.window, "spacing": spacing}
     spec = ModelSpec(
         name or (f"{before.spec.name}-tuned" if before is not None else "trained-prior"), "prior", "diffusion", samples.variables,
         samples.grid, fitted.scaling, options={"network": options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
-        training=record_of(samples, optimiser, record, report), licence=licence,
+        training=record_of(corpus.size, samples.dimension, corpus.period, optimiser, record, report), licence=licence,
         description="Unconditional diffusion prior" + (" with a Gaussian anchor" if feeds_state else ""),
     )  # fmt: skip
     return DiffusionModel(spec, EDMDenoiser(network, final if feeds_state else None, feeds_state), final, samples.valid)
 
 
-def _fitted(samples: Samples, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
+def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
     """Fit scaling and Gaussians to the samples."""
-    scaling = fit_scaling(
-        samples.values, samples.time, [v.name for v in samples.variables], cycle=recipe.climatology, transform=recipe.transform,
-        offset=recipe.offset, bounds=recipe.bounds, homogeneous=recipe.periodic == "both", valid=samples.valid,
-    )  # fmt: skip
-    z = standardise(scaling, samples.values, samples.time)
+    samples = corpus.samples
+    scaling, z = corpus.standardised(
+        fold, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
+    )
+    warn_of_little(z, samples, stacklevel=5)
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
-    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=recipe.anchor is not None)
+    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=recipe.anchor is not None, cycle=scaling.cycle)
     if recipe.window > 1:
         memory = [correlation_in_time(z, samples, fold, recipe.window, without) for without in (None, *range(len(crossed)))]
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
         final, crossed = in_time[0], list(in_time[1:])
         note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
     return Gaussians(scaling, final, crossed, note)
+
+
+def _split(
+    windows: np.ndarray, every: np.ndarray, fold: np.ndarray, time: xr.DataArray | None, gap: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return windows to train on, none of whose states is near the validation block, and those of that block."""
+    near = np.ones(len(every), dtype=bool)
+    near[split_rows(every, time, gap)[0].numpy()] = False
+    return torch.as_tensor(np.flatnonzero(~near[windows].any(1))), torch.as_tensor(np.flatnonzero(fold == HELD))
+
+
+def _comparison(
+    fields: Fields, held: torch.Tensor, anchor: Anchor, scaling: Scaling, samples: Samples, optimiser: Optimiser
+) -> Callable[[torch.nn.Module], Comparison]:
+    """Return what compares a network with the Gaussian that it corrects, on a few states of the validation block."""
+    few = held[torch.linspace(0, len(held) - 1, min(8, len(held))).round().long()]
+    states = fields.read(few)
+    return lambda network: beside_gaussian(
+        network, anchor, states, std=scaling.std, valid=samples.valid, device=next(network.parameters()).device
+    )
+
+
+def _scores(found: Comparison, variables: Sequence[VariableSpec]) -> dict[str, float]:
+    """Return scores by the name of the variable."""
+    out: dict[str, float] = {}
+    for v, model, gaussian in zip(variables, found.model.tolist(), found.gaussian.tolist(), strict=True):
+        out |= {f"crps_{v.name}": model, f"crps_{v.name}_gaussian": gaussian}
+    return out
 
 
 def _shifts(recipe: PriorRecipe, samples: Samples) -> tuple[int, int]:
@@ -156,31 +196,6 @@ def _shifts(recipe: PriorRecipe, samples: Samples) -> tuple[int, int]:
         return 0, 1
     everywhere = int(recipe.periodic == "both" and recipe.augment == "auto")
     return everywhere, everywhere
-
-
-def _windows(samples: Samples, z: np.ndarray, fold: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return windows of consecutive states instead of states; none straddles two blocks."""
-    if window == 1:
-        return z, fold, {}
-    spacing = check_windows(samples, fold, window)
-    order = time_order(samples.time, len(z))
-    rows, folds = [], []
-    for k in range(FOLDS):
-        inside = order[fold[order] == k]
-        states = torch.as_tensor(z[inside]).reshape(len(inside), 1, -1)
-        rows.append(windows_of(states, window // 2).flatten(1).numpy())
-        folds.append(np.full(len(rows[-1]), k))
-    return np.concatenate(rows), np.concatenate(folds), {"window": window, "spacing": spacing}
-
-
-def check_windows(samples: Samples, fold: np.ndarray, window: int) -> float:
-    """Return the seconds between equally spaced times, of which every block must hold a window."""
-    spacing = spacing_of(samples, time_order(samples.time, len(fold)))
-    if np.bincount(fold, minlength=FOLDS).min() < window:
-        raise StateError(
-            f"window={window} needs at least {FOLDS * window} times for {FOLDS} blocks, and ds has {len(fold)}; use a shorter window."
-        )
-    return spacing
 
 
 def _card(anchor: str | None, report: dict[str, Any]) -> str:
@@ -237,8 +252,9 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
     )  # fmt: skip
 
 
-def _in_units_of(samples: Samples, before: DiffusionModel) -> Samples:
-    """Return the samples in the units, and by the names, of the variables that the other model has too."""
+def _in_units_of(corpus: Corpus, before: DiffusionModel) -> Corpus:
+    """Return the fields in the units, and by the names, of the variables that the other model has too."""
+    samples = corpus.samples
     names = matched(samples.variables, before.spec.variables)
     if not names:
         raise OptionError(
@@ -254,9 +270,14 @@ def _in_units_of(samples: Samples, before: DiffusionModel) -> Samples:
             continue
         if v.units and known.units:
             factor, shift = metadata.unit_factors(str(v.units), str(known.units))
+            if corpus.source is not None and (factor, shift) != (1.0, 0.0):
+                raise OptionError(
+                    f"ds[{v.name!r}] is in {v.units} and start={before.spec.name!r} in {known.units}; fields that are streamed must be in the same "
+                    f"units. Convert them first, lazily."
+                )
             values[:, c] = values[:, c] * factor + shift
         specs.append(known)
-    return dataclasses.replace(samples, values=values, variables=tuple(specs))
+    return dataclasses.replace(corpus, samples=dataclasses.replace(samples, values=values, variables=tuple(specs)))
 
 
 def _check_spacing(before: DiffusionModel, found: float) -> None:
@@ -342,17 +363,18 @@ def network_arguments(channels: int, condition: int, width: int, samples: Sample
     }  # fmt: skip
 
 
-def record_of(samples: Samples, optimiser: Optimiser, extra: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def record_of(
+    size: int, dimension: str, period: str, optimiser: Optimiser, extra: dict[str, Any], report: dict[str, Any]
+) -> dict[str, Any]:
     """Return what the model file says of its training."""
     return {
-        "samples": f"{len(samples.values)} along {samples.dimension}",
-        "period": samples.period,
+        "samples": f"{size} along {dimension}",
+        "period": period,
         **extra,
         **report,
         "validation_ratio": report["validation_best"] / report["validation_start"],
         "batch_size": optimiser.batch_size,
         "learning_rate": optimiser.learning_rate,
-        "ema": optimiser.ema,
         "seed": optimiser.seed,
         "trained_on": datetime.date.today().isoformat(),
         "versions": f"xgenda {metadata.package_version()}, torch {torch.__version__}",

@@ -179,7 +179,7 @@ ARRAYS = ("missing", "valid", "fill", "lowest", "highest", "mean", "squares", "g
 def _cached(path: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """Return cached arrays, or None where there are none or the file is no good."""
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load leaves a broken file open
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # noqa: TID251  (leaves a broken file open)
             arrays = {name: file[name] for name in ARRAYS}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

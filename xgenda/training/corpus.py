@@ -1,0 +1,115 @@
+"""What a prior is trained on: fields in memory, or streamed fields with a sample of them in memory for the fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from xgenda import metadata
+from xgenda.models.fitting import fit_standardised, standardise
+from xgenda.scaling import Scaling
+from xgenda.training.fields import Fields, InMemory
+from xgenda.training.sources import Samples, Source, open_source
+from xgenda.training.statistics import Statistics, gather
+from xgenda.training.streaming import Streamed
+from xgenda.training.windows import read_samples
+
+SAMPLE = 1000  # fields of a sample, at most
+COPIES = 8  # of a field, in the working arrays of the fits
+RUN = 64  # consecutive fields of a sample for windows
+BUFFER = 512 * 2**20  # bytes of streamed fields that wait
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Training fields.
+
+    Attributes
+    ----------
+    samples
+        All of them, or evenly spaced ones.
+    rows
+        Which of all fields these are.
+    time
+        Of all fields.
+    source, statistics
+        Where they are streamed.
+    """
+
+    samples: Samples
+    rows: np.ndarray
+    time: xr.DataArray | None
+    size: int
+    source: Source | None = None
+    statistics: Statistics | None = None
+
+    @property
+    def stride(self) -> float:
+        """Fields per field of the sample."""
+        return self.size / len(self.rows)
+
+    @property
+    def labels(self) -> list[str]:
+        """What to call each field in messages."""
+        if self.time is None:
+            return [f"{self.samples.dimension} {k}" for k in range(self.size)]
+        return [str(t)[:19] for t in self.time.values]
+
+    @property
+    def period(self) -> str:
+        """First and last time."""
+        return self.samples.period if self.source is None else self.source.period
+
+    def standardised(
+        self, fold: np.ndarray, climatology: str, transform: Any, offset: Any, bounds: Mapping[str, Sequence[float | None]] | None,
+        homogeneous: bool,
+    ) -> tuple[Scaling, np.ndarray]:  # fmt: skip
+        """Return a scaling fitted to all fields, and the standardised sample (n, state)."""
+        if self.statistics is not None:
+            scaling = self.statistics.scaling(bounds, homogeneous)
+            return scaling, standardise(scaling, self.samples.values, self.samples.time)
+        names = [v.name for v in self.samples.variables]
+        return fit_standardised(
+            self.samples.values, self.time, names, fold, climatology, transform=transform, offset=offset, bounds=bounds,
+            homogeneous=homogeneous, valid=self.samples.valid,
+        )  # fmt: skip
+
+    def fields(self, scaling: Scaling, z: np.ndarray, windows: np.ndarray) -> Fields:
+        """Return the standardised windows of states (n, window): in memory from `z`, else read when asked for."""
+        if self.source is not None:
+            return Streamed(self.source, scaling, windows, memory=BUFFER)
+        states = torch.as_tensor(z, dtype=torch.float32)[torch.as_tensor(windows)]
+        return InMemory(states.reshape(len(windows), -1, *self.samples.grid.plane))
+
+
+def open_corpus(
+    ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None, memory: float, window: int, climatology: str, transform: Any, offset: Any,
+    progress: bool | None,
+) -> Corpus:  # fmt: skip
+    """Check the fields, and read them where they take no more than `memory` bytes; else pass over them once, and read a sample."""
+    source = open_source(ds, variables)
+    if source.nbytes <= memory:
+        samples = read_samples(ds, variables)
+        return Corpus(samples, np.arange(len(samples.values)), samples.time, len(samples.values))
+    cycle = usual_cycle(source.time) if climatology == "auto" else climatology
+    source, statistics = gather(source, cycle, transform, offset, progress=progress)
+    count = int(np.clip(memory / (COPIES * 8 * np.prod(source.shape[1:])), min(source.size, 120), min(source.size, SAMPLE)))
+    run = min(RUN, count) if window > 1 else 1
+    starts = np.linspace(0, source.size - run, max(1, count // run)).round().astype(int)
+    rows = np.unique((starts[:, None] + np.arange(run)).ravel())
+    return Corpus(source.sample(rows), rows, source.time, source.size, source, statistics)
+
+
+def usual_cycle(time: xr.DataArray | None) -> str:
+    """Return the cycles that many fields go through: the year where they cover two, the day where several hours are among them."""
+    if time is None or time.size < 2:
+        return "none"
+    steps = metadata.seconds_between(np.sort(time.values))
+    days = float(steps.sum()) / 86400.0
+    found = (["dayofyear"] if days >= 730.0 else []) + (["hour"] if len(np.unique(time.dt.hour)) >= 4 and days >= 10.0 else [])
+    return "+".join(found) or "none"

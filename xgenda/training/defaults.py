@@ -1,0 +1,80 @@
+"""What training finds out about its data before it starts: how much they are worth."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from xgenda.errors import LittleDataWarning
+from xgenda.training.windows import Samples, time_order
+
+SHARE, COMPONENTS = 0.9, 20  # of the variance, and the most principal components that are looked at
+LITTLE = 15.0  # independent fields below which withheld later times are hardly ever like the training
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How much the training fields are worth.
+
+    Attributes
+    ----------
+    fields
+        Their number.
+    independent
+        The number of independent fields whose sample covariance is as accurate.
+    text
+        What to say of it.
+    """
+
+    fields: int
+    independent: float
+    text: str
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is something to learn from."""
+        return self.independent >= LITTLE
+
+
+def independent_fields(z: np.ndarray) -> float:
+    """Return how many independent fields are worth as much as consecutive ones, for the estimate of a covariance.
+
+    With the autocorrelation r_l of a principal component at lag l, N / (1 + 2 sum_l (1 - l / N) r_l^2) (Bartlett 1935, for the product of
+    two series of the same memory; the r_l^2 of white noise, 1 / N, taken off). The median of the leading components: a trend, which fills
+    one of them, leaves the others what they are.
+
+    Parameters
+    ----------
+    z
+        Anomalies in order of time, shape (n, state).
+    """
+    n = len(z)
+    patterns, power, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    count = 1 + int((np.cumsum(power**2) < SHARE * (power**2).sum()).sum())
+    lags = np.arange(1, max(2, n // 3))
+    worth = []
+    for p in patterns[:, : min(count, COMPONENTS)].T:
+        squares = np.array([float(p[lag:] @ p[:-lag]) * n / (n - lag) for lag in lags]) ** 2 - 1 / n
+        worth.append(n / (1 + 2 * max(0.0, float(((1 - lags / n) * squares).sum()))))
+    return float(np.median(worth))
+
+
+def judge(z: np.ndarray, samples: Samples) -> Verdict:
+    """Return what standardised anomalies (n, state) are worth."""
+    worth = independent_fields(z[time_order(samples.time, len(z))])
+    text = (
+        f"The {len(z)} fields of ds ({samples.period}) are worth about {worth:.0f} independent ones, because they resemble their neighbours in "
+        f"time. What comes later is then unlike all of them: expect too little spread, and no gain over a Gaussian, which takes seconds: "
+        f"xgenda.gaussian_prior(ds). Fields over a longer time would help, more of them in the same time would not."
+    )
+    return Verdict(len(z), worth, text)
+
+
+def warn_of_little(z: np.ndarray, samples: Samples, stacklevel: int = 2) -> Verdict:
+    """Return the verdict, after a `LittleDataWarning` if it is that there is too little."""
+    verdict = judge(z, samples)
+    if not verdict.enough:
+        warnings.warn(verdict.text, LittleDataWarning, stacklevel=stacklevel + 1)
+    return verdict
