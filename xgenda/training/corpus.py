@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from xgenda.training.fields import Fields, InMemory
 from xgenda.training.sources import Samples, Source, open_source
 from xgenda.training.statistics import Statistics, gather
 from xgenda.training.streaming import Streamed
-from xgenda.training.windows import read_samples
+from xgenda.training.windows import FOLDS, read_samples
 
 SAMPLE = 1000  # fields of a sample, at most
 COPIES = 8  # of a field, in the working arrays of the fits
@@ -52,6 +53,15 @@ class Corpus:
     def stride(self) -> float:
         """Fields per field of the sample."""
         return self.size / len(self.rows)
+
+    def few(self) -> tuple[np.ndarray, Samples]:
+        """Return evenly spaced fields of the sample, enough for a covariance, and where they are in it."""
+        count = len(self.rows)
+        if count <= SAMPLE:
+            return np.arange(count), self.samples
+        chosen = np.unique(np.linspace(0, count - 1, SAMPLE).round().astype(int))
+        time = None if self.samples.time is None else self.samples.time.isel({self.samples.dimension: chosen})
+        return chosen, dataclasses.replace(self.samples, values=self.samples.values[chosen], time=time)
 
     @property
     def labels(self) -> list[str]:
@@ -99,7 +109,7 @@ def open_corpus(
     cycle = usual_cycle(source.time) if climatology == "auto" else climatology
     source, statistics = gather(source, cycle, transform, offset, progress=progress)
     count = int(np.clip(memory / (COPIES * 8 * np.prod(source.shape[1:])), min(source.size, 120), min(source.size, SAMPLE)))
-    run = min(RUN, count) if window > 1 else 1
+    run = min(RUN, max(2 * window, count // (2 * FOLDS))) if window > 1 else 1
     starts = np.linspace(0, source.size - run, max(1, count // run)).round().astype(int)
     rows = np.unique((starts[:, None] + np.arange(run)).ravel())
     return Corpus(source.sample(rows), rows, source.time, source.size, source, statistics)

@@ -61,20 +61,21 @@ def independent_fields(z: np.ndarray) -> float:
     return float(np.median(worth))
 
 
-def judge(z: np.ndarray, samples: Samples) -> Verdict:
-    """Return what standardised anomalies (n, state) are worth."""
+def judge(z: np.ndarray, samples: Samples, size: int | None = None) -> Verdict:
+    """Return what standardised anomalies (n, state) are worth; `size` is the number of fields that they are evenly spaced ones of."""
+    size = len(z) if size is None else size
     worth = independent_fields(z[time_order(samples.time, len(z))])
     text = (
-        f"The {len(z)} fields of ds ({samples.period}) are worth about {worth:.0f} independent ones, because they resemble their neighbours in "
+        f"The {size} fields of ds ({samples.period}) are worth about {worth:.0f} independent ones, because they resemble their neighbours in "
         f"time. What comes later is then unlike all of them: expect too little spread, and no gain over a Gaussian, which takes seconds: "
         f"xgenda.gaussian_prior(ds). Fields over a longer time would help, more of them in the same time would not."
     )
-    return Verdict(len(z), worth, text)
+    return Verdict(size, worth, text)
 
 
-def warn_of_little(z: np.ndarray, samples: Samples, stacklevel: int = 2) -> Verdict:
+def warn_of_little(z: np.ndarray, samples: Samples, size: int | None = None, stacklevel: int = 2) -> Verdict:
     """Return the verdict, after a `LittleDataWarning` if it is that there is too little."""
-    verdict = judge(z, samples)
+    verdict = judge(z, samples, size)
     if not verdict.enough:
         warnings.warn(verdict.text, LittleDataWarning, stacklevel=stacklevel + 1)
     return verdict

@@ -145,11 +145,12 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
     scaling, z = corpus.standardised(
         fold, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
     )
-    warn_of_little(z, samples, stacklevel=5)
+    chosen, few = corpus.few()
+    warn_of_little(z[chosen], few, corpus.size, stacklevel=5)
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
-    final, crossed, note = fit_anchors(z, samples, fold, kind, crossed=recipe.anchor is not None, cycle=scaling.cycle)
+    final, crossed, note = fit_anchors(z[chosen], few, fold[chosen], kind, crossed=recipe.anchor is not None, cycle=scaling.cycle)
     if recipe.window > 1:
         memory = [correlation_in_time(z, samples, fold, recipe.window, without) for without in (None, *range(len(crossed)))]
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
