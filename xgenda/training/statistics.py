@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ WORKERS = 2
 HASHED = 256 * 2**20  # bytes up to which a fingerprint is of all values
 FIELDS = 64  # of larger data
 LARGEST_BLOCK = 128 * 2**20
+CACHED = 2**17  # values that are worked on at once, a megabyte, which stays in the cache of the processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,16 +221,16 @@ def _pass(
         kept = found.kept
         if not kept.all():
             block, rows = block[kept], rows[kept]
-        product, squares = np.empty((rank, channels, ny * nx)), np.empty(channels)
-        for c in range(channels):
-            y = block[:, c].reshape(len(rows), ny * nx).astype(np.float64)
-            if transforms[c] == "log":
-                y = np.log(y + offsets[c])
-            y -= reference[c]
+        product, squares = np.zeros((rank, channels, ny * nx)), np.zeros(channels)
+        step = max(1, CACHED // (ny * nx))
+        for c, start in itertools.product(range(channels), range(0, len(rows), step)):
+            y = block[start : start + step, c].reshape(-1, ny * nx)
+            y = np.log(y.astype(np.float64) + offsets[c]) - reference[c] if transforms[c] == "log" else y - reference[c]
             if found.nan is not None:
                 np.copyto(y, 0.0, where=np.isnan(y))
-            product[:, c] = u[rows].T @ y
-            squares[c] = np.vdot(y, y)
+            # BLAS would start threads of its own in each of ours, and be slower
+            product[:, c] += np.einsum("tr,tc->rc", u[rows[start : start + step]], y)
+            squares[c] += np.einsum("tc,tc->", y, y)
         return found, product, squares
 
     product, squares, survey = np.zeros((rank, channels, ny * nx)), np.zeros(channels), Survey(source)
