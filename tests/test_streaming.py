@@ -616,3 +616,30 @@ def test_runs_of_rows_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded == [(3, 8), (25, 27), (91, 92)]
     monkeypatch.setattr(sources, "BLOCK", 1)
     assert [len(b) for b in source.blocks(1)] == [10] * 10
+
+
+def test_long_chunks_are_read_in_parts_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    ds = weather(100).chunk(time=100)
+    wanted = gather(open_source(ds), cache=False, progress=False)[1]
+    monkeypatch.setattr(sources, "LARGEST_CHUNK", 8000)
+    monkeypatch.setattr(statistics, "LARGEST_CHUNK", 8000)
+    source = open_source(ds)
+    assert {len(b) * source.row_bytes <= 8000 for b in source.blocks()} == {True}
+    with pytest.warns(UserWarning, match=r"chunks of 100 along 'time', together 0 MB, .*ds.chunk\(time=2\).to_zarr"):
+        found = gather(source, cache=False, progress=False)[1]
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-12)
+
+
+def test_the_scheduler_of_the_user_reads() -> None:
+    import dask
+
+    used: list[int] = []
+
+    def scheduler(graph: Any, keys: Any, **options: Any) -> Any:
+        used.append(1)
+        return dask.get(graph, keys)
+
+    with dask.config.set(scheduler=scheduler):
+        found = read_samples(weather().chunk(time=9))
+    assert used
+    np.testing.assert_array_equal(found.values, read_samples(weather()).values)

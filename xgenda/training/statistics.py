@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,10 @@ from xgenda.errors import check_choice
 from xgenda.files import aside
 from xgenda.models.store import cache_dir
 from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of
-from xgenda.training.sources import BLOCK, Source, in_order, open_source
+from xgenda.training.sources import BLOCK, LARGEST_CHUNK, WORKERS, Source, in_order, open_source
 from xgenda.training.surveys import Look, Survey, look
 
 VERSION = 1  # of the cached files
-WORKERS = 2
 HASHED = 256 * 2**20  # bytes up to which a fingerprint is of all values
 FIELDS = 64  # of larger data
 LARGEST_BLOCK = 128 * 2**20
@@ -211,6 +211,13 @@ def _pass(
     rank = int((singular > np.finfo(float).eps * max(basis.shape) * singular[0]).sum())
     u, back = u[:, :rank], v[:rank].T / singular[:rank]
     constant = u.T @ np.ones(n)  # U times this is one everywhere
+    if (stored := source.chunk * source.row_bytes) > LARGEST_CHUNK:
+        warnings.warn(
+            f"{source.argument} is stored in chunks of {source.chunk} along {source.dimension!r}, together {stored / 1e6:.0f} MB, which are "
+            f"decoded again and again for their parts. Store it in shorter ones: {source.argument}.chunk({source.dimension}="
+            f"{max(1, LARGEST_CHUNK // (8 * source.row_bytes))}).to_zarr(...)",
+            stacklevel=3,
+        )
     blocks = source.blocks(max(BLOCK, min(8 * source.row_bytes, LARGEST_BLOCK)))
     reference = _first(source, blocks, transforms, offsets)
 

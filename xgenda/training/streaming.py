@@ -21,12 +21,11 @@ from torch import Tensor
 
 from xgenda.errors import OptionError, check_pair
 from xgenda.scaling import Scaling, cycle_basis
-from xgenda.training.sources import Source, Window, in_order
+from xgenda.training.sources import WORKERS, Source, Window, in_order
 
 MEMORY = 512 * 2**20
 STORED = 0.75  # of the memory holds standardised states, half of it the group in use; the rest is for reading
 SMALLEST = 2**20  # bytes of a block: less takes longer to ask for than to read
-WORKERS = 2
 CROP_SEED = 1  # keeps the corners of crops apart from the order of rows
 
 
