@@ -643,3 +643,17 @@ def test_the_scheduler_of_the_user_reads() -> None:
         found = read_samples(weather().chunk(time=9))
     assert used
     np.testing.assert_array_equal(found.values, read_samples(weather()).values)
+
+
+@pytest.mark.parametrize("calendar", ["noleap", "360_day"])
+def test_calendars_of_models(calendar: str, tmp_path: Path) -> None:
+    time = xr.date_range("2001-01-01", periods=120, freq="3D", calendar=calendar, use_cftime=True)
+    ds = weather(120, time=time)
+    opened = stored(ds, tmp_path / "a.zarr")
+    streamed, memory_fields = prepared(opened)
+    samples = read_samples(ds)
+    wanted = fit_scaling(samples.values, samples.time, ["t2m", "rain"], cycle="dayofyear")
+    np.testing.assert_allclose(streamed.scaling.mean, wanted.mean, rtol=1e-6, atol=1e-9)
+    assert streamed.source.period == samples.period == f"2001-01-01 to {str(time[-1])[:10]}"
+    torch.testing.assert_close(streamed.read(torch.arange(120)), memory_fields.read(torch.arange(120)), rtol=1e-6, atol=1e-6)
+    assert fingerprint(opened) == fingerprint(ds)

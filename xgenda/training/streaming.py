@@ -122,7 +122,7 @@ class Streamed:
         """Return the first row and column of the crop of a step; None without crops."""
         if self.crop is None:
             return None
-        rng = np.random.default_rng([seed, CROP_SEED, step])
+        rng = np.random.default_rng([seed % 2**63, CROP_SEED, step])
         row, column = (int(rng.integers(n - c + 1)) for n, c in zip(self.source.grid.plane, self.crop, strict=True))
         return row, column
 
@@ -153,7 +153,7 @@ class Streamed:
 
     def _groups(self, rows: Tensor, seed: int, epoch: int) -> list[np.ndarray]:
         """Return the rows of an epoch in order, those that are shuffled together for themselves."""
-        rng = np.random.default_rng([seed, epoch])
+        rng = np.random.default_rng([seed % 2**63, epoch])
         numbers = np.sort(rows.numpy())
         blocks, counts = np.unique(self.block[numbers], return_counts=True)
         members = np.split(numbers[np.argsort(self.block[numbers], kind="stable")], np.cumsum(counts)[:-1])
