@@ -19,12 +19,12 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xgenda.errors import GridError, OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError, UnitsError
 from xgenda.models.fitting import standardise
 from xgenda.scaling import cycle_basis, fit_scaling
 from xgenda.training import sources, statistics, streaming
 from xgenda.training.fields import Fields, InMemory, row_batches
-from xgenda.training.sources import Source, in_order, open_source
+from xgenda.training.sources import Source, in_order, open_source, spread
 from xgenda.training.statistics import fingerprint, gather
 from xgenda.training.streaming import Streamed
 from xgenda.training.windows import FOLDS, blocks, read_samples, window_rows
@@ -657,3 +657,25 @@ def test_calendars_of_models(calendar: str, tmp_path: Path) -> None:
     assert streamed.source.period == samples.period == f"2001-01-01 to {str(time[-1])[:10]}"
     torch.testing.assert_close(streamed.read(torch.arange(120)), memory_fields.read(torch.arange(120)), rtol=1e-6, atol=1e-6)
     assert fingerprint(opened) == fingerprint(ds)
+
+
+def test_units_are_converted_while_reading() -> None:
+    ds = weather()
+    source = open_source(ds).in_units(["degC", None])
+    assert [v.units for v in source.variables] == ["degC", "mm"]
+    np.testing.assert_allclose(source.read([3, 1])[:, 0], ds.t2m.values[[3, 1]] - 273.15, rtol=1e-6, atol=1e-4)
+    np.testing.assert_array_equal(source.read([3, 1])[:, 1], ds.rain.values[[3, 1]])
+    np.testing.assert_allclose(source.in_units(["K", "m"]).read([0])[0, 1], ds.rain.values[0] / 1000, rtol=1e-6)
+    np.testing.assert_allclose(source.in_units(["K", "m"]).read([0])[0, 0], ds.t2m.values[0], rtol=1e-6)
+    with pytest.raises(UnitsError, match="cannot be converted"):
+        source.in_units(["kg", None])
+
+
+def test_rows_are_spread_in_runs() -> None:
+    rows = np.arange(100, 300)
+    assert spread(rows, 200).tolist() == rows.tolist()
+    some = spread(rows, 30, 3)
+    assert len(some) == 30
+    assert (some[0], some[-1]) == (100, 299)
+    assert (np.diff(some.reshape(-1, 3), axis=1) == 1).all()
+    assert set(np.diff(some.reshape(-1, 3)[:, 0])) <= {21, 22}

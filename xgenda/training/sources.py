@@ -95,6 +95,8 @@ class Source:
         False where a cell is NaN in every field, shape (channels, ny, nx); None without such cells. Known after a first pass.
     fill
         What is read there instead, shape (channels,).
+    factors
+        Factor and offset to the units of `variables` from those that are stored, per channel; None where they are the same.
     argument, fewest
         Name of the Dataset in messages, and the fewest fields that will do.
     """
@@ -111,6 +113,7 @@ class Source:
     chunk: int
     valid: np.ndarray | None = None
     fill: np.ndarray | None = None
+    factors: tuple[tuple[float, float], ...] | None = None
     argument: str = "ds"
     fewest: int = FEWEST
 
@@ -172,6 +175,9 @@ class Source:
                 raw = np.empty((stop - first, *out.shape[1:]), self.dtype)
                 self._load(first, stop, window, raw)
                 out[run] = raw[places[run] - first]
+        for c, (factor, offset) in enumerate(self.factors or ()):
+            if (factor, offset) != (1.0, 0.0):
+                out[:, c] = out[:, c] * out.dtype.type(factor) + out.dtype.type(offset)
         if self.valid is not None and self.fill is not None:
             for c, valid in enumerate(self.valid):
                 out[:, c, ~valid[window]] = self.fill[c]
@@ -203,6 +209,22 @@ class Source:
         if self.chunk * self.row_bytes > LARGEST_CHUNK:
             return max(1, LARGEST_CHUNK // self.row_bytes)
         return self.chunk * max(1, -(-nbytes // (self.row_bytes * self.chunk)))
+
+    def in_units(self, units: Sequence[str | None]) -> Source:
+        """Return the source with its channels in other units; None leaves one as it is, and so does a channel without units.
+
+        Raises
+        ------
+        UnitsError
+            If some measure something else.
+        """
+        assert self.fill is None, "units come before the pass that finds the mask"
+        factors, variables = [], []
+        for (factor, offset), v, wanted in zip(self.factors or ((1.0, 0.0),) * len(units), self.variables, units, strict=True):
+            further = metadata.unit_factors(v.units, wanted) if v.units and wanted else (1.0, 0.0)
+            factors.append((factor * further[0], offset * further[0] + further[1]))
+            variables.append(dataclasses.replace(v, units=wanted) if v.units and wanted else v)
+        return dataclasses.replace(self, factors=tuple(factors), variables=tuple(variables))
 
     def masked(self, missing: np.ndarray, valid: np.ndarray, fill: np.ndarray) -> Source:
         """Return the source without missing fields, and with its mask.
@@ -335,6 +357,14 @@ def check_size(size: int, source: Source) -> None:
             f"{source.argument} has {size} fields along {source.dimension!r}; at least {source.fewest} are needed. With so few, a Gaussian "
             f"prior is the better model: xgenda.gaussian_prior({source.argument})"
         )
+
+
+def spread(rows: np.ndarray, count: int, run: int = 1) -> np.ndarray:
+    """Return some of many rows, at most `count`, in evenly spaced runs of `run` that follow each other in `rows`."""
+    if len(rows) <= count:
+        return rows
+    starts = np.linspace(0, len(rows) - run, max(1, count // run)).round().astype(np.int64)
+    return np.asarray(rows[np.unique(starts[:, None] + np.arange(run))])
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int | None = None) -> Generator[R, None, None]:
