@@ -679,3 +679,33 @@ def test_rows_are_spread_in_runs() -> None:
     assert (some[0], some[-1]) == (100, 299)
     assert (np.diff(some.reshape(-1, 3), axis=1) == 1).all()
     assert set(np.diff(some.reshape(-1, 3)[:, 0])) <= {21, 22}
+
+
+def test_a_crop_reads_no_more_than_its_chunks() -> None:
+    import dask.array as da
+
+    plain = weather(40, 12, 16)
+    read: list[tuple[int, ...]] = []
+
+    def counted(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+        read.append(block_info[0]["chunk-location"])
+        return block
+
+    lazy = da.from_array(plain.t2m.values, chunks=(1, 4, 4)).map_blocks(counted, dtype="f4", meta=np.empty((0, 0, 0), "f4"))
+    source = open_source(plain[["t2m"]].copy(data={"t2m": lazy}))
+    read.clear()
+    np.testing.assert_array_equal(source.read([5, 30], (slice(4, 8), slice(3, 9)))[:, 0], plain.t2m.values[[5, 30], 4:8, 3:9])
+    assert sorted(read) == [(t, 1, x) for t in (5, 30) for x in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_windows_of_a_global_grid_go_over_the_seam_of_the_file(descending: bool) -> None:
+    ds = weather(20, 9, 12, latitude=np.linspace(-80, 80, 9), longitude=np.arange(0.0, 360, 30))
+    if descending:
+        ds = ds.isel(latitude=slice(None, None, -1))
+    source = open_source(ds.chunk(longitude=5))
+    whole = read_samples(ds).values
+    assert source.grid.periodic
+    np.testing.assert_array_equal(source.read([4, 2]), whole[[4, 2]])
+    for columns in (slice(0, 4), slice(4, 9), slice(7, 12)):
+        np.testing.assert_array_equal(source.read([4, 2], (slice(2, 5), columns)), whole[[4, 2], :, 2:5, columns])
