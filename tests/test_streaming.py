@@ -19,12 +19,12 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xgenda.errors import GridError, OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError, UnitsError
 from xgenda.models.fitting import standardise
 from xgenda.scaling import cycle_basis, fit_scaling
 from xgenda.training import sources, statistics, streaming
 from xgenda.training.fields import Fields, InMemory, row_batches
-from xgenda.training.sources import Source, in_order, open_source
+from xgenda.training.sources import Source, in_order, open_source, spread
 from xgenda.training.statistics import fingerprint, gather
 from xgenda.training.streaming import Streamed
 from xgenda.training.windows import FOLDS, blocks, read_samples, window_rows
@@ -616,3 +616,96 @@ def test_runs_of_rows_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded == [(3, 8), (25, 27), (91, 92)]
     monkeypatch.setattr(sources, "BLOCK", 1)
     assert [len(b) for b in source.blocks(1)] == [10] * 10
+
+
+def test_long_chunks_are_read_in_parts_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    ds = weather(100).chunk(time=100)
+    wanted = gather(open_source(ds), cache=False, progress=False)[1]
+    monkeypatch.setattr(sources, "LARGEST_CHUNK", 8000)
+    monkeypatch.setattr(statistics, "LARGEST_CHUNK", 8000)
+    source = open_source(ds)
+    assert {len(b) * source.row_bytes <= 8000 for b in source.blocks()} == {True}
+    with pytest.warns(UserWarning, match=r"chunks of 100 along 'time', together 0 MB, .*ds.chunk\(time=2\).to_zarr"):
+        found = gather(source, cache=False, progress=False)[1]
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-12)
+
+
+def test_the_scheduler_of_the_user_reads() -> None:
+    import dask
+
+    used: list[int] = []
+
+    def scheduler(graph: Any, keys: Any, **options: Any) -> Any:
+        used.append(1)
+        return dask.get(graph, keys)
+
+    with dask.config.set(scheduler=scheduler):
+        found = read_samples(weather().chunk(time=9))
+    assert used
+    np.testing.assert_array_equal(found.values, read_samples(weather()).values)
+
+
+@pytest.mark.parametrize("calendar", ["noleap", "360_day"])
+def test_calendars_of_models(calendar: str, tmp_path: Path) -> None:
+    time = xr.date_range("2001-01-01", periods=120, freq="3D", calendar=calendar, use_cftime=True)
+    ds = weather(120, time=time)
+    opened = stored(ds, tmp_path / "a.zarr")
+    streamed, memory_fields = prepared(opened)
+    samples = read_samples(ds)
+    wanted = fit_scaling(samples.values, samples.time, ["t2m", "rain"], cycle="dayofyear")
+    np.testing.assert_allclose(streamed.scaling.mean, wanted.mean, rtol=1e-6, atol=1e-9)
+    assert streamed.source.period == samples.period == f"2001-01-01 to {str(time[-1])[:10]}"
+    torch.testing.assert_close(streamed.read(torch.arange(120)), memory_fields.read(torch.arange(120)), rtol=1e-6, atol=1e-6)
+    assert fingerprint(opened) == fingerprint(ds)
+
+
+def test_units_are_converted_while_reading() -> None:
+    ds = weather()
+    source = open_source(ds).in_units(["degC", None])
+    assert [v.units for v in source.variables] == ["degC", "mm"]
+    np.testing.assert_allclose(source.read([3, 1])[:, 0], ds.t2m.values[[3, 1]] - 273.15, rtol=1e-6, atol=1e-4)
+    np.testing.assert_array_equal(source.read([3, 1])[:, 1], ds.rain.values[[3, 1]])
+    np.testing.assert_allclose(source.in_units(["K", "m"]).read([0])[0, 1], ds.rain.values[0] / 1000, rtol=1e-6)
+    np.testing.assert_allclose(source.in_units(["K", "m"]).read([0])[0, 0], ds.t2m.values[0], rtol=1e-6)
+    with pytest.raises(UnitsError, match="cannot be converted"):
+        source.in_units(["kg", None])
+
+
+def test_rows_are_spread_in_runs() -> None:
+    rows = np.arange(100, 300)
+    assert spread(rows, 200).tolist() == rows.tolist()
+    some = spread(rows, 30, 3)
+    assert len(some) == 30
+    assert (some[0], some[-1]) == (100, 299)
+    assert (np.diff(some.reshape(-1, 3), axis=1) == 1).all()
+    assert set(np.diff(some.reshape(-1, 3)[:, 0])) <= {21, 22}
+
+
+def test_a_crop_reads_no_more_than_its_chunks() -> None:
+    import dask.array as da
+
+    plain = weather(40, 12, 16)
+    read: list[tuple[int, ...]] = []
+
+    def counted(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+        read.append(block_info[0]["chunk-location"])
+        return block
+
+    lazy = da.from_array(plain.t2m.values, chunks=(1, 4, 4)).map_blocks(counted, dtype="f4", meta=np.empty((0, 0, 0), "f4"))
+    source = open_source(plain[["t2m"]].copy(data={"t2m": lazy}))
+    read.clear()
+    np.testing.assert_array_equal(source.read([5, 30], (slice(4, 8), slice(3, 9)))[:, 0], plain.t2m.values[[5, 30], 4:8, 3:9])
+    assert sorted(read) == [(t, 1, x) for t in (5, 30) for x in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_windows_of_a_global_grid_go_over_the_seam_of_the_file(descending: bool) -> None:
+    ds = weather(20, 9, 12, latitude=np.linspace(-80, 80, 9), longitude=np.arange(0.0, 360, 30))
+    if descending:
+        ds = ds.isel(latitude=slice(None, None, -1))
+    source = open_source(ds.chunk(longitude=5))
+    whole = read_samples(ds).values
+    assert source.grid.periodic
+    np.testing.assert_array_equal(source.read([4, 2]), whole[[4, 2]])
+    for columns in (slice(0, 4), slice(4, 9), slice(7, 12)):
+        np.testing.assert_array_equal(source.read([4, 2], (slice(2, 5), columns)), whole[[4, 2], :, 2:5, columns])

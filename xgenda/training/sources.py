@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import warnings
@@ -11,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import dask
 import numpy as np
 import xarray as xr
 
@@ -23,6 +25,8 @@ from xgenda.states import State
 
 FEWEST = 20
 BLOCK = 8 * 2**20  # bytes that are read at once, at least: large enough that the time goes into reading
+LARGEST_CHUNK = 256 * 2**20  # bytes of all channels, above which parts of chunks are read
+WORKERS = 2  # threads that read
 Window = tuple[slice, slice]  # rows and columns in model order
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,6 +102,8 @@ class Source:
         False where a cell is NaN in every field, shape (channels, ny, nx); None without such cells. Known after a first pass.
     fill
         What is read there instead, shape (channels,).
+    factors
+        Factor and offset to the units of `variables` from those that are stored, per channel; None where they are the same.
     argument, fewest
         Name of the Dataset in messages, and the fewest fields that will do.
     """
@@ -114,6 +120,7 @@ class Source:
     chunk: int
     valid: np.ndarray | None = None
     fill: np.ndarray | None = None
+    factors: tuple[tuple[float, float], ...] | None = None
     argument: str = "ds"
     fewest: int = FEWEST
 
@@ -175,25 +182,56 @@ class Source:
                 raw = np.empty((stop - first, *out.shape[1:]), self.dtype)
                 self._load(first, stop, window, raw)
                 out[run] = raw[places[run] - first]
+        for c, (factor, offset) in enumerate(self.factors or ()):
+            if (factor, offset) != (1.0, 0.0):
+                out[:, c] = out[:, c] * out.dtype.type(factor) + out.dtype.type(offset)
         if self.valid is not None and self.fill is not None:
             for c, valid in enumerate(self.valid):
                 out[:, c, ~valid[window]] = self.fill[c]
         return out if np.array_equal(back, np.arange(len(out))) else out[back]
 
+    def read_all(self) -> np.ndarray:
+        """Return all fields, read by several threads."""
+        blocks = self.blocks()
+        if len(blocks) == 1:
+            return self.read(blocks[0])
+        out = np.empty(self.shape, self.dtype)
+        with contextlib.closing(in_order(self.read, blocks, WORKERS)) as found:
+            for rows, values in zip(blocks, found, strict=True):
+                out[rows] = values
+        return out
+
     def sample(self, rows: np.ndarray | None = None) -> Samples:
         """Return fields in memory; all by default."""
-        rows = np.arange(self.size) if rows is None else np.asarray(rows)
-        time = None if self.time is None else self.time.isel({self.dimension: rows})
-        values = self.read(rows).astype(np.float64, copy=False)
-        return Samples(values, time, self.grid, self.variables, self.dimension, self.valid)
+        values = self.read_all() if rows is None else self.read(rows)
+        time = self.time if rows is None or self.time is None else self.time.isel({self.dimension: np.asarray(rows)})
+        return Samples(values.astype(np.float64, copy=False), time, self.grid, self.variables, self.dimension, self.valid)
 
     def blocks(self, nbytes: int = BLOCK) -> list[np.ndarray]:
-        """Return the rows in blocks of whole storage chunks of at least `nbytes`, the last perhaps less."""
+        """Return the rows in blocks of `step` fields, the last perhaps of less."""
         return np.split(np.arange(self.size), np.flatnonzero(np.diff(self.places // self.step(nbytes))) + 1)
 
     def step(self, nbytes: int = BLOCK) -> int:
-        """Return a number of fields of at least `nbytes` that is a multiple of those of a chunk."""
+        """Return a number of fields of at least `nbytes` that is a multiple of those of a chunk; of large chunks a part."""
+        if self.chunk * self.row_bytes > LARGEST_CHUNK:
+            return max(1, LARGEST_CHUNK // self.row_bytes)
         return self.chunk * max(1, -(-nbytes // (self.row_bytes * self.chunk)))
+
+    def in_units(self, units: Sequence[str | None]) -> Source:
+        """Return the source with its channels in other units; None leaves one as it is, and so does a channel without units.
+
+        Raises
+        ------
+        UnitsError
+            If some measure something else.
+        """
+        assert self.fill is None, "units come before the pass that finds the mask"
+        factors, variables = [], []
+        for (factor, offset), v, wanted in zip(self.factors or ((1.0, 0.0),) * len(units), self.variables, units, strict=True):
+            further = metadata.unit_factors(v.units, wanted) if v.units and wanted else (1.0, 0.0)
+            factors.append((factor * further[0], offset * further[0] + further[1]))
+            variables.append(dataclasses.replace(v, units=wanted) if v.units and wanted else v)
+        return dataclasses.replace(self, factors=tuple(factors), variables=tuple(variables))
 
     def masked(self, missing: np.ndarray, valid: np.ndarray, fill: np.ndarray) -> Source:
         """Return the source without missing fields, and with its mask.
@@ -240,14 +278,15 @@ class Source:
         spans, picks = zip(
             *(_span(i[w]) for i, w in zip((self.orientation.rows, self.orientation.columns), window, strict=True)), strict=True
         )
+        # the threads are ours, where the user has not chosen otherwise, a cluster for example
+        scheduler = {} if dask.config.get("scheduler", None) is not None else {"scheduler": "synchronous"}
         for part in self.parts:
             dims = (self.dimension, *([part.level] if part.level else []), *self.dims)
             index: dict[Any, Any] = {d: 0 for d in part.variable.dims if d not in dims}
             index |= {self.dimension: slice(start, stop), **dict(zip(self.dims, spans, strict=True))}
             if part.level is not None and len(part.levels) == 1:
                 index[part.level] = slice(part.levels[0], part.levels[0] + 1)
-            # the threads are ours: a scheduler of many would start its own in each
-            found = part.variable.isel(index).load(scheduler="synchronous")
+            found = part.variable.isel(index).load(**scheduler)
             values = np.transpose(found.values, [found.dims.index(d) for d in dims])
             for channel, level in zip(part.channels, part.levels or (None,), strict=True):
                 field = values if level is None else values[:, level if len(part.levels) > 1 else 0]
@@ -325,6 +364,14 @@ def check_size(size: int, source: Source) -> None:
             f"{source.argument} has {size} fields along {source.dimension!r}; at least {source.fewest} are needed. With so few, a Gaussian "
             f"prior is the better model: xgenda.gaussian_prior({source.argument})"
         )
+
+
+def spread(rows: np.ndarray, count: int, run: int = 1) -> np.ndarray:
+    """Return some of many rows, at most `count`, in evenly spaced runs of `run` that follow each other in `rows`."""
+    if len(rows) <= count:
+        return rows
+    starts = np.linspace(0, len(rows) - run, max(1, count // run)).round().astype(np.int64)
+    return np.asarray(rows[np.unique(starts[:, None] + np.arange(run))])
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int | None = None) -> Generator[R, None, None]:

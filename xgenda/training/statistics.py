@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +30,14 @@ from xgenda.errors import check_choice
 from xgenda.files import aside
 from xgenda.models.store import cache_dir
 from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of
-from xgenda.training.sources import BLOCK, Source, in_order, open_source
+from xgenda.training.sources import BLOCK, LARGEST_CHUNK, WORKERS, Source, in_order, open_source
 from xgenda.training.surveys import Look, Survey, look
 
 VERSION = 1  # of the cached files
-WORKERS = 2
 HASHED = 256 * 2**20  # bytes up to which a fingerprint is of all values
 FIELDS = 64  # of larger data
 LARGEST_BLOCK = 128 * 2**20
+CACHED = 2**17  # values that are worked on at once, a megabyte, which stays in the cache of the processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +211,13 @@ def _pass(
     rank = int((singular > np.finfo(float).eps * max(basis.shape) * singular[0]).sum())
     u, back = u[:, :rank], v[:rank].T / singular[:rank]
     constant = u.T @ np.ones(n)  # U times this is one everywhere
+    if (stored := source.chunk * source.row_bytes) > LARGEST_CHUNK:
+        warnings.warn(
+            f"{source.argument} is stored in chunks of {source.chunk} along {source.dimension!r}, together {stored / 1e6:.0f} MB, which are "
+            f"decoded again and again for their parts. Store it in shorter ones: {source.argument}.chunk({source.dimension}="
+            f"{max(1, LARGEST_CHUNK // (8 * source.row_bytes))}).to_zarr(...)",
+            stacklevel=3,
+        )
     blocks = source.blocks(max(BLOCK, min(8 * source.row_bytes, LARGEST_BLOCK)))
     reference = _first(source, blocks, transforms, offsets)
 
@@ -219,16 +228,16 @@ def _pass(
         kept = found.kept
         if not kept.all():
             block, rows = block[kept], rows[kept]
-        product, squares = np.empty((rank, channels, ny * nx)), np.empty(channels)
-        for c in range(channels):
-            y = block[:, c].reshape(len(rows), ny * nx).astype(np.float64)
-            if transforms[c] == "log":
-                y = np.log(y + offsets[c])
-            y -= reference[c]
+        product, squares = np.zeros((rank, channels, ny * nx)), np.zeros(channels)
+        step = max(1, CACHED // (ny * nx))
+        for c, start in itertools.product(range(channels), range(0, len(rows), step)):
+            y = block[start : start + step, c].reshape(-1, ny * nx)
+            y = np.log(y.astype(np.float64) + offsets[c]) - reference[c] if transforms[c] == "log" else y - reference[c]
             if found.nan is not None:
                 np.copyto(y, 0.0, where=np.isnan(y))
-            product[:, c] = u[rows].T @ y
-            squares[c] = np.vdot(y, y)
+            # BLAS would start threads of its own in each of ours, and be slower
+            product[:, c] += np.einsum("tr,tc->rc", u[rows[start : start + step]], y)
+            squares[c] += np.einsum("tc,tc->", y, y)
         return found, product, squares
 
     product, squares, survey = np.zeros((rank, channels, ny * nx)), np.zeros(channels), Survey(source)

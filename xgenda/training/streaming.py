@@ -21,12 +21,11 @@ from torch import Tensor
 
 from xgenda.errors import OptionError, check_pair
 from xgenda.scaling import Scaling, cycle_basis
-from xgenda.training.sources import Source, Window, in_order
+from xgenda.training.sources import WORKERS, Source, Window, in_order
 
 MEMORY = 512 * 2**20
 STORED = 0.75  # of the memory holds standardised states, half of it the group in use; the rest is for reading
 SMALLEST = 2**20  # bytes of a block: less takes longer to ask for than to read
-WORKERS = 2
 CROP_SEED = 1  # keeps the corners of crops apart from the order of rows
 
 
@@ -123,7 +122,7 @@ class Streamed:
         """Return the first row and column of the crop of a step; None without crops."""
         if self.crop is None:
             return None
-        rng = np.random.default_rng([seed, CROP_SEED, step])
+        rng = np.random.default_rng([seed % 2**63, CROP_SEED, step])
         row, column = (int(rng.integers(n - c + 1)) for n, c in zip(self.source.grid.plane, self.crop, strict=True))
         return row, column
 
@@ -154,7 +153,7 @@ class Streamed:
 
     def _groups(self, rows: Tensor, seed: int, epoch: int) -> list[np.ndarray]:
         """Return the rows of an epoch in order, those that are shuffled together for themselves."""
-        rng = np.random.default_rng([seed, epoch])
+        rng = np.random.default_rng([seed % 2**63, epoch])
         numbers = np.sort(rows.numpy())
         blocks, counts = np.unique(self.block[numbers], return_counts=True)
         members = np.split(numbers[np.argsort(self.block[numbers], kind="stable")], np.cumsum(counts)[:-1])
@@ -239,7 +238,9 @@ class Streamed:
         scaling = self.scaling if window is None else _on(self.scaling, window)
         out = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
         for i, place in enumerate(places):
-            out[i] = scaling.forward(values[i : i + 1], self.basis[place : place + 1])[0]
+            # as `Scaling.forward`, without BLAS, which would start threads of its own in each of ours
+            climatology = np.einsum("k,kcyx->cyx", self.basis[place], scaling.mean)
+            out[i] = (scaling.transform(values[i : i + 1])[0] - climatology) / scaling.std
         return torch.as_tensor(out), members.reshape(len(rows), self.windows.shape[1])
 
 

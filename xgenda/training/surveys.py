@@ -67,7 +67,7 @@ def look(block: np.ndarray) -> Look:
         high = np.array([np.fmax.reduce(block[:, c], None, initial=-np.inf) for c in range(channels)], np.float64)
     infinite, strange = np.zeros(channels, np.int64), [Counter[float]() for _ in range(channels)]
     for c in range(channels):
-        inside = [s for s in SENTINELS if low[c] <= s <= high[c]]
+        inside = any((block[:, c] == s).any() for s in SENTINELS if low[c] <= s <= high[c])
         if not inside and max(-low[c], high[c]) <= LARGEST_PLAUSIBLE:
             continue
         values = block[:, c].astype(np.float64).ravel()

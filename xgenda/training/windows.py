@@ -46,7 +46,7 @@ def read_samples(
     """
     source = open_source(ds, variables, argument, fewest)
     found = Survey(source)
-    values = source.read(np.arange(source.size))
+    values = source.read_all()
     found.add(look(values))
     source = found.apply()
     if found.missing.any() or source.valid is not None:
