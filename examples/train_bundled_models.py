@@ -70,9 +70,8 @@ def train_ocean(out: Path, steps: int) -> Path:
 def report(path: Path) -> None:
     model = xgenda.load_model(path)
     print(model)
-    print(
-        f'[[models.{path.stem}.files]]\nfile = "{path.name}"\nsha256 = "{hashlib.sha256(path.read_bytes()).hexdigest()}"\nsize = {path.stat().st_size}\n'
-    )
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    print(f'[[models.{path.stem}.files]]\nfile = "{path.name}"\nsha256 = "{sha256}"\nsize = {path.stat().st_size}\n')
 
 
 if __name__ == "__main__":
