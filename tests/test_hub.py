@@ -449,10 +449,15 @@ def test_what_a_card_shows_is_escaped_and_nested(prior: GenerativeModel, monkeyp
     from dataclasses import replace
 
     training = {"data": "a|b\nc", "scores": {"t2m": {"crps": 0.123456, "years": list(range(20))}}}
+    training["history"] = {
+        "network": {"step": [1, 2, 3], "loss": [3, 2, 1], "crps_t2m": [0.9, 0.75, None], "crps_t2m_gaussian": [1.0] * 3}
+    }
     monkeypatch.setattr(prior, "spec", replace(prior.spec, training=training, doi="10.5281/zenodo.1", citation="A (2020)"))
     card = model_card(prior, place='a"b')
     assert "| data | a\\|b c |" in card
     assert "### T2m\n\n|  |  |\n| --- | --- |\n| crps | 0.1235 |\n| years | 20 values |" in card
+    assert "| crps t2m | 0.75 |\n| crps t2m gaussian | 1 |" in card[card.index("## Scores") :]
+    assert "| loss |" not in card
     assert 'load_model("a\\"b")' in card
     assert "DOI: [10.5281/zenodo.1](https://doi.org/10.5281/zenodo.1)" in card
     assert "## Citation\n\nA (2020)" in card

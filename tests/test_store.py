@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -495,6 +496,30 @@ def test_two_processes_at_once(remote, server: Server, cache: Path, tmp_path: Pa
         answers.append(out.strip())
     assert answers == [f"{cache / f'tiny-{SHA[:8]}.safetensors'} {SHA}"] * 2
     assert [path.read_bytes() for path in cache.iterdir()] == [GOOD]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_in_a_terminal_and_nowhere_else(remote, tmp_path: Path, terminal: bool) -> None:
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    remote("good")
+    program = (
+        "import pathlib, sys; from xgenda.models import store;"
+        "store.find_file('tiny', registry=store.registry(pathlib.Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "weights.toml")]
+    if terminal:
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True)
+        shown = os.read(ours, 10_000) if select.select([ours], [], [], 5)[0] else b""
+        os.close(theirs)
+        os.close(ours)
+        assert b"tiny:" in shown
+        assert b"10.0k" in shown
+    else:
+        done = subprocess.run(command, capture_output=True, check=True)
+        assert done.stderr == b""
+    assert done.stdout == b""
 
 
 def test_importing_the_store_is_light_and_touches_nothing(cache: Path) -> None:
