@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from xgenda.errors import MissingDependencyError
 from xgenda.formatting import bar_class
-from xgenda.models.entries import HUB_URL
+from xgenda.models.entries import HUB_URL, is_allowed
 
 RETRIES = 3  # after 1, 2 and 3 seconds
 CHUNK = 2**20
@@ -84,7 +84,8 @@ def download(url: str, target: Path, *, label: str, size: int | None = None, sha
     found: list[str] = []
 
     def copy(url: str, output_file: str, _: object) -> None:
-        with open(output_file, "wb") as file, _bar(label, size) as advance:
+        os.unlink(output_file)  # made by pooch for its owner alone; a cache may be shared
+        with open(output_file, "xb") as file, _bar(label, size) as advance:
             bounded = _Bounded(file, size, advance)
             _transport(url)(url, bounded, Path(output_file).parent)
         if size is not None and bounded.size < size:
@@ -214,6 +215,8 @@ def _get(url: str) -> Iterator[Any]:
             status = f"{shown(url)} answered {response.status_code} {response.reason}"
             if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                 raise RefusedError(without_secrets(status, url), absent=True)
+            if not is_allowed(response.url):
+                raise RefusedError(f"{shown(url)} leads to {shown(response.url)}, which is not encrypted")
             if response.status_code != 200:
                 raise TransientError(without_secrets(status, url), answered=True)
             yield response
