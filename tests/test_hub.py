@@ -188,7 +188,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own; git-lfs is spoken instead
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # a protocol of its own; git-lfs is spoken instead
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with Hub() as server:
@@ -272,7 +272,7 @@ REFUSED = {
     "forbidden": (ModelNotFoundError, r"org/forbidden does not exist on .* log in: hf auth login \(or set .* HF_TOKEN\)"),
     "absent": (ModelNotFoundError, r"org/absent does not exist on "),
     "talkative": (ModelNotFoundError, r"cannot be reached|answered 418"),
-    "page": (ModelNotFoundError, r"does not seem to be served by a Hugging Face Hub|cannot be reached"),
+    "page": (ModelNotFoundError, r"does not seem to be served by a Hugging Face Hub|cannot be reached|trying to locate the file"),
 }  # fmt: skip
 
 

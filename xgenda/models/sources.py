@@ -296,11 +296,15 @@ def _from_hub(url: str, output: _Bounded, folder: Path) -> None:
         return
     if is_offline():
         raise RefusedError(f"{url} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it", absent=True)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".hub-") as temporary:
         try:
             local = hf_hub_download(repo, path, revision=commit, local_dir=temporary, endpoint=hub_endpoint())
         except Exception as error:  # the hub's errors have no common base across its versions
-            raise hub_error(error, repo, url) from None  # the original may show what the server repeated of the request
+            problem = hub_error(error, repo, url)
+            if isinstance(problem, TransientError) and time.monotonic() - began > 2:  # newer clients have asked several times
+                problem = RefusedError(str(problem), absent=True)
+            raise problem from None  # the original may show what the server repeated of the request
         _copied(Path(local), output)
 
 
@@ -309,7 +313,7 @@ def _copied(path: Path, output: _Bounded) -> None:
         shutil.copyfileobj(file, output, CHUNK)
 
 
-def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -> RefusedError:
+def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -> RefusedError | TransientError:
     """Return what went wrong on the hub, with the line to type, and without anything that the server should not have said."""
     chain = [e for e in (error, error.__cause__) if e is not None]  # the first may only say that the file is not cached
     kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
@@ -332,6 +336,4 @@ def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -
         return RefusedError(f"{url} answered {status}: {said}", absent=True)
     if kinds & {"HFValidationError", "FileMetadataError"}:  # a malformed name; or no hub answered
         return RefusedError(f"{url}: {said}", absent=True)
-    return RefusedError(
-        f"{hub_endpoint()} cannot be reached, or is in trouble: {said}", absent=True
-    )  # it was asked several times
+    return TransientError(f"{hub_endpoint()} cannot be reached, or is in trouble: {said}")
