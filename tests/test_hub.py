@@ -188,7 +188,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own; git-lfs is spoken instead
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # a protocol of its own; git-lfs is spoken instead
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with Hub() as server:
@@ -272,7 +272,7 @@ REFUSED = {
     "forbidden": (ModelNotFoundError, r"org/forbidden does not exist on .* log in: hf auth login \(or set .* HF_TOKEN\)"),
     "absent": (ModelNotFoundError, r"org/absent does not exist on "),
     "talkative": (ModelNotFoundError, r"cannot be reached|answered 418"),
-    "page": (ModelNotFoundError, r"does not seem to be served by a Hugging Face Hub|cannot be reached"),
+    "page": (ModelNotFoundError, r"does not seem to be served by a Hugging Face Hub|cannot be reached|trying to locate the file"),
 }  # fmt: skip
 
 
@@ -449,10 +449,15 @@ def test_what_a_card_shows_is_escaped_and_nested(prior: GenerativeModel, monkeyp
     from dataclasses import replace
 
     training = {"data": "a|b\nc", "scores": {"t2m": {"crps": 0.123456, "years": list(range(20))}}}
+    training["history"] = {
+        "network": {"step": [1, 2, 3], "loss": [3, 2, 1], "crps_t2m": [0.9, 0.75, None], "crps_t2m_gaussian": [1.0] * 3}
+    }
     monkeypatch.setattr(prior, "spec", replace(prior.spec, training=training, doi="10.5281/zenodo.1", citation="A (2020)"))
     card = model_card(prior, place='a"b')
     assert "| data | a\\|b c |" in card
     assert "### T2m\n\n|  |  |\n| --- | --- |\n| crps | 0.1235 |\n| years | 20 values |" in card
+    assert "| crps t2m | 0.75 |\n| crps t2m gaussian | 1 |" in card[card.index("## Scores") :]
+    assert "| loss |" not in card
     assert 'load_model("a\\"b")' in card
     assert "DOI: [10.5281/zenodo.1](https://doi.org/10.5281/zenodo.1)" in card
     assert "## Citation\n\nA (2020)" in card

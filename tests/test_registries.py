@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xarray as xr
 
 import xgenda
 from xgenda.errors import CheckpointError, ChecksumError, ModelNotFoundError
@@ -111,6 +112,18 @@ def test_a_model_for_another_version(own: Path) -> None:
     (entry,) = store.registry(own).values()
     with pytest.raises(ModelNotFoundError, match=r"'tiny' is for xgenda >=99,<100, and this is .* pip install 'xgenda>=99,<100'"):
         store.find_file("tiny", registry={"tiny": entry})
+
+
+def test_nothing_is_downloaded_that_was_not_named(own: Path, monkeypatch: pytest.MonkeyPatch, background: xr.Dataset) -> None:
+    """A model that is elsewhere is offered, not fetched; one for another version is a reason like any other."""
+    local, elsewhere = 'file = "weights/tiny.safetensors"', 'url = "https://192.0.2.1/tiny.safetensors"'  # an address of nobody
+    own.write_text(MODEL.replace(local, elsewhere))
+    monkeypatch.setenv(registries.VARIABLE, str(own))
+    with pytest.raises(ModelNotFoundError, match="tiny: it is not on this machine; if it is the one you want, type model='tiny'"):
+        xgenda.assimilate(background, background.isel(latitude=[1], longitude=[2]), error=1.0)
+    own.write_text(MODEL.replace(">=0.0.1", ">=99"))
+    with pytest.raises(ModelNotFoundError, match="tiny: Model 'tiny' is for xgenda >=99"):
+        xgenda.assimilate(background, background.isel(latitude=[1], longitude=[2]), error=1.0)
 
 
 # -- registries of one's own ----------------------------------------------------------------------------------------------------

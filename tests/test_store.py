@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.5)
         elif self.path.split("?")[0] in server.files:
             body = server.files[self.path.split("?")[0]]
+        elif self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", f"http://0.0.0.0:{server.server_address[1]}/good")  # no loopback address by its name
+            self.end_headers()
+            return
         self.send_response(status)
         if body != GOOD:
             self.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
@@ -371,6 +377,8 @@ def test_a_download_is_kept(remote, server: Server, cache: Path) -> None:
     path, sha256 = store.find_file("tiny", registry=registry)
     assert (path, sha256) == (cache / f"tiny-{SHA[:8]}.safetensors", SHA)
     assert path.read_bytes() == GOOD
+    (cache / "other").touch()
+    assert path.stat().st_mode == (cache / "other").stat().st_mode  # others may read it where the umask lets them
     assert store.list_models(registry=registry).loc["tiny", "where"] == "cached"
     assert store.find_file("tiny", registry=registry) == (path, sha256)
     assert server.hits == ["/good"]
@@ -409,6 +417,7 @@ REFUSED = {
     "large": (ChecksumError, f"is larger than the registered {len(GOOD)} bytes"),
     "html": (ChecksumError, "the server sent a web page instead of the file"),
     "missing": (ModelNotFoundError, "answered 404"),
+    "elsewhere": (ChecksumError, r"/elsewhere leads to http://0.0.0.0:\d+/good, which is not encrypted"),
 }
 
 
@@ -418,7 +427,7 @@ def test_another_file_is_refused_at_once(remote, server: Server, cache: Path, pl
     with pytest.raises(error, match=message) as caught:
         store.find_file("tiny", registry=remote(place))
     assert_says_what_to_do(str(caught.value), cache, server.url)
-    assert server.hits == [f"/{place}"]
+    assert server.hits in ([f"/{place}"], ["/elsewhere", "/good"])
     assert list(cache.iterdir()) == []
 
 
@@ -495,6 +504,30 @@ def test_two_processes_at_once(remote, server: Server, cache: Path, tmp_path: Pa
         answers.append(out.strip())
     assert answers == [f"{cache / f'tiny-{SHA[:8]}.safetensors'} {SHA}"] * 2
     assert [path.read_bytes() for path in cache.iterdir()] == [GOOD]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_in_a_terminal_and_nowhere_else(remote, tmp_path: Path, terminal: bool) -> None:
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    remote("good")
+    program = (
+        "import pathlib, sys; from xgenda.models import store;"
+        "store.find_file('tiny', registry=store.registry(pathlib.Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "weights.toml")]
+    if terminal:
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True)
+        shown = os.read(ours, 10_000) if select.select([ours], [], [], 5)[0] else b""
+        os.close(theirs)
+        os.close(ours)
+        assert b"tiny:" in shown
+        assert b"10.0k" in shown
+    else:
+        done = subprocess.run(command, capture_output=True, check=True)
+        assert done.stderr == b""
+    assert done.stdout == b""
 
 
 def test_importing_the_store_is_light_and_touches_nothing(cache: Path) -> None:

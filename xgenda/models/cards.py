@@ -48,7 +48,8 @@ def model_card(model: GenerativeModel, *, place: str | None = None) -> str:
     spec = model.spec
     call, topic = CALLS.get(spec.task, ("", spec.task))
     scores = {k: v for k, v in spec.training.items() if SCORES.search(str(k))}
-    training = {k: v for k, v in spec.training.items() if k not in scores}
+    training = {k: v for k, v in spec.training.items() if k not in (*scores, "history")}
+    scores |= _last_scores(spec.training.get("history", {}))
     load = f"model = xgenda.load_model({json.dumps(spec.name if place is None else place)})"
     shape = {k: v for k, v in model.summary().items() if k in ("task", "inputs", "input grid", "grid", "mask", "window")}
     parts = [
@@ -102,6 +103,17 @@ def _record(given: Mapping[str, Any]) -> str:
     for name, values in nested.items():
         parts += [f"### {str(name).replace('_', ' ').capitalize()}", _record(values)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _last_scores(history: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
+    """Return the last of each score that was taken in training; see `GenerativeModel.history`."""
+    found = {}
+    for stage, columns in history.items():
+        for name, values in columns.items():
+            taken = [v for v in values if v is not None]
+            if name.startswith(("crps_", "validation")) and taken:
+                found[name if len(history) == 1 else f"{stage} {name}"] = taken[-1]
+    return found
 
 
 def _value(value: Any) -> str:

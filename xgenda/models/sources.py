@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from xgenda.errors import MissingDependencyError
 from xgenda.formatting import bar_class
-from xgenda.models.entries import HUB_URL
+from xgenda.models.entries import HUB_URL, is_allowed
 
 RETRIES = 3  # after 1, 2 and 3 seconds
 CHUNK = 2**20
@@ -84,7 +84,8 @@ def download(url: str, target: Path, *, label: str, size: int | None = None, sha
     found: list[str] = []
 
     def copy(url: str, output_file: str, _: object) -> None:
-        with open(output_file, "wb") as file, _bar(label, size) as advance:
+        os.unlink(output_file)  # made by pooch for its owner alone; a cache may be shared
+        with open(output_file, "xb") as file, _bar(label, size) as advance:
             bounded = _Bounded(file, size, advance)
             _transport(url)(url, bounded, Path(output_file).parent)
         if size is not None and bounded.size < size:
@@ -214,6 +215,8 @@ def _get(url: str) -> Iterator[Any]:
             status = f"{shown(url)} answered {response.status_code} {response.reason}"
             if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                 raise RefusedError(without_secrets(status, url), absent=True)
+            if not is_allowed(response.url):
+                raise RefusedError(f"{shown(url)} leads to {shown(response.url)}, which is not encrypted")
             if response.status_code != 200:
                 raise TransientError(without_secrets(status, url), answered=True)
             yield response
@@ -293,11 +296,15 @@ def _from_hub(url: str, output: _Bounded, folder: Path) -> None:
         return
     if is_offline():
         raise RefusedError(f"{url} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it", absent=True)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".hub-") as temporary:
         try:
             local = hf_hub_download(repo, path, revision=commit, local_dir=temporary, endpoint=hub_endpoint())
         except Exception as error:  # the hub's errors have no common base across its versions
-            raise hub_error(error, repo, url) from None  # the original may show what the server repeated of the request
+            problem = hub_error(error, repo, url)
+            if isinstance(problem, TransientError) and time.monotonic() - began > 2:  # newer clients have asked several times
+                problem = RefusedError(str(problem), absent=True)
+            raise problem from None  # the original may show what the server repeated of the request
         _copied(Path(local), output)
 
 
@@ -306,7 +313,7 @@ def _copied(path: Path, output: _Bounded) -> None:
         shutil.copyfileobj(file, output, CHUNK)
 
 
-def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -> RefusedError:
+def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -> RefusedError | TransientError:
     """Return what went wrong on the hub, with the line to type, and without anything that the server should not have said."""
     chain = [e for e in (error, error.__cause__) if e is not None]  # the first may only say that the file is not cached
     kinds = {kind.__name__ for e in chain for kind in type(e).__mro__}
@@ -329,6 +336,4 @@ def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -
         return RefusedError(f"{url} answered {status}: {said}", absent=True)
     if kinds & {"HFValidationError", "FileMetadataError"}:  # a malformed name; or no hub answered
         return RefusedError(f"{url}: {said}", absent=True)
-    return RefusedError(
-        f"{hub_endpoint()} cannot be reached, or is in trouble: {said}", absent=True
-    )  # it was asked several times
+    return TransientError(f"{hub_endpoint()} cannot be reached, or is in trouble: {said}")
