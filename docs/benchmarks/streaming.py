@@ -6,13 +6,15 @@ The store is a Zarr store whose chunks are computed when they are asked for: fou
 a seasonal and a daily cycle and slow waves, uncompressed. What the store computes counts as reading. Times are of the clock.
 
 - memory: the most that the process ever held (VmHWM), with torch and all;
-- busy: the part of the time that the network (the small U-Net of the bundled priors, forward, backward and optimiser) does not wait for data;
+- busy: the part of the time of the steps of `xgenda.train` (the small U-Net, with validation and scores) that does not wait for data;
 - statistics: climatology with harmonics of year and day, standard deviation, range and checks of the first so many gigabytes, in one pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import re
 import time
 from pathlib import Path
@@ -21,11 +23,11 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 import zarr.storage
 
-from xgenda.networks.unet import UNet
+import xgenda
+from xgenda.training import corpus
 from xgenda.training.sources import open_source
 from xgenda.training.statistics import gather
 from xgenda.training.streaming import Streamed
@@ -96,29 +98,27 @@ def peak() -> float:
     return float(match[1]) / 1e3 if match else float("nan")
 
 
-def trained(fields: Streamed, steps: int) -> tuple[float, float]:
-    """Train for some steps; return the seconds in all, and those spent waiting for data."""
-    network = UNet(fields.shape[1], width=16, multipliers=(1, 2, 2), position=2, shape=(NY, NX))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.arange(fields.shape[0])
-    batches = fields.batches(rows, BATCH, 0)
-    next(batches)  # the first waits for the first chunks, and torch for its memory
-    waited, begin = 0.0, time.perf_counter()
-    for _ in range(steps):
-        asked = time.perf_counter()
-        _, states = next(batches)
-        waited += time.perf_counter() - asked
-        level = torch.rand(len(states), generator=generator) * 4 - 3
-        noise = torch.randn(states.shape, generator=generator)
-        found = network(
-            (states + level.exp()[:, None, None, None] * noise) / (1 + level.exp()[:, None, None, None] ** 2).sqrt(), level / 4
-        )
-        optimiser.zero_grad()
-        (found - noise).square().mean().backward()
-        optimiser.step()
-    batches.close()
-    return time.perf_counter() - begin, waited
+class Timed(Streamed):
+    """Fields that count how long a training waits for them."""
+
+    waited = 0.0
+
+    def batches(self, *args: Any, **kwargs: Any) -> Any:
+        """Yield batches."""
+        found = super().batches(*args, **kwargs)
+        with contextlib.closing(found):
+            for k in itertools.count():
+                asked = time.perf_counter()
+                batch = next(found)
+                Timed.waited += time.perf_counter() - asked if k else 0.0  # the first waits for the first chunks
+                yield batch
+
+
+def trained(ds: xr.Dataset, steps: int, memory: int) -> tuple[float, float]:
+    """Train for some steps, as a user would; return the seconds that they took, and those spent waiting for data."""
+    corpus.Streamed, corpus.BUFFER = Timed, memory * 2**20  # type: ignore[misc]
+    model = xgenda.train(ds, steps=steps, batch_size=BATCH, memory="100MB", progress=False)
+    return float(model.history.seconds[-1]), Timed.waited
 
 
 def main() -> None:
@@ -137,13 +137,12 @@ def main() -> None:
     print(f"store of {source.nbytes / 1e9:.1f} GB, {source.size} times, opened: peak {peak():.0f} MB")
     part = ds if options.statistics is None else ds.isel(time=slice(0, int(options.statistics * 1e9 / source.row_bytes)))
     begin = time.perf_counter()
-    passed, statistics = gather(open_source(part), "dayofyear+hour", cache=False)
+    passed, _ = gather(open_source(part), "dayofyear+hour", cache=False)
     seconds = time.perf_counter() - begin
     print(
         f"statistics of {passed.nbytes / 1e9:.1f} GB: {passed.nbytes / 1e6 / seconds:.0f} MB/s, {seconds:.0f} s, peak {peak():.0f} MB"
     )
-    fields = Streamed(source, statistics.scaling(), memory=options.memory * 2**20)
-    seconds, waited = trained(fields, options.steps)
+    seconds, waited = trained(ds, options.steps, options.memory)
     print(
         f"training: {options.steps} steps of {BATCH}, {1e3 * seconds / options.steps:.0f} ms each, busy {100 * (1 - waited / seconds):.1f} %, "
         f"peak {peak():.0f} MB"
