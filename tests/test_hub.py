@@ -448,7 +448,8 @@ def test_a_card_says_what_its_model_is(tiny_downscaler: GenerativeModel) -> None
 def test_what_a_card_shows_is_escaped_and_nested(prior: GenerativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    training = {"data": "a|b\nc", "scores": {"t2m": {"crps": 0.123456, "years": list(range(20))}}}
+    training = {"data": "a|b\nc", "scores": {"t2m": {"crps": 0.123456, "years": list(range(20)), "none": None}}}
+    training["asked"] = {"steps": 4}
     training["history"] = {
         "network": {"step": [1, 2, 3], "loss": [3, 2, 1], "crps_t2m": [0.9, 0.75, None], "crps_t2m_gaussian": [1.0] * 3}
     }
@@ -458,6 +459,8 @@ def test_what_a_card_shows_is_escaped_and_nested(prior: GenerativeModel, monkeyp
     assert "### T2m\n\n|  |  |\n| --- | --- |\n| crps | 0.1235 |\n| years | 20 values |" in card
     assert "| crps t2m | 0.75 |\n| crps t2m gaussian | 1 |" in card[card.index("## Scores") :]
     assert "| loss |" not in card
+    assert "| none |" not in card
+    assert "### Options of training\n\n|  |  |\n| --- | --- |\n| steps | 4 |" in card
     assert 'load_model("a\\"b")' in card
     assert "DOI: [10.5281/zenodo.1](https://doi.org/10.5281/zenodo.1)" in card
     assert "## Citation\n\nA (2020)" in card

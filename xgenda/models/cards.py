@@ -23,6 +23,7 @@ LICENCES = (
     "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "odbl", "pddl", "odc-by", "eupl-1.1", "eupl-1.2", "etalab-2.0", "unlicense",
 )  # fmt: skip
 SCORES = re.compile(r"valid|score|crps|rmse|spread|skill|loss|ratio|card", re.IGNORECASE)
+HEADINGS = {"asked": "Options of training"}
 CALLS = {
     "prior": ("analysis = ds.genda.assimilate(obs, model=model, members=16, seed=0)", "data-assimilation"),
     "downscale": ("fine = coarse.genda.downscale(model=model, members=16, seed=0)", "downscaling"),
@@ -97,11 +98,11 @@ def _variables(variables: Iterable[VariableSpec]) -> str:
 
 def _record(given: Mapping[str, Any]) -> str:
     """Return a table of what is a value, and below it one for each mapping."""
-    flat = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
+    flat = {k: v for k, v in given.items() if v is not None and not isinstance(v, Mapping)}
     nested = {k: v for k, v in given.items() if isinstance(v, Mapping)}
     parts = [_table((str(k).replace("_", " "), _value(v)) for k, v in flat.items())] if flat else []
     for name, values in nested.items():
-        parts += [f"### {str(name).replace('_', ' ').capitalize()}", _record(values)]
+        parts += [f"### {HEADINGS.get(name, str(name).replace('_', ' ').capitalize())}", _record(values)]
     return "\n\n".join(part for part in parts if part)
 
 
