@@ -17,9 +17,10 @@ from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.hybrids import HybridSample, Parts, Product, hybrid_modes, kernel_modes, taper_modes
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import LittleDataWarning
-from xgenda.models.fitting import choose_climatology
+from xgenda.models.fitting import choose_climatology, memory_length, outside
 from xgenda.training.defaults import independent_fields
 from xgenda.training.scoring import beside_gaussian, fair_crps, posterior_crps
+from xgenda.training.windows import split_rows
 
 LATITUDE, LONGITUDE = torch.linspace(30, 60, 7), torch.linspace(0, 40, 9)
 CELLS = len(LATITUDE) * len(LONGITUDE)
@@ -170,8 +171,26 @@ def test_memory_takes_from_the_worth_of_fields() -> None:
         z[t] = a * z[t - 1] + np.sqrt(1 - a**2) * z[t]
     wanted = 2000 * (1 - a**2) / (1 + a**2)
     assert independent_fields(z @ patterns) == pytest.approx(wanted, rel=0.15)
-    trend = np.linspace(-60, 60, 2000)[:, None] * np.ones(60)
+    trend = np.linspace(-3, 3, 2000)[:, None] * np.ones(60)
     assert independent_fields(z @ patterns + trend) == pytest.approx(wanted, rel=0.25)
+
+
+def test_neighbours_that_tell_of_each_other_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    fold = np.arange(120) // 20
+    white = rng.standard_normal((120, 4)) @ rng.standard_normal((4, 50))
+    assert memory_length(white, fold) == 0
+    slow = np.repeat(white[::4], 4, axis=0)  # a lag of three keeps a quarter of the variance
+    assert memory_length(slow, fold) in (2, 3)
+    assert memory_length(np.repeat(white[::40], 40, axis=0), fold) == 10  # half a block
+    shuffled = rng.permutation(120)
+    order = np.argsort(shuffled)
+    assert memory_length(slow[shuffled], fold[shuffled], order) == memory_length(slow, fold)
+    away = outside(fold[shuffled], 2, 3, order)
+    np.testing.assert_array_equal(np.sort(shuffled[away]), [*range(37), *range(63, 120)])
+    rows, held = split_rows(fold, 3)
+    assert held.tolist() == list(range(80, 100))
+    assert rows.tolist() == [*range(77), *range(103, 120)]
 
 
 def test_a_day_of_hours_is_said_to_be_little() -> None:

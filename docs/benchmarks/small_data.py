@@ -20,6 +20,7 @@ Standard errors are over pairs of time and seed, of differences where difference
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 import warnings
 from collections.abc import Iterator
@@ -182,7 +183,11 @@ def priors_of(
         "\ntrain:",
         {k: v for k, v in record.items() if k in ("anchor", "steps", "best_step", "validation_ratio", "correction_weight")},
     )
-    yield f"train (correction at weight {record['correction_weight']:.2f})", model, grid_only, time.monotonic() - begin
+    took = time.monotonic() - begin
+    anchor_only = copy.deepcopy(model)
+    anchor_only.denoiser.network.scale_output(0.0)
+    yield f"train without its correction ({record['anchor']})", anchor_only, grid_only, took
+    yield f"train (correction at weight {record['correction_weight']:.2f})", model, grid_only, took
 
 
 def experiment(name: str, path: str, budget: str | None, seeds: int, times: int, members: int) -> None:

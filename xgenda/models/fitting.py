@@ -24,6 +24,8 @@ from xgenda.states import State
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (2, 5, 10, 20, 40, 80)
 RADII = 8
+SHARE, COMPONENTS = 0.9, 20  # of the variance, and the most principal components that are looked at for memory
+RESEMBLES = 0.3  # the correlation of fields that tell of each other
 WORTH = 0.97  # what a cycle must leave less of
 HYBRID_KERNELS = ("exponential", "matern32", "matern52")
 LENGTHS = 8
@@ -90,6 +92,40 @@ def read_sample(
 def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None) -> np.ndarray:
     """Return standardised anomalies, shape (n, channels * cells)."""
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
+
+
+def outside(fold: np.ndarray, block: int, gap: int = 0, order: np.ndarray | None = None) -> np.ndarray:
+    """Return which fields are neither in a block of times nor within `gap` fields of it; `order` sorts them by time, if they are not."""
+    place = np.arange(len(fold))
+    if order is not None:
+        place[order] = np.arange(len(fold))
+    inside = place[fold == block]
+    return np.asarray((place < inside.min() - gap) | (place > inside.max() + gap))
+
+
+def leading_components(z: np.ndarray) -> np.ndarray:
+    """Return the normalised principal components of fields (n, state) that hold `SHARE` of their variance, at most so many, shape (k, n)."""
+    patterns, power, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    count = 1 + int((np.cumsum(power**2) < SHARE * (power**2).sum()).sum())
+    return np.asarray(patterns[:, : min(count, COMPONENTS)].T)
+
+
+def autocorrelation(component: np.ndarray, lag: int) -> float:
+    """Return the correlation of a normalised component with itself `lag` fields later."""
+    n = len(component)
+    return float(component[lag:] @ component[: n - lag]) * n / (n - lag)
+
+
+def memory_length(z: np.ndarray, fold: np.ndarray, order: np.ndarray | None = None) -> int:
+    """Return for how many fields the leading components stay correlated, at most half a block: so far do neighbours tell of each other.
+
+    The median of the components, because a trend fills one of them.
+    """
+    most, found = int(np.bincount(fold).min()) // 2, []
+    for p in leading_components(z if order is None else z[order]):
+        below = (lag - 1 for lag in range(1, most + 1) if autocorrelation(p, lag) < RESEMBLES)
+        found.append(next(below, most))
+    return int(np.median(found))
 
 
 def fit_standardised(
@@ -222,12 +258,14 @@ def search(
     fold: np.ndarray,
     valid: np.ndarray | None = None,
     basis: np.ndarray | None = None,
+    gap: int = 0,
+    order: np.ndarray | None = None,
 ) -> tuple[Choice, dict[Choice, float]]:
     """Return the best choice by `Validation`, and the scores of those tried.
 
     The many hybrids are searched along lines: the best kernel and length, the best weight and radius, again, and the best inflation.
     """
-    validation = Validation(z, grid, fold, valid, basis)
+    validation = Validation(z, grid, fold, valid, basis, gap, order)
     scores = validation.scores([c for c in choices if c.kind != "hybrid"])
     hybrids = [c for c in choices if c.kind == "hybrid"]
     if hybrids:
@@ -252,17 +290,19 @@ def search(
 class Validation:
     """The mean log score of covariances over the blocks of consecutive fields that `fold` numbers from 0, on valid cells.
 
-    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is.
+    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is. `gap` fields on either side of a block
+    are left out (see `outside`), because they tell of it.
     """
 
     def __init__(
-        self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None
-    ) -> None:
+        self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None,
+        gap: int = 0, order: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
         basis = np.ones((len(z), 1)) if basis is None else basis
         self.parts = []
         for k in range(int(fold.max()) + 1):
-            block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+            block, rest = np.flatnonzero(fold == k), np.flatnonzero(outside(fold, k, gap, order))
             probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
             mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
             test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]

@@ -66,6 +66,8 @@ def train_prior(
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
         final, crossed = in_time[0], list(in_time[1:])
         note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
+    order = time_order(samples.time, len(z)) if window == 1 else None  # windows are in order
+    gap = memory_length(z, fold, time_order(samples.time, len(z)))
     z, fold, extra = _windows(samples, z, fold, window)
     channels = len(names) * window
     feeds_state = anchor is not None
@@ -77,7 +79,7 @@ def train_prior(
         states, torch.as_tensor(fold), None if anchor is None else crossed, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
         shifts=int(periodic == "both"),
     )  # fmt: skip
-    report = optimiser.fit(network, objective, *split_rows(fold), 1.0, "training the prior")
+    report = optimiser.fit(network, objective, *split_rows(fold, gap, order), 1.0, "training the prior")
     report["card"] = _card(anchor, report)
     spec = ModelSpec(
         name or "trained-prior", "prior", "diffusion", samples.variables, samples.grid, scaling,

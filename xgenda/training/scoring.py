@@ -163,7 +163,7 @@ def beside_gaussian(
     before = network.training
     network.eval()
     model = EDMDenoiser(network, anchor, feeds_state, (SIGMA_MIN, highest_sigma(anchor)))
-    pair = {"gaussian": GaussianDenoiser(torch.zeros(anchor.size), anchor), "model": model}
+    pair: dict[str, Denoiser] = {"gaussian": GaussianDenoiser(torch.zeros(anchor.size), anchor), "model": model}
     found = posterior_crps(pair, anchor, chosen, std=std, valid=valid, device=device, **options)
     network.train(before)
     scale = found["gaussian"].mean(0).clamp(min=1e-300)

@@ -12,7 +12,7 @@ import xarray as xr
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid, PointSet
 from xgenda.errors import GridError, OptionError, StateError
-from xgenda.models.fitting import read_sample
+from xgenda.models.fitting import outside, read_sample
 from xgenda.models.spec import VariableSpec
 
 FEWEST = 20
@@ -109,7 +109,7 @@ def spacing_of(samples: Samples, order: np.ndarray) -> float:
     return float(np.median(steps))
 
 
-def split_rows(fold: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return training rows and the rows of the validation block."""
-    held = fold == HELD
-    return torch.as_tensor(np.flatnonzero(~held)), torch.as_tensor(np.flatnonzero(held))
+def split_rows(fold: np.ndarray, gap: int = 0, order: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training rows, `gap` away from the validation block in the order of time, and the rows of that."""
+    rows = outside(fold, HELD, gap, order)
+    return torch.as_tensor(np.flatnonzero(rows)), torch.as_tensor(np.flatnonzero(fold == HELD))
