@@ -16,7 +16,7 @@ from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.trajectories import windows_of
 from xgenda.errors import OptionError, StateError
 from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
-from xgenda.models.fitting import fit_standardised, standardise
+from xgenda.models.fitting import fit_standardised, memory_length, standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec
