@@ -157,6 +157,8 @@ def test_a_cycle_is_found_and_noise_has_none() -> None:
     hourly = xr.DataArray(np.datetime64("2000-03-01", "ns") + np.arange(96) * np.timedelta64(1, "h"), dims="time", name="time")
     wave = np.sin(2 * np.pi * np.arange(96) / 24)[:, None] + 0.5 * np.random.default_rng(1).standard_normal((96, 30))
     assert choose_climatology(wave - wave.mean(0), hourly, fold) == "hour"
+    year, within = monthly(20, 3.0)
+    assert choose_climatology(year, within, np.arange(20) // 4) == "none"  # a year and a half shows no cycle
     few, when = monthly(8, 3.0)
     assert choose_climatology(few, when, np.arange(8) // 2) == "none"  # too few for its coefficients
 
