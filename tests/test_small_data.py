@@ -263,3 +263,48 @@ def test_crps_of_members_is_that_of_all_pairs() -> None:
     members, truth = torch.randn(2, 5, 1, 3, dtype=torch.float64), torch.randn(2, 1, 1, 3, dtype=torch.float64)
     pairs = (members[:, :, None] - members[:, None]).abs().sum((1, 2)) / (2 * 5 * 4)
     torch.testing.assert_close(fair_crps(members, truth), (members - truth).abs().mean(1) - pairs)
+
+
+def history(n: int = 40) -> xr.Dataset:
+    """Fields with a correlation of 1500 km and a mode that is the same everywhere."""
+    z = anomalies(n, 3)[:, :CELLS].reshape(n, 7, 9).numpy()
+    z = z - z.mean((1, 2), keepdims=True) + np.random.default_rng(0).standard_normal((n, 1, 1))
+    days = np.datetime64("2001-01-01", "ns") + 10 * np.arange(n) * np.timedelta64(1, "D")
+    axes = {"time": days, "latitude": LATITUDE.numpy(), "longitude": LONGITUDE.numpy()}
+    return xr.Dataset({"x": (("time", "latitude", "longitude"), z + 0.0, {"units": "m"})}, axes)
+
+
+def test_a_hybrid_prior_is_kept_in_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    ds = history()
+    prior = xgenda.gaussian_prior(ds, covariance="hybrid")
+    options = prior.spec.options
+    assert options["covariance"] == "hybrid"
+    assert {"kernel", "length", "weight", "inflation"} <= set(options)
+    assert prior.spec.training["climatology"] == "none"
+    assert prior.spec.training["covariance"].startswith("hybrid, ")
+    path = tmp_path / "hybrid.safetensors"
+    prior.save(path)
+    again = xgenda.load_model(path)
+    obs = xr.Dataset(
+        {"x": ("obs", [1.0, -0.5], {"units": "m"})}, {"latitude": ("obs", [35.0, 50.0]), "longitude": ("obs", [10.0, 30.0])}
+    )
+    given = {"error": 0.2, "members": 400, "seed": 0, "progress": False, "background_check": None}
+    state = ds.isel(time=0)
+    one, two = (xgenda.assimilate(state, obs, model=m, **given) for m in (prior, again))
+    np.testing.assert_allclose(one.x, two.x, atol=1e-4)
+    # the mean in closed form, at the two cells that were observed
+    covariance = prior.covariance()
+    at = torch.tensor([1 * 9 + 2, 4 * 9 + 6])
+    s = covariance.block(at, at).numpy() * float(prior.spec.scaling.std.item()) ** 2
+    mean = prior.spec.scaling.mean[0].ravel()[at]
+    exact = mean + s @ np.linalg.solve(s + 0.04 * np.eye(2), np.array([1.0, -0.5]) - mean)
+    found = one.x.sel(latitude=[35, 50], longitude=[10, 30]).mean("member").values
+    np.testing.assert_allclose([found[0, 0], found[1, 1]], exact, atol=0.05)
+
+
+def test_training_takes_a_hybrid_where_it_is_better() -> None:
+    model = xgenda.train(history(), steps=1, width=8, learning_rate=1e-30, progress=False)
+    assert model.spec.training["anchor"].startswith("hybrid, ")
+    assert isinstance(model.covariance, Modes)
+    total = float(model.covariance.diagonal().sum())
+    assert model.covariance.floor * model.covariance.size < 0.05 * total

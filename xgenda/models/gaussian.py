@@ -189,6 +189,8 @@ class GaussianModel(GenerativeModel):
             raise KeyError(f"covariance {kind!r} is not known")
         if kind in KERNELS and not all(set(spec.options[k]) == set(names) for k in ("std", "length_scale")):
             raise KeyError("std and length_scale do not cover the variables")
+        if kind == "hybrid" and not {"kernel", "length", "weight", "inflation"} <= set(spec.options):
+            raise KeyError("a hybrid needs kernel, length, weight and inflation")
         if set(tensors) - {"valid"} != expected:
             raise KeyError(f"expected tensors {sorted(expected)}, found {sorted(tensors)}")
         return cls(spec, {k: v.double() for k, v in tensors.items()})

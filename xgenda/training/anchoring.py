@@ -16,6 +16,7 @@ from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, time_order
 
 ANCHORS = ("eof", "hybrid", "localized", "spectral")
+HYBRID_LIMIT = 200_000  # entries of a state up to which 'auto' tries a hybrid, whose modes take minutes beyond
 
 
 def fit_anchors(
@@ -42,7 +43,8 @@ def fit_anchors(
         shape = (-1, z.shape[1] // cells, *samples.grid.plane)
         fit = [Spectral.fit(torch.as_tensor(p).reshape(shape)) for p in [everything, *parts]]
         return fit[0], list(fit[1:]), "spectral"
-    kinds = ("hybrid", "eof") if kind == "auto" else (kind,)
+    tried = ("hybrid", "eof") if z.shape[1] <= HYBRID_LIMIT else ("eof",)
+    kinds = tried if kind == "auto" else (kind,)
     choices = list(candidates(kinds, samples.grid, z.shape, None, None, None))
     choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, gap, order)
     built = [*_anchors_of([everything, *parts], samples, choice)]
