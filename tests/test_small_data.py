@@ -17,9 +17,10 @@ from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.hybrids import HybridSample, Parts, Product, hybrid_modes, kernel_modes, taper_modes
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import LittleDataWarning
-from xgenda.models.fitting import choose_climatology
+from xgenda.models.fitting import choose_climatology, memory_length, outside
 from xgenda.training.defaults import independent_fields
 from xgenda.training.scoring import beside_gaussian, fair_crps, posterior_crps
+from xgenda.training.windows import split_rows
 
 LATITUDE, LONGITUDE = torch.linspace(30, 60, 7), torch.linspace(0, 40, 9)
 CELLS = len(LATITUDE) * len(LONGITUDE)
@@ -156,6 +157,8 @@ def test_a_cycle_is_found_and_noise_has_none() -> None:
     hourly = xr.DataArray(np.datetime64("2000-03-01", "ns") + np.arange(96) * np.timedelta64(1, "h"), dims="time", name="time")
     wave = np.sin(2 * np.pi * np.arange(96) / 24)[:, None] + 0.5 * np.random.default_rng(1).standard_normal((96, 30))
     assert choose_climatology(wave - wave.mean(0), hourly, fold) == "hour"
+    year, within = monthly(20, 3.0)
+    assert choose_climatology(year, within, np.arange(20) // 4) == "none"  # a year and a half shows no cycle
     few, when = monthly(8, 3.0)
     assert choose_climatology(few, when, np.arange(8) // 2) == "none"  # too few for its coefficients
 
@@ -170,8 +173,26 @@ def test_memory_takes_from_the_worth_of_fields() -> None:
         z[t] = a * z[t - 1] + np.sqrt(1 - a**2) * z[t]
     wanted = 2000 * (1 - a**2) / (1 + a**2)
     assert independent_fields(z @ patterns) == pytest.approx(wanted, rel=0.15)
-    trend = np.linspace(-60, 60, 2000)[:, None] * np.ones(60)
+    trend = np.linspace(-3, 3, 2000)[:, None] * np.ones(60)
     assert independent_fields(z @ patterns + trend) == pytest.approx(wanted, rel=0.25)
+
+
+def test_neighbours_that_tell_of_each_other_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    fold = np.arange(120) // 20
+    white = rng.standard_normal((120, 4)) @ rng.standard_normal((4, 50))
+    assert memory_length(white, fold) == 0
+    slow = np.repeat(white[::4], 4, axis=0)  # a lag of three keeps a quarter of the variance
+    assert memory_length(slow, fold) in (2, 3)
+    assert memory_length(np.repeat(white[::40], 40, axis=0), fold) == 10  # half a block
+    shuffled = rng.permutation(120)
+    order = np.argsort(shuffled)
+    assert memory_length(slow[shuffled], fold[shuffled], order) == memory_length(slow, fold)
+    away = outside(fold[shuffled], 2, 3, order)
+    np.testing.assert_array_equal(np.sort(shuffled[away]), [*range(37), *range(63, 120)])
+    rows, held = split_rows(fold, 3)
+    assert held.tolist() == list(range(80, 100))
+    assert rows.tolist() == [*range(77), *range(103, 120)]
 
 
 def test_a_day_of_hours_is_said_to_be_little() -> None:
@@ -242,3 +263,48 @@ def test_crps_of_members_is_that_of_all_pairs() -> None:
     members, truth = torch.randn(2, 5, 1, 3, dtype=torch.float64), torch.randn(2, 1, 1, 3, dtype=torch.float64)
     pairs = (members[:, :, None] - members[:, None]).abs().sum((1, 2)) / (2 * 5 * 4)
     torch.testing.assert_close(fair_crps(members, truth), (members - truth).abs().mean(1) - pairs)
+
+
+def history(n: int = 40) -> xr.Dataset:
+    """Fields with a correlation of 1500 km and a mode that is the same everywhere."""
+    z = anomalies(n, 3)[:, :CELLS].reshape(n, 7, 9).numpy()
+    z = z - z.mean((1, 2), keepdims=True) + np.random.default_rng(0).standard_normal((n, 1, 1))
+    days = np.datetime64("2001-01-01", "ns") + 10 * np.arange(n) * np.timedelta64(1, "D")
+    axes = {"time": days, "latitude": LATITUDE.numpy(), "longitude": LONGITUDE.numpy()}
+    return xr.Dataset({"x": (("time", "latitude", "longitude"), z + 0.0, {"units": "m"})}, axes)
+
+
+def test_a_hybrid_prior_is_kept_in_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    ds = history()
+    prior = xgenda.gaussian_prior(ds, covariance="hybrid")
+    options = prior.spec.options
+    assert options["covariance"] == "hybrid"
+    assert {"kernel", "length", "weight", "inflation"} <= set(options)
+    assert prior.spec.training["climatology"] == "none"
+    assert prior.spec.training["covariance"].startswith("hybrid, ")
+    path = tmp_path / "hybrid.safetensors"
+    prior.save(path)
+    again = xgenda.load_model(path)
+    obs = xr.Dataset(
+        {"x": ("obs", [1.0, -0.5], {"units": "m"})}, {"latitude": ("obs", [35.0, 50.0]), "longitude": ("obs", [10.0, 30.0])}
+    )
+    given = {"error": 0.2, "members": 400, "seed": 0, "progress": False, "background_check": None}
+    state = ds.isel(time=0)
+    one, two = (xgenda.assimilate(state, obs, model=m, **given) for m in (prior, again))
+    np.testing.assert_allclose(one.x, two.x, atol=1e-4)
+    # the mean in closed form, at the two cells that were observed
+    covariance = prior.covariance()
+    at = torch.tensor([1 * 9 + 2, 4 * 9 + 6])
+    s = covariance.block(at, at).numpy() * float(prior.spec.scaling.std.item()) ** 2
+    mean = prior.spec.scaling.mean[0].ravel()[at]
+    exact = mean + s @ np.linalg.solve(s + 0.04 * np.eye(2), np.array([1.0, -0.5]) - mean)
+    found = one.x.sel(latitude=[35, 50], longitude=[10, 30]).mean("member").values
+    np.testing.assert_allclose([found[0, 0], found[1, 1]], exact, atol=0.05)
+
+
+def test_training_takes_a_hybrid_where_it_is_better() -> None:
+    model = xgenda.train(history(), steps=1, width=8, learning_rate=1e-30, progress=False)
+    assert model.spec.training["anchor"].startswith("hybrid, ")
+    assert isinstance(model.covariance, Modes)
+    total = float(model.covariance.diagonal().sum())
+    assert model.covariance.floor * model.covariance.size < 0.05 * total

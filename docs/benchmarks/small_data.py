@@ -20,6 +20,7 @@ Standard errors are over pairs of time and seed, of differences where difference
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 import warnings
 from collections.abc import Iterator
@@ -182,7 +183,11 @@ def priors_of(
         "\ntrain:",
         {k: v for k, v in record.items() if k in ("anchor", "steps", "best_step", "validation_ratio", "correction_weight")},
     )
-    yield f"train (correction at weight {record['correction_weight']:.2f})", model, grid_only, time.monotonic() - begin
+    took = time.monotonic() - begin
+    anchor_only = copy.deepcopy(model)
+    anchor_only.denoiser.network.scale_output(0.0)
+    yield f"train without its correction ({record['anchor']})", anchor_only, grid_only, took
+    yield f"train (correction at weight {record['correction_weight']:.2f})", model, grid_only, took
 
 
 def experiment(name: str, path: str, budget: str | None, seeds: int, times: int, members: int) -> None:
@@ -197,10 +202,11 @@ def experiment(name: str, path: str, budget: str | None, seeds: int, times: int,
         f"\n## {name}: {sizes}, {train.sizes['time']} times to train, {len(chosen)} to test, {seeds} networks each, {members} members"
     )
     results: dict[str, dict[float, np.ndarray]] = {}
-    took: dict[str, float] = {}
     shares = (0.02, 0.1)
+    lines = [f"| prior | fitted in [s] | {' | '.join(f'CRPS {s:.0%} | RMSE | spread/skill' for s in shares)} |"]
+    lines.append("|---|---|" + "---|" * 3 * len(shares))
     for label, prior, start, seconds in priors_of(train, test, budget):
-        took[label], results[label] = seconds, {}
+        results[label] = {}
         for share in shares:
             rows = []
             for seed in range(seeds):
@@ -219,16 +225,9 @@ def experiment(name: str, path: str, budget: str | None, seeds: int, times: int,
                     per.append([[np.mean(a[t][left[t]]) for t in range(len(chosen))] for a in (crps, square, spread)])
                 rows.append(np.mean(per, 0).T)  # (time, score)
             results[label][share] = np.concatenate(rows)
-    print(f"\n| prior | fitted in [s] | {' | '.join(f'CRPS {s:.0%} | RMSE | spread/skill' for s in shares)} |")
-    print("|---|---|" + "---|" * 3 * len(shares))
-    for label, found in results.items():
-        shown = []
-        for r in found.values():
-            crps, square, spread = r.T
-            ratio = np.sqrt(spread.mean() / square.mean())
-            error = crps.std(ddof=1) / len(crps) ** 0.5
-            shown += [f"{crps.mean():.4f} ± {error:.4f}", f"{np.sqrt(square.mean()):.3f}", f"{ratio:.2f}"]
-        print(f"| {label} | {took[label]:.0f} | {' | '.join(shown)} |", flush=True)
+        lines.append(line(label, seconds, results[label]))
+        print(lines[-1], flush=True)
+    print("\n" + "\n".join(lines) + "\n")
     *others, last = results
     for share in shares:
         for label in others:
@@ -237,6 +236,16 @@ def experiment(name: str, path: str, budget: str | None, seeds: int, times: int,
             print(
                 f"- {share:.0%}: CRPS of train less that of {label}: {gap_.mean():+.4f} ± {error:.4f} ({gap_.mean() / error:+.1f})"
             )
+
+
+def line(label: str, seconds: float, found: dict[float, np.ndarray]) -> str:
+    """Return a row of the table; `found` holds CRPS, squared error and variance of each pair of time and network, by share."""
+    shown = []
+    for crps, square, spread in (r.T for r in found.values()):
+        error = crps.std(ddof=1) / len(crps) ** 0.5
+        ratio = np.sqrt(spread.mean() / square.mean())
+        shown += [f"{crps.mean():.4f} ± {error:.4f}", f"{np.sqrt(square.mean()):.3f}", f"{ratio:.2f}"]
+    return f"| {label} | {seconds:.0f} | {' | '.join(shown)} |"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from xgenda.diffusion.noise import NoiseStream
 
 LANDMARKS = 2000  # cells up to which the modes of a covariance, and states up to which those of a blend, are exact
 COLUMNS = 1600  # modes of covariance functions of all channels together
+WORKED = 2**25  # elements of the modes of a covariance function: 268 MB
 TAPER_SHARE, TAPER_MODES = 0.99, 200  # of the trace of a taper, and the most modes for it
 STORED = 3 * 2**19  # elements of a stored factor: 6 MB
 FEWEST_MODES, MOST_MODES, BEYOND = 80, 600, 10
@@ -182,7 +183,8 @@ class Parts:
         """Return the parts of one covariance."""
         places = torch.nonzero((hybrid.std.reshape(len(hybrid.between), -1) > 0).any(0))[:, 0]
         taper = None if hybrid.taper is None else taper_modes(hybrid.taper, places)
-        return cls(kernel_modes(hybrid.kernel, max(20, COLUMNS // len(hybrid.between)), places), taper)
+        columns = min(COLUMNS // len(hybrid.between), WORKED // hybrid.kernel.size)
+        return cls(kernel_modes(hybrid.kernel, max(FEWEST_MODES, columns), places), taper)
 
 
 def hybrid_modes(hybrid: HybridSample, count: int | None = None, parts: Parts | None = None) -> Modes:

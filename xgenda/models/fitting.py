@@ -23,6 +23,9 @@ from xgenda.states import State
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (2, 5, 10, 20, 40, 80)
 RADII = 8
+SHARE, COMPONENTS = 0.9, 20  # of the variance, and the most principal components that are looked at for memory
+RESEMBLES = 0.3  # the correlation of fields that tell of each other
+PERIODS = {"none": 0.0, "dayofyear": 365.2425 * 86400, "hour": 86400.0}  # seconds
 WORTH = 0.97  # what a cycle must leave less of
 HYBRID_KERNELS = ("exponential", "matern32", "matern52")
 LENGTHS = 8
@@ -84,6 +87,40 @@ def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None)
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
 
 
+def outside(fold: np.ndarray, block: int, gap: int = 0, order: np.ndarray | None = None) -> np.ndarray:
+    """Return which fields are neither in a block of times nor within `gap` fields of it; `order` sorts them by time, if they are not."""
+    place = np.arange(len(fold))
+    if order is not None:
+        place[order] = np.arange(len(fold))
+    inside = place[fold == block]
+    return np.asarray((place < inside.min() - gap) | (place > inside.max() + gap))
+
+
+def leading_components(z: np.ndarray) -> np.ndarray:
+    """Return the normalised principal components of fields (n, state) that hold `SHARE` of their variance, at most so many, shape (k, n)."""
+    patterns, power, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    count = 1 + int((np.cumsum(power**2) < SHARE * (power**2).sum()).sum())
+    return np.asarray(patterns[:, : min(count, COMPONENTS)].T)
+
+
+def autocorrelation(component: np.ndarray, lag: int) -> float:
+    """Return the correlation of a normalised component with itself `lag` fields later."""
+    n = len(component)
+    return float(component[lag:] @ component[: n - lag]) * n / (n - lag)
+
+
+def memory_length(z: np.ndarray, fold: np.ndarray, order: np.ndarray | None = None) -> int:
+    """Return for how many fields the leading components stay correlated, at most half a block: so far do neighbours tell of each other.
+
+    The median of the components, because a trend fills one of them.
+    """
+    most, found = int(np.bincount(fold).min()) // 2, []
+    for p in leading_components(z if order is None else z[order]):
+        below = (lag - 1 for lag in range(1, most + 1) if autocorrelation(p, lag) < RESEMBLES)
+        found.append(next(below, most))
+    return int(np.median(found))
+
+
 def fit_standardised(
     values: np.ndarray, time: xr.DataArray | None, names: list[str], fold: np.ndarray, climatology: str = "auto", **options: Any
 ) -> tuple[Scaling, np.ndarray]:
@@ -97,7 +134,9 @@ def fit_standardised(
 
 
 def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarray) -> str:
-    """Return the cycle that describes withheld blocks of times best, 'none' unless one leaves less than `WORTH` of the mean square.
+    """Return the cycle that describes withheld blocks of times best.
+
+    It must leave less than `WORTH` of the mean square, in two blocks of three, and the times must go through it twice; else it is 'none'.
 
     Parameters
     ----------
@@ -108,18 +147,23 @@ def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarra
     fold
         Number of the block of consecutive times of each field.
     """
-    left = {"none": 0.0} | ({} if time is None else dict.fromkeys(CYCLES, 0.0))
-    for cycle in left:
+    if time is None:
+        return "none"
+    span = float(metadata.seconds_between(np.sort(time.values)).sum())
+    folds = int(fold.max()) + 1
+    left = {}
+    for cycle in CYCLES:
         basis = cycle_basis(time, cycle, len(z))
-        for k in range(int(fold.max()) + 1):
+        if len(z) * (folds - 1) < 2 * folds * basis.shape[1] or any(span < 2 * PERIODS[c] for c in cycle.split("+")):
+            continue
+        left[cycle] = np.zeros(folds)
+        for k in range(folds):
             rest, block = fold != k, fold == k
-            if int(rest.sum()) < 2 * basis.shape[1]:
-                left[cycle] = np.inf
-                break
             mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
-            left[cycle] += float(((z[block] - basis[block] @ mean) ** 2).sum())
-    best = min(left, key=lambda c: left[c])
-    return best if left[best] < WORTH * left["none"] else "none"
+            left[cycle][k] = float(((z[block] - basis[block] @ mean) ** 2).sum())
+    plain = left["none"]
+    better = {c: p.sum() for c, p in left.items() if p.sum() < WORTH * plain.sum() and (p < plain).mean() >= 2 / 3}
+    return min(better, key=lambda c: float(better[c]), default="none")
 
 
 class Choice(NamedTuple):
@@ -214,12 +258,14 @@ def search(
     fold: np.ndarray,
     valid: np.ndarray | None = None,
     basis: np.ndarray | None = None,
+    gap: int = 0,
+    order: np.ndarray | None = None,
 ) -> tuple[Choice, dict[Choice, float]]:
     """Return the best choice by `Validation`, and the scores of those tried.
 
     The many hybrids are searched along lines: the best kernel and length, the best weight and radius, again, and the best inflation.
     """
-    validation = Validation(z, grid, fold, valid, basis)
+    validation = Validation(z, grid, fold, valid, basis, gap, order)
     scores = validation.scores([c for c in choices if c.kind != "hybrid"])
     hybrids = [c for c in choices if c.kind == "hybrid"]
     if hybrids:
@@ -244,17 +290,19 @@ def search(
 class Validation:
     """The mean log score of covariances over the blocks of consecutive fields that `fold` numbers from 0, on valid cells.
 
-    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is.
+    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is. `gap` fields on either side of a block
+    are left out (see `outside`), because they tell of it.
     """
 
     def __init__(
-        self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None
-    ) -> None:
+        self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None,
+        gap: int = 0, order: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
         basis = np.ones((len(z), 1)) if basis is None else basis
         self.parts = []
         for k in range(int(fold.max()) + 1):
-            block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+            block, rest = np.flatnonzero(fold == k), np.flatnonzero(outside(fold, k, gap, order))
             probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
             mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
             test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]

@@ -29,7 +29,7 @@ from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
-from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, read_sample, search
+from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, memory_length, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import CYCLES, cycle_basis
@@ -189,6 +189,8 @@ class GaussianModel(GenerativeModel):
             raise KeyError(f"covariance {kind!r} is not known")
         if kind in KERNELS and not all(set(spec.options[k]) == set(names) for k in ("std", "length_scale")):
             raise KeyError("std and length_scale do not cover the variables")
+        if kind == "hybrid" and not {"kernel", "length", "weight", "inflation"} <= set(spec.options):
+            raise KeyError("a hybrid needs kernel, length, weight and inflation")
         if set(tensors) - {"valid"} != expected:
             raise KeyError(f"expected tensors {sorted(expected)}, found {sorted(tensors)}")
         return cls(spec, {k: v.double() for k, v in tensors.items()})
@@ -275,8 +277,8 @@ def gaussian_prior(
     Notes
     -----
     Each fold is withheld as a block; the Gaussian of the rest is conditioned on some cells of a withheld field, with a small
-    error, and predicts others. The mean logarithmic score of those predictions chooses. Blocks of consecutive times make the
-    choice honest for autocorrelated and trending data.
+    error, and predicts others. The mean logarithmic score of those predictions chooses. Blocks of consecutive times,
+    without the neighbours that resemble them, make the choice honest for autocorrelated and trending data.
 
     References
     ----------
@@ -472,7 +474,7 @@ def _from_sample(
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
     best, tried = choices[0], 1
     if len(choices) > 1:
-        best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)))
+        best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)), memory_length(z, fold))
         tried = len(scores)
     options, arrays = fit_sample(z, best)
     training = {

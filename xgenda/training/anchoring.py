@@ -11,11 +11,12 @@ import torch
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
 from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
-from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, search
+from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, memory_length, outside, search
 from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, time_order
 
 ANCHORS = ("eof", "hybrid", "localized", "spectral")
+HYBRID_LIMIT = 200_000  # entries of a state up to which 'auto' tries a hybrid, whose modes take minutes beyond
 
 
 def fit_anchors(
@@ -29,19 +30,23 @@ def fit_anchors(
 ) -> tuple[Anchor, list[Anchor], str]:
     """Return the anchor of all samples, one per fold fitted without it (if `crossed`), and a note on the choice.
 
-    `cycle` is the climatology that `z` are anomalies of; it is fitted anew without each fold.
+    `cycle` is the climatology that `z` are anomalies of; it is fitted anew without each fold, and without its neighbours that resemble it.
     """
     cells = samples.grid.size
     basis = cycle_basis(samples.time, cycle, len(z))
-    parts = [_anomaly(z[fold != k], basis[fold != k]) for k in range(FOLDS)] if crossed else []
+    order = time_order(samples.time, len(z))
+    gap = memory_length(z, fold, order)
+    others = [outside(fold, k, gap, order) for k in range(FOLDS)] if crossed else []
+    parts = [_anomaly(z[rows], basis[rows]) for rows in others]
     everything = z - z.mean(0)
     if kind == "spectral":
         shape = (-1, z.shape[1] // cells, *samples.grid.plane)
         fit = [Spectral.fit(torch.as_tensor(p).reshape(shape)) for p in [everything, *parts]]
         return fit[0], list(fit[1:]), "spectral"
-    kinds = ("hybrid", "eof") if kind == "auto" else (kind,)
+    tried = ("hybrid", "eof") if z.shape[1] <= HYBRID_LIMIT else ("eof",)
+    kinds = tried if kind == "auto" else (kind,)
     choices = list(candidates(kinds, samples.grid, z.shape, None, None, None))
-    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis)
+    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, gap, order)
     built = [*_anchors_of([everything, *parts], samples, choice)]
     return built[0], list(built[1:]), choice.describe()
 

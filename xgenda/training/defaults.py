@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from xgenda.errors import LittleDataWarning
+from xgenda.models.fitting import autocorrelation, leading_components
 from xgenda.training.windows import Samples, time_order
 
-SHARE, COMPONENTS = 0.9, 20  # of the variance, and the most principal components that are looked at
 LITTLE = 15.0  # independent fields below which withheld later times are hardly ever like the training
 
 
@@ -41,23 +41,21 @@ class Verdict:
 def independent_fields(z: np.ndarray) -> float:
     """Return how many independent fields are worth as much as consecutive ones, for the estimate of a covariance.
 
-    With the autocorrelation r_l of a principal component at lag l, N / (1 + 2 sum_l (1 - l / N) r_l^2) (Bartlett 1935, for the product of
-    two series of the same memory; the r_l^2 of white noise, 1 / N, taken off). The median of the leading components: a trend, which fills
-    one of them, leaves the others what they are.
+    With the autocorrelation r_l of a principal component at lag l, N / (1 + 2 sum_l (1 - l / N) (r_l^2 - c_l)), where c_l is what chance alone
+    gives, (1 + 2 sum_k<l r_k^2) / N (Bartlett 1935 and 1946). The median of the leading components: a trend, which fills one of them,
+    leaves the others what they are.
 
     Parameters
     ----------
     z
         Anomalies in order of time, shape (n, state).
     """
-    n = len(z)
-    patterns, power, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
-    count = 1 + int((np.cumsum(power**2) < SHARE * (power**2).sum()).sum())
-    lags = np.arange(1, max(2, n // 3))
-    worth = []
-    for p in patterns[:, : min(count, COMPONENTS)].T:
-        squares = np.array([float(p[lag:] @ p[:-lag]) * n / (n - lag) for lag in lags]) ** 2 - 1 / n
-        worth.append(n / (1 + 2 * max(0.0, float(((1 - lags / n) * squares).sum()))))
+    n, worth = len(z), []
+    for p in leading_components(z):
+        total = 0.0
+        for lag in range(1, max(2, n // 3)):
+            total += (1 - lag / n) * (autocorrelation(p, lag) ** 2 - (1 + 2 * max(0.0, total)) / n)
+        worth.append(n / (1 + 2 * max(0.0, total)))
     return float(np.median(worth))
 
 

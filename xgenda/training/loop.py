@@ -160,10 +160,10 @@ def train(
     bounds
         Lowest and highest value per variable, which results keep to, None for none: ``bounds={"relative_humidity": (0, 100)}``.
     anchor
-        The network corrects the exact denoiser of a Gaussian, fitted and cross-validated: 'eof' (EOFs plus a residual), 'localized' (a
-        sample covariance under a taper; for small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the
-        better of the first two by cross-validation where the grid is small, else 'eof'. None: a plain EDM denoiser; a Gaussian
-        is then still fitted, for guidance='anchor'.
+        The network corrects the exact denoiser of a Gaussian, fitted and cross-validated: 'eof' (EOFs plus a residual), 'hybrid' (the
+        sample covariance, under a taper or not, blended with a function of distance), 'localized' (the sample covariance under a taper; for
+        small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the better of the first two by
+        cross-validation. None: a plain EDM denoiser; a Gaussian is then still fitted, for guidance='anchor'.
     window
         For 'prior': number of consecutive times that the model sees together, odd. Above 1, `assimilate` solves all times of the
         Dataset together, composed of such windows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import OptionError, StateError
+from xgenda.models.fitting import memory_length
 from xgenda.training.sources import FEWEST, Samples, open_source
 from xgenda.training.surveys import Survey, look
 
@@ -105,19 +105,11 @@ def blocks(time: xr.DataArray | None, size: int, count: int, validation: Any = N
 
 
 def memory_of(z: np.ndarray, time: xr.DataArray | None) -> int:
-    """Return the number of times until standardised states (n, state) have forgotten each other: their correlation is below 1 / e.
-
-    At most a twentieth of the series, since what has a trend never forgets; 0 without times.
-    """
+    """Return for how many times standardised states (n, state) resemble each other, see `memory_length`; 0 without times."""
     if time is None:
         return 0
     _, first = np.unique(time.values, return_index=True)  # of several runs, one
-    states = z[first] - z[first].mean(0)
-    power = float((states**2).sum()) / len(states)
-    for lag in range(1, len(states) // 20 + 1):
-        if float((states[lag:] * states[:-lag]).sum()) / (len(states) - lag) < power / math.e:
-            return lag
-    return len(states) // 20
+    return memory_length(z[first].reshape(len(first), -1), np.arange(len(first)) * FOLDS // len(first))
 
 
 def split_rows(fold: np.ndarray, time: xr.DataArray | None = None, gap: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
