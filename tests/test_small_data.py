@@ -190,7 +190,7 @@ def test_neighbours_that_tell_of_each_other_are_left_out() -> None:
     assert memory_length(slow[shuffled], fold[shuffled], order) == memory_length(slow, fold)
     away = outside(fold[shuffled], 2, 3, order)
     np.testing.assert_array_equal(np.sort(shuffled[away]), [*range(37), *range(63, 120)])
-    rows, held = split_rows(fold, 3)
+    rows, held = split_rows(fold, gap=3)
     assert held.tolist() == list(range(80, 100))
     assert rows.tolist() == [*range(77), *range(103, 120)]
 

@@ -83,6 +83,7 @@ class LowRank:
         self.factor, self.residual = factor.double(), residual.double()
         self.size = len(residual)
         self._cache: dict[float, LowRankConditional] = {}
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def block(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return S[rows][:, columns]."""
@@ -113,15 +114,22 @@ class LowRank:
         C = diag(sigma^2 d / D) + (sigma^2 / D) F M F^T (sigma^2 / D).
         """
         if sigma not in self._cache:
-            if len(self._cache) * self.factor.numel() > CACHE_ELEMENTS:
+            if len(self._cache) * self.size > CACHE_ELEMENTS:
                 self._cache.clear()
             total = self.residual + sigma**2
             inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])
-            upper = torch.linalg.cholesky(inner)
-            half = torch.linalg.solve_triangular(upper, self.factor.T, upper=False).T
+            root = torch.linalg.cholesky(inner)
+            half = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=torch.float64), upper=False).T
             weight = sigma**2 / total
-            self._cache[sigma] = LowRankConditional(weight * self.residual, weight[:, None] * half, sigma)
+            self._cache[sigma] = LowRankConditional(self, weight * self.residual, weight, half, sigma)
         return self._cache[sigma]
+
+    def factor_like(self, like: Tensor) -> Tensor:
+        """Return F in the dtype and on the device of `like`."""
+        key = (like.dtype, like.device)
+        if key not in self._cast:
+            self._cast[key] = self.factor.to(like)
+        return self._cast[key]
 
     @classmethod
     def of(cls, covariance: Covariance) -> LowRank:
@@ -159,7 +167,6 @@ class Modes(LowRank):
         self.floor = floor
         self._square = self.factor**2
         self.power = self._square.sum(0)
-        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def given_noise(self, sigma: float) -> LowRankConditional:
         """Return C, mode by mode: an eigenvalue q = p + floor becomes sigma^2 q / (q + sigma^2), the floor itself among them."""
@@ -168,35 +175,39 @@ class Modes(LowRank):
         share = sigma**4 / (beside * (self.power + beside))
         return ModesConditional(self, share, self._square @ share, sigma)
 
-    def factor_like(self, like: Tensor) -> Tensor:
-        """Return F in the dtype and on the device of `like`."""
-        key = (like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = self.factor.to(like)
-        return self._cast[key]
-
 
 class LowRankConditional:
-    """C = diag(a) + B B^T."""
+    """C = diag(a) + B B^T with B = diag(w) F H, where F is shared with all other noise levels: as large a matrix for each would be too much.
+
+    Parameters
+    ----------
+    whole
+        The covariance, with F, shape (n, r).
+    diagonal, weight
+        a and w, shape (n,).
+    half
+        H, shape (r, r).
+    """
 
     direct_limit = 4000
 
-    def __init__(self, diagonal: Tensor, factor: Tensor, sigma: float) -> None:
-        self.diagonal, self.factor, self.sigma = diagonal, factor, sigma
-        self.variance = diagonal + (factor**2).sum(1)
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+    def __init__(self, whole: LowRank, diagonal: Tensor, weight: Tensor, half: Tensor, sigma: float) -> None:
+        self.whole, self.diagonal, self.weight, self.half, self.sigma = whole, diagonal, weight, half, sigma
+        self.variance = diagonal + weight**2 * ((whole.factor @ half) ** 2).sum(1)
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def parts(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a and B in the dtype and on the device of `like`."""
-        key = (like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = (self.diagonal.to(like), self.factor.to(like))
-        return self._cast[key]
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return B[columns]."""
+        return self.weight[columns, None] * (self.whole.factor[columns] @ self.half)
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""
-        a, b = self.parts(vector)
-        return a * vector + (vector @ b) @ b.T
+        key = (vector.dtype, vector.device)
+        if key not in self._cast:
+            self._cast[key] = (self.diagonal.to(vector), self.weight.to(vector), self.half.to(vector))
+        a, w, half = self._cast[key]
+        factor = self.whole.factor_like(vector)
+        return a * vector + w * ((((w * vector) @ factor) @ half) @ half.T @ factor.T)
 
     def shrink(self, vector: Tensor) -> Tensor:
         """Return C v / sigma^2."""
@@ -204,12 +215,12 @@ class LowRankConditional:
 
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
-        half = matrix @ self.factor[columns]
+        half = matrix @ self.rows(columns)
         return (matrix * self.diagonal[columns]) @ matrix.T + half @ half.T
 
 
 class ModesConditional(LowRankConditional):
-    """C = F diag(share) F^T + c I, sharing F with all other noise levels: a matrix as large as the covariance for each would be too much."""
+    """C = F diag(share) F^T + c I."""
 
     def __init__(self, modes: Modes, share: Tensor, variance: Tensor, sigma: float) -> None:
         self.modes, self.share, self.sigma = modes, share, sigma
@@ -217,10 +228,9 @@ class ModesConditional(LowRankConditional):
         self.variance = variance + self.beside
         self.diagonal = torch.full_like(modes.residual, self.beside)
 
-    @property
-    def factor(self) -> Tensor:  # type: ignore[override]
-        """The factor B of C = B B^T."""
-        return self.modes.factor * self.share.sqrt()
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return B[columns] of C = B B^T + c I."""
+        return self.modes.factor[columns] * self.share.sqrt()
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""
