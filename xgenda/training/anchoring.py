@@ -16,7 +16,7 @@ from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, time_order
 
 ANCHORS = ("eof", "hybrid", "localized", "spectral")
-HYBRID_LIMIT = 200_000  # entries of a state up to which 'auto' tries a hybrid, whose modes take minutes beyond
+HYBRID_LIMIT = 50_000  # entries of a state up to which 'auto' tries a hybrid, whose modes take minutes beyond
 
 
 def fit_anchors(
