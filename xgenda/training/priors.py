@@ -37,6 +37,7 @@ from xgenda.training.transfer import add_adapters, freeze_backbone, matched, pos
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, memory_of, split_rows, window_rows
 
 WIDTH = 16
+SCORED, OBSERVED = 4, 64  # states and places of the scores in training, which are to take seconds
 LARGEST_SCORED = 200_000  # cells of a state, above which ensembles are not scored in training
 
 
@@ -114,7 +115,7 @@ def train_prior(
     )  # fmt: skip
     compare = None
     if feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED:
-        compare = _comparison(fields, held, crossed[HELD], fitted.scaling, samples, optimiser)
+        compare = _comparison(fields, held, crossed[HELD], fitted.scaling, samples)
     score = None if compare is None else lambda net: _scores(compare(net), samples.variables)
     report = optimiser.fit(network, objective, rows, held, 1.0, "prior", score, corpus.labels if recipe.window == 1 else None)
     thawed(network)
@@ -169,14 +170,16 @@ def _split(
 
 
 def _comparison(
-    fields: Fields, held: torch.Tensor, anchor: Anchor, scaling: Scaling, samples: Samples, optimiser: Optimiser
+    fields: Fields, held: torch.Tensor, anchor: Anchor, scaling: Scaling, samples: Samples
 ) -> Callable[[torch.nn.Module], Comparison]:
     """Return what compares a network with the Gaussian that it corrects, on a few states of the validation block."""
-    few = held[torch.linspace(0, len(held) - 1, min(8, len(held))).round().long()]
+    few = held[torch.linspace(0, len(held) - 1, min(SCORED, len(held))).round().long()]
     states = fields.read(few)
+    share = min(0.05, OBSERVED / samples.grid.size)
     return lambda network: beside_gaussian(
-        network, anchor, states, std=scaling.std, valid=samples.valid, device=next(network.parameters()).device
-    )
+        network, anchor, states, std=scaling.std, valid=samples.valid, share=share, steps=10,
+        device=next(network.parameters()).device,
+    )  # fmt: skip
 
 
 def _scores(found: Comparison, variables: Sequence[VariableSpec]) -> dict[str, float]:
