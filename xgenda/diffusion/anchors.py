@@ -83,6 +83,7 @@ class LowRank:
         self.factor, self.residual = factor.double(), residual.double()
         self.size = len(residual)
         self._cache: dict[float, LowRankConditional] = {}
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def block(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return S[rows][:, columns]."""
@@ -113,15 +114,19 @@ class LowRank:
         C = diag(sigma^2 d / D) + (sigma^2 / D) F M F^T (sigma^2 / D).
         """
         if sigma not in self._cache:
-            if len(self._cache) * self.factor.numel() > CACHE_ELEMENTS:
+            if len(self._cache) * (3 * self.size + 2 * self.factor.shape[1] ** 2) > CACHE_ELEMENTS:
                 self._cache.clear()
             total = self.residual + sigma**2
             inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])
-            upper = torch.linalg.cholesky(inner)
-            half = torch.linalg.solve_triangular(upper, self.factor.T, upper=False).T
-            weight = sigma**2 / total
-            self._cache[sigma] = LowRankConditional(weight * self.residual, weight[:, None] * half, sigma)
+            self._cache[sigma] = LowRankConditional(self, sigma**2 / total, torch.linalg.cholesky(inner), sigma)
         return self._cache[sigma]
+
+    def factor_like(self, like: Tensor) -> Tensor:
+        """Return F in the dtype and on the device of `like`."""
+        key = (like.dtype, like.device)
+        if key not in self._cast:
+            self._cast[key] = self.factor.to(like)
+        return self._cast[key]
 
     @classmethod
     def of(cls, covariance: Covariance) -> LowRank:
@@ -159,7 +164,6 @@ class Modes(LowRank):
         self.floor = floor
         self._square = self.factor**2
         self.power = self._square.sum(0)
-        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def given_noise(self, sigma: float) -> LowRankConditional:
         """Return C, mode by mode: an eigenvalue q = p + floor becomes sigma^2 q / (q + sigma^2), the floor itself among them."""
@@ -168,35 +172,35 @@ class Modes(LowRank):
         share = sigma**4 / (beside * (self.power + beside))
         return ModesConditional(self, share, self._square @ share, sigma)
 
-    def factor_like(self, like: Tensor) -> Tensor:
-        """Return F in the dtype and on the device of `like`."""
-        key = (like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = self.factor.to(like)
-        return self._cast[key]
-
 
 class LowRankConditional:
-    """C = diag(a) + B B^T."""
+    r"""C = diag(a) + B B^T with B = diag(w) F L^-T, M = (L L^T)^-1; all noise levels share F, which is large, and nothing else is."""
 
     direct_limit = 4000
 
-    def __init__(self, diagonal: Tensor, factor: Tensor, sigma: float) -> None:
-        self.diagonal, self.factor, self.sigma = diagonal, factor, sigma
-        self.variance = diagonal + (factor**2).sum(1)
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+    def __init__(self, prior: LowRank, weight: Tensor, lower: Tensor, sigma: float) -> None:
+        self.prior, self.weight, self.lower, self.sigma = prior, weight, lower, sigma
+        self.middle = torch.cholesky_inverse(lower)
+        self.diagonal = weight * prior.residual
+        self.variance = self.diagonal + (self.factor**2).sum(1)
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def parts(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a and B in the dtype and on the device of `like`."""
-        key = (like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = (self.diagonal.to(like), self.factor.to(like))
-        return self._cast[key]
+    @property
+    def factor(self) -> Tensor:
+        """The factor B of C = diag(a) + B B^T."""
+        return self._rows(slice(None))
+
+    def _rows(self, which: Tensor | slice) -> Tensor:
+        half = torch.linalg.solve_triangular(self.lower, self.prior.factor[which].T, upper=False).T
+        return self.weight[which, None] * half
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""
-        a, b = self.parts(vector)
-        return a * vector + (vector @ b) @ b.T
+        key = (vector.dtype, vector.device)
+        if key not in self._cast:
+            self._cast[key] = (self.diagonal.to(vector), self.weight.to(vector), self.middle.to(vector))
+        (a, w, middle), factor = self._cast[key], self.prior.factor_like(vector)
+        return a * vector + w * (((w * vector) @ factor @ middle) @ factor.T)
 
     def shrink(self, vector: Tensor) -> Tensor:
         """Return C v / sigma^2."""
@@ -204,7 +208,7 @@ class LowRankConditional:
 
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
-        half = matrix @ self.factor[columns]
+        half = matrix @ self._rows(columns)
         return (matrix * self.diagonal[columns]) @ matrix.T + half @ half.T
 
 
@@ -218,7 +222,7 @@ class ModesConditional(LowRankConditional):
         self.diagonal = torch.full_like(modes.residual, self.beside)
 
     @property
-    def factor(self) -> Tensor:  # type: ignore[override]
+    def factor(self) -> Tensor:
         """The factor B of C = B B^T."""
         return self.modes.factor * self.share.sqrt()
 
