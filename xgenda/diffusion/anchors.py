@@ -114,7 +114,7 @@ class LowRank:
         C = diag(sigma^2 d / D) + (sigma^2 / D) F M F^T (sigma^2 / D).
         """
         if sigma not in self._cache:
-            if len(self._cache) * self.size > CACHE_ELEMENTS:
+            if len(self._cache) * (3 * self.size + 2 * self.factor.shape[1] ** 2) > CACHE_ELEMENTS:
                 self._cache.clear()
             total = self.residual + sigma**2
             inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])

@@ -14,6 +14,7 @@ from xgenda.errors import GendaError, OptionError
 
 DATASETS = ("target", "statics")
 NOT_HERE = ("ds", "callbacks")
+TEXTS = ("out", "name", "licence", "start", *DATASETS)  # also where they look like numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 where all went well, 1 after an error of xgenda, whose message is on standard error.
+        0 where all went well, 1 after an error of xgenda, whose message is on standard error, 130 after Ctrl-C.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -39,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GendaError as problem:
         print(f"xgenda: error: {problem}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        for note in getattr(stop, "__notes__", ["Stopped before the first step."]):
+            print(
+                f"xgenda: {note.replace('call and resume=True', 'command and --resume').replace('out=', '--out ')}",
+                file=sys.stderr,
+            )
+        return 130
     if int(os.environ.get("RANK", "0")) == 0:
         print(model)
     return 0
@@ -82,8 +90,15 @@ def _parser(train: Any) -> argparse.ArgumentParser:
         if isinstance(parameter.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=shown)
         else:
-            parser.add_argument(flag, type=str if name in DATASETS else _value, metavar="VALUE", help=shown)
+            kind = str if name in TEXTS else _period if name == "validation" else _value
+            parser.add_argument(flag, type=kind, metavar="VALUE", help=shown)
     return parser
+
+
+def _period(text: str) -> Any:
+    """Read an interval of times as ISO 8601 writes it, 2010/2014, or a part."""
+    first, slash, last = text.partition("/")
+    return slice(first, last) if slash else _value(text)
 
 
 def _value(text: str) -> Any:

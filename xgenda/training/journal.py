@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
 import time as clock
 import warnings
 from collections.abc import Mapping
@@ -65,9 +67,13 @@ class Journal:
             )
         for path in found:
             self.compare(_header(path)["options"], path)
-        self.folder.mkdir(exist_ok=True)
         for path in self.folder.glob(".*.partial-*"):  # of processes that were killed
             path.unlink(missing_ok=True)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.folder is not None and any(self.folder.glob("*.safetensors"))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -118,6 +124,7 @@ class Journal:
         begin = clock.monotonic()
         header = {"training": json.dumps({"format": FORMAT, "options": self.asked, "values": dict(values)})}
         try:
+            path.parent.mkdir(exist_ok=True)
             with aside(path) as partial:
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
         except Exception as problem:  # safetensors has an error of its own for a full disk
@@ -131,6 +138,7 @@ class Journal:
         finally:
             self._saved = clock.monotonic()
             self._cost = self._saved - begin
+        self._failed = False
         return True
 
     def close(self) -> None:
@@ -140,6 +148,39 @@ class Journal:
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage}.safetensors"
+
+
+class Interrupts:
+    """Ctrl-C between two steps instead of within one, whose half would be no state to go on from; a second one stops at once.
+
+    Attributes
+    ----------
+    asked
+        Whether it was typed.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self._ours = False, False
+
+    def __enter__(self) -> Interrupts:
+        """Take over, unless somebody else has, or this is not the thread that gets signals."""
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._remember)
+            self._ours = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give back, and raise what was not raised yet."""
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.asked and kind is None:
+            raise KeyboardInterrupt
+
+    def _remember(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def _header(path: Path) -> dict[str, Any]:

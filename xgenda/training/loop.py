@@ -32,7 +32,7 @@ from xgenda.training.journal import Journal
 from xgenda.training.optimiser import Effort, Optimiser
 from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import WIDTH, PriorRecipe, train_prior
-from xgenda.training.processes import Accelerated, Processes, Single, launched
+from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
 from xgenda.training.statistics import fingerprint
 from xgenda.training.transfer import FREEZE
@@ -297,10 +297,12 @@ def train(
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
+    for argument, what in (("augment", augment if augment != "auto" else None), ("validation", validation)):
+        if task == "downscale" and what is not None:
+            raise OptionError(f"{argument}={what!r} belongs to task='prior'; leave it out.")
     check_flag("resume", resume)
-    for callback in callbacks if isinstance(callbacks, (tuple, list)) else [callbacks]:
-        if not callable(callback):
-            raise OptionError(f"callbacks={callbacks!r} is not accepted; give a list of functions: callbacks=[print]")
+    if not isinstance(callbacks, (tuple, list)) or not all(callable(c) for c in callbacks):
+        raise OptionError(f"callbacks={callbacks!r} is not accepted; give a list of functions: callbacks=[print]")
     effort = Effort(
         None if epochs is None else check_count("epochs", epochs),
         None if steps is None else check_count("steps", steps),
@@ -308,16 +310,18 @@ def train(
         clock.monotonic(),
     )
     seed = check_seed(seed)
+    dtype = "bfloat16" if launched_in_bfloat16() else dtype
     precision = DTYPES[check_choice("dtype", dtype, DTYPES)]
     processes: Processes = Accelerated(device) if launched() else Single(resolve_device(device))
     if isinstance(processes, Accelerated):
-        precision = torch.bfloat16 if processes.bfloat16 else precision
         accumulate = max(accumulate, processes.accumulate)
     target_file = None if out is None else _output(out, overwrite=overwrite or resume)
     if resume and target_file is None:
         raise OptionError(
             "resume=True needs the file of the model, beside which the state of the training is: out='model.safetensors'"
         )
+    if start is not None and not isinstance(start, GenerativeModel):
+        start = load_model(start)
     chosen = [variables] if isinstance(variables, str) else variables
     if task == "downscale":
         if start is not None:
@@ -339,11 +343,12 @@ def train(
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
             "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
             "architecture": architecture, "freeze": freeze, "adapters": adapters, "augment": augment, "validation": str(validation),
-            "start": start.sha256 if isinstance(start, GenerativeModel) else start and str(start), "epochs": epochs, "steps": steps,
+            "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
+            "memory": None if task == "downscale" or corpus.source is None else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
         }  # fmt: skip
         journal = Journal(target_file.with_suffix(".training"), asked)
-        if resume and (found := _finished(target_file, journal)) is not None:
+        if resume and not journal.holds and (found := _finished(target_file, journal)) is not None:
             return found
         if overwrite and not resume and processes.index == 0:
             journal.close()
@@ -437,6 +442,8 @@ def _tile(tile: Any) -> Any:
 def parse_memory(memory: str | float) -> float:
     """Return bytes from '500MB', '2GB' or a number of bytes."""
     units = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    if isinstance(memory, numbers.Real) and not isinstance(memory, bool) and float(memory) > 0:
+        return float(memory)
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?B)?\s*", str(memory))
     if not match or float(match[1]) <= 0:
         raise OptionError(f"memory={memory!r} is not accepted; give bytes or a text such as '500MB' or '2GB'.")

@@ -22,7 +22,7 @@ from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.training.averaging import CHOICES, WIDTHS, PowerAverages
 from xgenda.training.fields import Fields
-from xgenda.training.journal import Journal
+from xgenda.training.journal import Interrupts, Journal
 from xgenda.training.objectives import Batch, Draws
 from xgenda.training.processes import Processes
 from xgenda.training.reporting import Callback, History, Progress
@@ -31,6 +31,7 @@ DEFAULT_EPOCHS = 60
 PATIENCE = 40  # validations without a lower loss, after which training ends
 WARM_UP, HELD = 50, 1000  # steps
 VALIDATION_SAMPLES = 200  # about as many as tell 1 % from nothing; fewer fields are used with several draws of noise
+LARGEST_VALIDATION = 2**24  # numbers in its states, of which there are three to four sets
 VALIDATION_SHARE = 0.05  # of the work of training, where the cost of a step is that of three evaluations per sample
 LEAST_INTERVAL, LARGEST_INTERVAL = 20, 200  # steps between validations: an epoch within these, unless they cost too much
 FEWEST_STEPS = 100  # for a choice among averages
@@ -163,9 +164,10 @@ class _Fit:
         self.shown = copy.deepcopy(network)  # has the averaged weights
         self.adam = torch.optim.AdamW(self.parameters.values(), lr=how.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
         self.averages = PowerAverages(self.parameters, WIDTHS if how.ema is None else (how.ema,))
-        if len(held) > VALIDATION_SAMPLES:
-            held = held[torch.linspace(0, len(held) - 1, VALIDATION_SAMPLES).round().long()]
-        repeats = max(1, min(4, VALIDATION_SAMPLES // len(held)))
+        most = min(VALIDATION_SAMPLES, max(how.batch_size, LARGEST_VALIDATION // math.prod(objective.fields.shape[1:])))
+        if len(held) > most:
+            held = held[torch.linspace(0, len(held) - 1, most).round().long()]
+        repeats = max(1, min(4, most // len(held)))
         states = objective.fields.read(held)
         self.checks = [objective.batch(held, states, Draws(1000 + k, 0, len(held))) for k in range(repeats)]
         work = repeats * len(held) / (3 * how.batch_size)  # of a validation, in steps
@@ -176,6 +178,7 @@ class _Fit:
         self.first = self.lowest = math.inf
         self.best = self.averages.copies()
         self.history = History()
+        self.whole = True  # whether these belong to one step
 
     def run(self) -> dict[str, Any]:
         """Train."""
@@ -187,15 +190,7 @@ class _Fit:
             try:
                 self._train(begin)
             except KeyboardInterrupt as stop:
-                kept = self._remember()
-                stop.add_note(
-                    f"Stopped at step {self.step}. "
-                    + (
-                        "Go on with the same call and resume=True."
-                        if kept
-                        else "Training with out='model.safetensors' can be resumed."
-                    )
-                )
+                stop.add_note(f"Stopped at step {self.step}. {self._left()}")
                 raise
             self.finished = True
             self._remember()
@@ -213,18 +208,22 @@ class _Fit:
         total = self.limit if self.seconds is None else round(self.seconds)
         shown = processes.index == 0
         bar = progress_bar(total, how.progress if shown else False, f"training the {self.stage}")
-        with bar as advance:
+        with bar as advance, Interrupts() as interrupts:
             told = self.step if steps_known else min(total, round(self.spent))
             advance(told)
             try:
                 while self.step < self.limit:
+                    if processes.any(interrupts.asked):
+                        raise KeyboardInterrupt
                     self.spent = clock.monotonic() - begin
                     out_of_time = self.seconds is not None and processes.any(self.spent >= self.seconds)
                     if out_of_time or self.waited >= PATIENCE:
                         break
                     rows, states = next(batches)
+                    self.whole = False
                     self.losses += self._advance(wrapped, rows, states)
                     now = clock.monotonic()
+                    report: Progress | None = None
                     late = self.seconds is not None and processes.any(now - reported > 0.1 * self.seconds)
                     if self.step % self.interval == 0 or late:
                         scores: Mapping[str, float] = {}
@@ -235,8 +234,9 @@ class _Fit:
                         report = self._report(begin, rate, scores)
                         bar.note(described(report))
                         reported, reported_step = clock.monotonic(), self.step
-                        if self._told(report):
-                            break
+                    self.whole = True
+                    if report is not None and self._told(report):
+                        break
                     if processes.index == 0 and how.journal.due():
                         self._remember()
                     finished = self.step if steps_known else min(total, round(clock.monotonic() - begin))
@@ -246,7 +246,10 @@ class _Fit:
                 getattr(batches, "close", lambda: None)()
         if self.step != self.validated:
             rate = how.batch_size * (self.step - reported_step) / max(1e-9, clock.monotonic() - reported)
-            self._told(self._report(begin, rate, {}))
+            self.whole = False
+            report = self._report(begin, rate, {})
+            self.whole = True
+            self._told(report)
 
     def _advance(self, wrapped: nn.Module, rows: Tensor, states: Tensor) -> float:
         """Take a step, and return its loss."""
@@ -264,14 +267,17 @@ class _Fit:
             total += float(loss.detach())
         total = processes.mean(total)
         if not math.isfinite(total):
-            raise StateError(self._not_finite(rows))
+            raise StateError(self._not_finite(rows, states))
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.adam.step()
         self.step += 1
         self.averages.update({k: p.detach() for k, p in self.parameters.items()}, self.step)
         return total
 
-    def _not_finite(self, rows: Tensor) -> str:
+    def _not_finite(self, rows: Tensor, states: Tensor) -> str:
+        bad = ~states.flatten(1).isfinite().all(1)
+        if bad.any():
+            rows = rows[bad]
         names = [self.labels[int(r)] if self.labels else str(int(r)) for r in rows[:8]]
         more = ", ..." if len(rows) > 8 else ""
         return (
@@ -334,6 +340,16 @@ class _Fit:
         if width in self.averages.widths or not self.best_step:
             return self.best[self.averages.widths.index(width) if width else -1]
         return self.averages.of_width(width, self.best_step, self.best)
+
+    def _left(self) -> str:
+        """Save an interrupted training, and return what can be done with it."""
+        if self.how.journal.folder is None:
+            return "Training with out='model.safetensors' can be resumed."
+        if self.whole and self._remember():
+            return "Go on with the same call and resume=True."
+        if self.how.journal.holds:
+            return "That could not be saved. Go on from an earlier step with the same call and resume=True."
+        return "Nothing could be saved."
 
     def _remember(self) -> bool:
         """Save the state of the training."""
@@ -428,13 +444,8 @@ class _Fit:
         device = self.how.device
         condition = None if batch.condition is None else batch.condition.to(device)
         position: tuple[Tensor, ...] = ()
-        own = (
-            None
-            if batch.corner is None
-            else self.network.position_channels()
-            if network is not self.shown
-            else self.shown.position_channels()
-        )
+        # of the network itself: around it there may be what several processes need
+        own = None if batch.corner is None else (self.shown if network is self.shown else self.network).position_channels()
         if batch.corner is not None and own is not None:
             (row, column), (ny, nx) = batch.corner, batch.x.shape[-2:]
             position = (own[None, :, row : row + ny, column : column + nx].expand(len(batch.x), -1, -1, -1),)

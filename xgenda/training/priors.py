@@ -81,6 +81,7 @@ def train_prior(
     before = None if start is None else _starting(start)
     if before is not None:
         recipe, corpus = _continued(recipe, before), _in_units_of(corpus, before)
+        _check_transforms(corpus, before)
     samples = corpus.samples
     every = blocks(corpus.time, corpus.size, FOLDS, recipe.validation)
     windows, fold, spacing = window_rows(corpus.time, every, recipe.window)  # before the fit of the anchors, which takes long
@@ -282,6 +283,21 @@ def _in_units_of(corpus: Corpus, before: DiffusionModel) -> Corpus:
             values[:, c] = values[:, c] * factor + shift
         specs.append(known)
     return dataclasses.replace(corpus, samples=dataclasses.replace(samples, values=values, variables=tuple(specs)))
+
+
+def _check_transforms(corpus: Corpus, before: DiffusionModel) -> None:
+    """Refuse statistics of a stream in which variables are not transformed as in the other model."""
+    if corpus.statistics is None:
+        return
+    theirs = {v.name: t for v, t in zip(before.spec.variables, before.scaling.transforms, strict=True)}
+    ours = {v.name: t for v, t in zip(corpus.samples.variables, corpus.statistics.transforms, strict=True)}
+    wanted = {
+        own: theirs[v.name] for own, v in zip(corpus.statistics.names, corpus.samples.variables, strict=True) if v.name in theirs
+    }
+    if any(theirs.get(name, t) != t for name, t in ours.items()):
+        raise OptionError(
+            f"start={before.spec.name!r} is of other transforms, and fields that are streamed have to be transformed as those: transform={wanted}"
+        )
 
 
 def _check_spacing(before: DiffusionModel, found: float) -> None:

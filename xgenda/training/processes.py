@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from xgenda.errors import missing_dependency
+from xgenda.errors import OptionError, missing_dependency
 
 
 class Processes(Protocol):
@@ -85,7 +85,6 @@ class Accelerated:
         except ImportError as problem:
             raise missing_dependency("accelerate", "train", "Training in several processes") from problem
         # torch's own autocast is used, around the network; that of accelerate would stay in the trained one
-        self.bfloat16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.index, self.count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.device: torch.device = self.accelerator.device
@@ -121,3 +120,17 @@ class Accelerated:
 def launched() -> bool:
     """Return whether several processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def launched_in_bfloat16() -> bool:
+    """Return whether ``accelerate launch`` was asked for bfloat16, in one process or several.
+
+    Raises
+    ------
+    OptionError
+        If it was asked for another precision.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise OptionError(f"accelerate was launched with mixed_precision={asked!r}; use --mixed_precision bf16, or no")
+    return asked == "bf16"

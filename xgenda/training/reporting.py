@@ -94,4 +94,5 @@ class History:
             self.columns.setdefault(name, [None] * before)
         for name, column in self.columns.items():
             value = row.get(name)
-            column.append(None if value is None or not math.isfinite(value) else round(value, 6))
+            known = value is not None and math.isfinite(value)
+            column.append(None if value is None or not known else value if isinstance(value, int) else float(f"{value:.7g}"))

@@ -27,11 +27,14 @@ FREEZE = ("none", "backbone")
 
 
 def matched(ours: Sequence[VariableSpec], theirs: Sequence[VariableSpec]) -> dict[str, str]:
-    """Return the name that each of our variables has in another model: the same, or that of the same standard name."""
-    names = {v.name for v in theirs}
-    standard = {v.standard_name: v.name for v in theirs if v.standard_name}
-    found = {v.name: v.name if v.name in names else standard.get(v.standard_name or "") for v in ours}
-    return {k: v for k, v in found.items() if v is not None}
+    """Return the name that each of our variables has in another model: the same, or that of the one left with the same standard name."""
+    found = {v.name: v.name for v in ours if any(v.name == w.name for w in theirs)}
+    for v in ours:
+        alike = [w.name for w in theirs if w.name not in found and v.standard_name and w.standard_name == v.standard_name]
+        rivals = [w for w in ours if w.name not in found and w.standard_name == v.standard_name]
+        if v.name not in found and len(alike) == len(rivals) == 1:
+            found[v.name] = alike[0]
+    return found
 
 
 def transfer(
