@@ -26,7 +26,7 @@ from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
 from xgenda.training.priors import network_arguments, record_of
 from xgenda.training.standardising import Prepared, prepare_pairs
-from xgenda.training.windows import HELD, memory_of, split_rows
+from xgenda.training.windows import HELD
 
 STAGES = ("both", "residual", "single")
 LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles
@@ -52,13 +52,14 @@ class Recipe:
     cycle: str
     lead_time: bool
     tile: Any
+    validation: Any = None
 
 
 def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: str | None, licence: str) -> CorrectiveModel:
     """Train the fine fields behind coarse ones."""
     ready = prepare_pairs(
         pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, name or "trained-downscaler", "diffusion",
-        licence, recipe.periodic == "both",
+        licence, recipe.periodic == "both", recipe.validation,
     )  # fmt: skip
     conserve = _conserved(ready, recipe)
     _check_tile(recipe, pairs)
@@ -66,7 +67,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     everywhere = ready.features.everywhere()
     given = ready.features.of(ready.interpolated, ready.planes, everywhere)
     fold = torch.as_tensor(ready.fold)
-    train_rows, held = split_rows(ready.fold, pairs.fine.time, memory_of(ready.fine.flatten(1).numpy(), pairs.fine.time))
+    train_rows, held = ready.split()
     if recipe.stages == "single":
         linear, predicted, kind, note = means.LinearMean(ready.shape), torch.zeros_like(ready.fine), "none", "none"
     else:

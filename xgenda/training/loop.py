@@ -362,7 +362,7 @@ def train(
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" else climatology, transform, offset, bounds, anchor, periodic, width or WIDTH,
-                architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
+                architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile), validation,
             )  # fmt: skip
             model = (
                 train_downscaler(pairs, recipe, optimiser, name, licence)
