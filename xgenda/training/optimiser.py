@@ -312,7 +312,7 @@ class _Fit:
             width, lowest = 0.0, self.first
         self._show(self._average(width))
         self.network.load_state_dict(self.shown.state_dict())
-        weight, weighted = self._earn() if self.best_step else (0.0, self.first)
+        weight, weighted = self._earn()
         report = {
             "steps": self.step, "best_step": self.best_step, "validation_start": self.first, "validation_best": min(lowest, weighted),
             "correction_weight": weight, "averaging_width": width, "seconds": round(self.spent, 1),

@@ -82,7 +82,7 @@ class Prepared:
 
 def prepare_pairs(
     pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str,
-    homogeneous: bool = False, validation: Any = None,
+    homogeneous: bool = False, validation: Any = None, lead_unit: float | None = None,
 ) -> Prepared:  # fmt: skip
     """Fit the standardisation of both sides, and put everything on the fine grid."""
     time = pairs.fine.time
@@ -98,14 +98,14 @@ def prepare_pairs(
     scaling, input_scaling = fit(pairs.fine.values, fine_names), fit(pairs.inputs(0), coarse_names)
     unit = None
     if pairs.lead is not None:
-        unit = float(max(np.abs(pairs.lead).max(), 1.0))
+        unit = lead_unit or float(max(np.abs(pairs.lead).max(), 1.0))
     conditions = Conditions(
         pairs.coarse.variables,
         pairs.coarse.grid,
         input_scaling,
         pairs.offsets,
         pairs.spacing,
-        _cycle(cycle, time),
+        seen_cycle(cycle, time),
         unit,
         pairs.static_names,
     )
@@ -157,7 +157,7 @@ def _check_named(transform: Any, offset: Any, bounds: Any, names: list[str]) -> 
             )
 
 
-def _cycle(asked: str, time: xr.DataArray | None) -> str:
+def seen_cycle(asked: str, time: xr.DataArray | None) -> str:
     """Return which harmonics are inputs; 'auto': those that the training times go through."""
     if asked != "auto":
         if asked != "none" and time is None:
