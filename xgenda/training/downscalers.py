@@ -231,7 +231,7 @@ def _continued(recipe: Recipe, before: CorrectiveModel, pairs: Pairs) -> Recipe:
         climatology = "none" if time is None else before.scaling.cycle
     return dataclasses.replace(
         recipe, anchor=anchor, transform=transform, offset=offset, climatology=climatology, cycle=cycle, architecture=architecture,
-        width=network.get("width"), periodic="both" if before.spec.wraps else recipe.periodic,
+        width=network.get("width"), periodic="both" if before.spec.wraps or network.get("periodic") == "both" else recipe.periodic,
     )  # fmt: skip
 
 
