@@ -18,6 +18,7 @@ from xgenda.models import means
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import build_network
 from xgenda.models.spec import VariableSpec
+from xgenda.training.comparing import Withheld
 from xgenda.training.pairs import read_pairs
 from xgenda.training.standardising import Prepared, prepare_pairs
 from xgenda.training.transfer import matched
@@ -197,7 +198,7 @@ def test_another_variable_resolution_and_region(before: CorrectiveModel, fine: x
 def test_the_linear_mean_is_kept_where_it_is_better(fine: xr.Dataset) -> None:
     """Trained on many times, it predicts a few others better than what can be fitted to these."""
     many = fields(n=200)
-    model = xgenda.train(many[["t2m"]], factor=4, width=8, **QUICK)
+    model = xgenda.train(many[["t2m"]], factor=4, width=8, anchor=None, **QUICK)
     few = many[["t2m"]].isel(time=slice(0, 24))
     tuned = xgenda.train(few, factor=4, start=model, **QUICK)
     assert isinstance(model, CorrectiveModel)
@@ -337,3 +338,51 @@ def test_predictions_of_a_block_are_fitted_away_from_it() -> None:
     a, b = crossed(y), crossed(changed)
     assert torch.equal(a[:, 10:20], b[:, 10:20])
     assert not torch.equal(a[:, 30:40], b[:, 30:40])
+
+
+def test_members_are_scored_in_training_beside_the_linear_mean(fine: xr.Dataset) -> None:
+    """Without a linear mean and a Gaussian that is the mean absolute anomaly at six withheld times."""
+    seen: list[dict[str, float]] = []
+    xgenda.train(
+        fine, factor=4, stages="single", anchor=None, conserve=False, width=8, callbacks=[lambda p: seen.append(dict(p.scores))],
+        **{**QUICK, "steps": 25},
+    )  # fmt: skip
+    times = np.linspace(32, 39, 6).round().astype(int)  # the fifth of six blocks
+    for name in ("t2m", "q"):
+        anomaly = fine[name] - fine[name].mean("time")
+        assert seen[0][f"crps_{name}_linear"] == pytest.approx(float(abs(anomaly[times]).mean()), rel=1e-5)
+        assert 0 < seen[0][f"crps_{name}"] < 10 * seen[0][f"crps_{name}_linear"]
+
+
+def test_a_network_of_noise_is_found_worse_than_none(fine: xr.Dataset) -> None:
+    kept: list[Withheld] = []
+
+    class Kept(Withheld):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xgenda.training.downscalers.Withheld", Kept)
+        model = xgenda.train(fine[["t2m"]], factor=4, anchor="eof", width=8, **QUICK)
+    assert isinstance(model, CorrectiveModel)
+    network = model.denoiser.network
+    network.scale_output(0.0)
+    same = kept[0].compare(network)
+    assert torch.equal(same.model, same.gaussian)
+    assert same.gain == 0.0
+    torch.manual_seed(0)
+    for parameter in network.last.conv.parameters():
+        torch.nn.init.normal_(parameter)
+    assert kept[0].compare(network).worse
+
+
+def test_a_correction_that_makes_members_worse_is_left_out(fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgenda.training.scoring.Comparison.worse", True)
+    model = xgenda.train(fine[["t2m"]], factor=4, anchor="eof", width=8, learning_rate=1e-2, **{**QUICK, "steps": 60})
+    assert isinstance(model, CorrectiveModel)
+    record = model.spec.training
+    assert record["best_step"] > 0  # by the loss of denoising it had learned something
+    assert record["correction_weight"] == 0.0
+    assert record["validation_best"] == record["validation_without"] == pytest.approx(record["validation_start"])
+    assert float(model.denoiser.network.last.conv.weight.abs().max()) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -9,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.tiles import TiledNetwork, Tiling, decorrelation_length, suggest_tile
 from xgenda.errors import OptionError
@@ -23,6 +24,7 @@ from xgenda.models.generative import GenerativeModel
 from xgenda.models.parts import with_means
 from xgenda.training.anchoring import fit_anchors
 from xgenda.training.calibrating import fitted_calibration, with_calibration
+from xgenda.training.comparing import LARGEST_SAMPLED, Withheld
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
@@ -150,6 +152,7 @@ def train_downscaler(
             regression_options = None
     if conserve is not None:
         predicted = _with_means(ready, pairs, predicted, conserve["channels"])
+    linear_unit = float(left.square().mean().sqrt())
     left = ready.fine - predicted
     unit = float(left.square().mean().sqrt())
     states = (left / unit).float()
@@ -163,12 +166,39 @@ def train_downscaler(
     if inherited is not None:
         inherited.give("residual", network, mean=recipe.mean_condition)
     sigma_max = highest_sigma(final)
+    reach = decorrelation_length(states)
+    options = {
+        **ready.spec.options, "network": network_options, "regression": regression_options, "sigma_min": SIGMA_MIN, "sigma_max": sigma_max,
+        "sigma_data": 1.0, "unit": unit, "mean_condition": recipe.mean_condition, "conserve": conserve, "calibration": None,
+        **suggested_tile(reach, recipe.tile, int(getattr(network, "stride", 1))),
+    }  # fmt: skip
+    spread = spread.reshape(channels, *plane)
+    # what is scored or calibrated must not have seen the times of the validation: neither its mean nor its Gaussian
+    scored = int(np.prod(ready.shape)) <= LARGEST_SAMPLED
+    apart, without = linear, None if crossed is None else crossed[HELD]
+    if kind != "none" and (recipe.calibrate or scored):
+        apart = means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
+
+    def in_training(network: nn.Module, corrected: bool) -> CorrectiveModel:
+        own = options if corrected else {**options, "regression": None, "unit": linear_unit}
+        return CorrectiveModel(
+            dataclasses.replace(ready.spec, options=own), apart, copy.deepcopy(regression) if corrected else None, spread,
+            EDMDenoiser(network, without), ready.features.statics,
+        )  # fmt: skip
+
     objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
     # of a time the first stage has had its part
     share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
-    second = optimiser.fit(network, objective, train_rows, held, share, "residual")
+    withheld = Withheld(in_training, ready, pairs, held) if scored else None
+    score = None if withheld is None else withheld.scores
+    second = optimiser.fit(network, objective, train_rows, held, share, "residual", score, pairs.fine.labels)
     thawed(network)
-    reach = decorrelation_length(states)
+    if withheld is not None and without is not None and second["correction_weight"]:
+        compared = withheld.compare(network)
+        second["scores"] = compared.describe()
+        if compared.worse:  # the denoising got better, and the members did not
+            network.scale_output(0.0)
+            second |= {"correction_weight": 0.0, "validation_best": second["validation_without"]}
     extra = {
         "linear_mean": note,
         "anchor": anchor_note,
@@ -177,27 +207,14 @@ def train_downscaler(
         **({} if inherited is None else inherited.record),
     }
     second["history"] = {**first.get("history", {}), **second["history"]}
-    options = {
-        **ready.spec.options, "network": network_options, "regression": regression_options, "sigma_min": SIGMA_MIN, "sigma_max": sigma_max,
-        "sigma_data": 1.0, "unit": unit, "mean_condition": recipe.mean_condition, "conserve": conserve, "calibration": None,
-        **suggested_tile(reach, recipe.tile, int(getattr(network, "stride", 1))),
-    }  # fmt: skip
     spec = dataclasses.replace(
         ready.spec, options=options, training=record_of(len(pairs.fine.values), pairs.fine.dimension, pairs.fine.period, optimiser, extra, second),
         description="Regression of the mean and diffusion of the residual" + ("" if conserve is None else ", block means kept"),
     )  # fmt: skip
-    spread = spread.reshape(channels, *plane)
-
-    def build(mean: means.LinearMean, anchor: Anchor | None) -> CorrectiveModel:
-        return CorrectiveModel(spec, mean, regression, spread, EDMDenoiser(network, anchor), ready.features.statics)
-
-    built = build(linear, final)
+    built = CorrectiveModel(spec, linear, regression, spread, EDMDenoiser(network, final), ready.features.statics)
     if not recipe.calibrate:
         return built
-    # what is calibrated must not have seen the times of the calibration: neither its mean nor its Gaussian
-    apart = linear if kind == "none" else means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
-    trial = build(apart, None if crossed is None else crossed[HELD])
-    return with_calibration(built, fitted_calibration(trial, ready, pairs, held))
+    return with_calibration(built, fitted_calibration(in_training(network, True), ready, pairs, held))
 
 
 def _continued(recipe: Recipe, before: CorrectiveModel, pairs: Pairs) -> Recipe:
