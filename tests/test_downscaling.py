@@ -613,7 +613,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "odd bounds": ({"bounds": {"t2m": (1,)}}, OptionError, "a lowest and a highest value are needed"),
     "a flag": ({"calibrate": "yes"}, OptionError, "calibrate='yes' is not accepted; it must be True or False"),
     "no lead times": ({"lead_time": True}, CoordinateError, "ds has no lead time for each time"),
-    "start": ({"start": "t2m-north-america"}, OptionError, "start is not supported for task='downscale' yet"),
 }
 
 

@@ -52,7 +52,9 @@ def plot_history(name: str, training: Mapping[str, Any]) -> Figure:
         raise missing_dependency("matplotlib", "plot", "Plotting") from problem
     history = history_of(name, training)
     stages = list(training["history"])
-    scores = sorted({n for n in history.data_vars if "crps_" in str(n) and not str(n).endswith("_gaussian")}, key=str)
+    scores = sorted(
+        {n for n in history.data_vars if "crps_" in str(n) and not str(n).endswith(("_gaussian", "_linear"))}, key=str
+    )
     figure = Figure(figsize=(4.8 * (len(stages) + len(scores)), 3.6), layout="constrained")
     axes = figure.subplots(1, len(stages) + len(scores), squeeze=False)[0]
     for axis, stage in zip(axes, stages, strict=False):
@@ -62,7 +64,8 @@ def plot_history(name: str, training: Mapping[str, Any]) -> Figure:
         axis.set(title=f"{stage}: loss", xlabel="step", ylabel="relative to no correction")
         axis.legend(frameon=False)
     for axis, score in zip(axes[len(stages) :], scores, strict=True):
-        for column, label, colour in ((str(score), "model", "C0"), (f"{score}_gaussian", "Gaussian", "C1")):
+        lines = ((str(score), "model", "C0"), (f"{score}_gaussian", "Gaussian", "C1"), (f"{score}_linear", "linear mean", "C1"))
+        for column, label, colour in lines:
             if column in history:
                 known = history[column].dropna(str(history[column].dims[0]))
                 axis.plot(known[known.dims[0]], known, marker="o", markersize=3, color=colour, label=label)

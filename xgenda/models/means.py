@@ -128,6 +128,8 @@ class Pairs:
         Where the coarse cells are blocks of fine ones.
     wraps
         Whether the grid is a doubly periodic box where all places are alike.
+    near
+        Which pairs of other blocks are too near to each block in time to help predict it, shape (blocks, n).
     """
 
     coarse: Tensor
@@ -138,6 +140,7 @@ class Pairs:
     blocks: Blocks | None = None
     grid: Grid | None = None
     wraps: bool = False
+    near: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -146,15 +149,21 @@ class Pairs:
         return c, ny, nx
 
     def without(self, k: int) -> np.ndarray:
-        """Return which pairs are in other blocks."""
-        return np.asarray(self.fold != k)
+        """Return which pairs are in other blocks, and not near to this one."""
+        apart = self.fold != k
+        return np.asarray(apart if self.near is None else apart & ~self.near[k])
+
+    def split(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return which pairs to fit to for the predictions of a block, and which pairs are in it."""
+        return torch.as_tensor(self.without(k)), torch.as_tensor(self.fold == k)
 
     def less(self, k: int) -> Pairs:
         """Return the pairs of the other blocks, which are numbered anew."""
         rows = self.without(k)
-        fold = np.unique(self.fold[rows], return_inverse=True)[1]
+        left, fold = np.unique(self.fold[rows], return_inverse=True)
         chosen = {n: getattr(self, n)[torch.as_tensor(rows)] for n in ("coarse", "interpolated", "fine")}
-        return dataclasses.replace(self, fold=fold, **chosen)
+        near = None if self.near is None else self.near[left][:, rows]
+        return dataclasses.replace(self, fold=fold, near=near, **chosen)
 
 
 def fit_mean(pairs: Pairs, kinds: Sequence[str] = KINDS, *, always: bool = False) -> tuple[LinearMean, Tensor, str, str]:
@@ -211,8 +220,8 @@ def _local(pairs: Pairs) -> list[Fit]:
     for penalty in LOCAL_PENALTIES:
         crossed = torch.zeros_like(pairs.fine)
         for k in range(int(pairs.fold.max()) + 1):
-            test = torch.as_tensor(~pairs.without(k))
-            mean = _local_fit(pairs, ~test, penalty)
+            inside, test = pairs.split(k)
+            mean = _local_fit(pairs, inside, penalty)
             crossed[test] = mean.at(pairs.coarse[test], pairs.interpolated[test], everywhere(pairs))
         out.append(
             (
@@ -253,17 +262,17 @@ def _ridge(pairs: Pairs) -> list[Fit]:
     left = pairs.fine if base is None else pairs.fine - base.at(pairs.coarse, pairs.interpolated, everywhere(pairs))
     y = left.flatten(1)
     chosen = torch.as_tensor(np.random.default_rng(0).choice(cells, min(PROBES, cells), replace=False))
-    folds = [torch.as_tensor(pairs.without(k)) for k in range(int(pairs.fold.max()) + 1)]
-    vectors = [_singular(x[inside], rank) for inside in folds]
+    folds = [pairs.split(k) for k in range(int(pairs.fold.max()) + 1)]
+    vectors = [_singular(x[inside], rank) for inside, _ in folds]
     loss = dict.fromkeys(PENALTIES, 0.0)
-    for inside, (u, s, v) in zip(folds, vectors, strict=True):
-        seen, probe, test = u.T @ y[inside][:, chosen], x[~inside] @ v, y[~inside][:, chosen]
+    for (inside, test), (u, s, v) in zip(folds, vectors, strict=True):
+        seen, probe, truth = u.T @ y[inside][:, chosen], x[test] @ v, y[test][:, chosen]
         for penalty in PENALTIES:
-            loss[penalty] += float((probe @ ((s / (s**2 + penalty))[:, None] * seen) - test).square().sum())
+            loss[penalty] += float((probe @ ((s / (s**2 + penalty))[:, None] * seen) - truth).square().sum())
     best = min(PENALTIES, key=lambda p: loss[p])
     crossed = pairs.fine - left
-    for inside, (u, s, v) in zip(folds, vectors, strict=True):
-        crossed[~inside] += ((x[~inside] @ v) @ ((s / (s**2 + best))[:, None] * (u.T @ y[inside]))).reshape(-1, *pairs.shape)
+    for (inside, test), (u, s, v) in zip(folds, vectors, strict=True):
+        crossed[test] += ((x[test] @ v) @ ((s / (s**2 + best))[:, None] * (u.T @ y[inside]))).reshape(-1, *pairs.shape)
     u, s, v = _singular(x, rank)
     up = ((s / (s**2 + best))[:, None] * (u.T @ y)).T.reshape(*pairs.shape, -1)
     mean = LinearMean(pairs.shape, None if base is None else base.slope, None, up.contiguous(), v.T.contiguous())
@@ -295,12 +304,12 @@ def _covariance(pairs: Pairs) -> list[Fit]:
     loss = dict.fromkeys(RADII_KM, 0.0)
     crossed = {r: torch.zeros_like(values) for r in RADII_KM}
     for k in range(int(pairs.fold.max()) + 1):
-        inside = torch.as_tensor(pairs.without(k))
+        inside, test = pairs.split(k)
         anomaly = values[inside] - values[inside].mean(0)
         sample = anomaly.T @ anomaly / (len(anomaly) - 1)
         for radius, taper in kernels.items():
-            crossed[radius][~inside] = given[~inside] @ _map_of(sample * taper, means).T
-            loss[radius] += float((crossed[radius][~inside] - values[~inside]).square().sum())
+            crossed[radius][test] = given[test] @ _map_of(sample * taper, means).T
+            loss[radius] += float((crossed[radius][test] - values[test]).square().sum())
     best = min(loss, key=lambda r: loss[r])
     anomaly = values - values.mean(0)
     matrix = _map_of(anomaly.T @ anomaly / (len(anomaly) - 1) * kernels[best], means)
@@ -328,8 +337,8 @@ def _homogeneous(pairs: Pairs) -> list[Fit]:
 
     crossed = torch.empty_like(pairs.fine)
     for k in range(int(pairs.fold.max()) + 1):
-        inside = torch.as_tensor(pairs.without(k))
-        crossed[~inside] = (pairs.coarse[~inside].flatten(1) @ fit(pairs.fine[inside]).T).reshape(-1, *pairs.shape)
+        inside, test = pairs.split(k)
+        crossed[test] = (pairs.coarse[test].flatten(1) @ fit(pairs.fine[inside]).T).reshape(-1, *pairs.shape)
     return [(LinearMean(pairs.shape, up=fit(pairs.fine).reshape(*pairs.shape, -1)), crossed, "homogeneous covariance")]
 
 

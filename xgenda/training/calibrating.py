@@ -96,17 +96,25 @@ def with_calibration(model: CorrectiveModel, found: Calibration | None) -> Corre
 
 def fitted_calibration(model: CorrectiveModel, ready: Prepared, pairs: Pairs, among: Tensor) -> Calibration:
     """Return the factors that a few of some times ask for."""
-    rows = among[torch.linspace(0, len(among) - 1, min(CALIBRATION_TIMES, len(among))).round().long()].unique()
-    time = None if pairs.fine.time is None else pairs.fine.time.isel({pairs.fine.time.dims[0]: rows.numpy()})
-    request = Request(
-        model.inputs.grid, torch.as_tensor(np.concatenate([pairs.inputs(k)[rows] for k in range(len(pairs.offsets))], 1)).flatten(2),
-        torch.as_tensor(pairs.climatology(model.scaling)[rows.numpy()]).flatten(2), [], list(map(str, metadata.time_labels(time, len(rows)))),
-        range(CALIBRATION_MEMBERS), 0, model.plan(SamplingOptions(tile="auto")), torch.device("cpu"), lambda _: None,
-        standardised=ready.coarse[rows], planes=ready.planes[rows],
-    )  # fmt: skip
+    size, options = (CALIBRATION_TIMES, CALIBRATION_MEMBERS), model.plan(SamplingOptions(tile="auto"))
+    rows, request = withheld_request(model, ready, pairs, among, size, options, torch.device("cpu"))
     mean, members = model.deviations(request)
     scale = float(model.spec.factor or _ratio(model))
     return fit_calibration(ready.fine[rows] - mean, members, (2 * scale, scale / 2, scale / 8), model.without_means)
+
+
+def withheld_request(
+    model: CorrectiveModel, ready: Prepared, pairs: Pairs, among: Tensor, size: tuple[int, int], options: SamplingOptions,
+    device: torch.device,
+) -> tuple[Tensor, Request]:  # fmt: skip
+    """Return a few of some times, evenly spread, and the request for members at them; `size` is how many of both."""
+    rows = among[torch.linspace(0, len(among) - 1, min(size[0], len(among))).round().long()].unique()
+    time = None if pairs.fine.time is None else pairs.fine.time.isel({pairs.fine.time.dims[0]: rows.numpy()})
+    return rows, Request(
+        model.inputs.grid, torch.as_tensor(np.concatenate([pairs.inputs(k)[rows] for k in range(len(pairs.offsets))], 1)).flatten(2),
+        torch.as_tensor(pairs.climatology(model.scaling)[rows.numpy()]).flatten(2), [], list(map(str, metadata.time_labels(time, len(rows)))),
+        range(size[1]), 0, options, device, lambda _: None, standardised=ready.coarse[rows], planes=ready.planes[rows],
+    )  # fmt: skip
 
 
 def _ratio(model: CorrectiveModel) -> float:

@@ -37,6 +37,7 @@ def train_classical(pairs: Pairs, method: str, recipe: Recipe, name: str | None,
         method,
         licence,
         recipe.periodic == "both",
+        recipe.validation,
     )
     matched = _matched(ready, method)
     spec = dataclasses.replace(
@@ -69,10 +70,10 @@ def train_classical(pairs: Pairs, method: str, recipe: Recipe, name: str | None,
     mean = means.LinearMean(ready.shape, slope)
     given, predicted = ready.coarse[:, matched], torch.empty_like(ready.fine)
     for k in range(FOLDS):
-        inside = torch.as_tensor(ready.fold != k)
-        moved = mapped_quantiles(given[~inside], *_tables(given[inside], target[inside]))
+        inside, test = ours.split(k)
+        moved = mapped_quantiles(given[test], *_tables(given[inside], target[inside]))
         everywhere = ready.features.everywhere()
-        predicted[~inside] = mean.at(moved, ready.features.interpolated(moved, everywhere), everywhere)
+        predicted[test] = mean.at(moved, ready.features.interpolated(moved, everywhere), everywhere)
     return ClassicalModel(spec, mean, _kept(ready.fine - predicted), _tables(given, target))
 
 

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.tiles import TiledNetwork, Tiling, decorrelation_length, suggest_tile
 from xgenda.errors import OptionError
 from xgenda.models import means
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
+from xgenda.models.generative import GenerativeModel
 from xgenda.models.parts import with_means
 from xgenda.training.anchoring import fit_anchors
 from xgenda.training.calibrating import fitted_calibration, with_calibration
+from xgenda.training.comparing import LARGEST_SAMPLED, Withheld
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
-from xgenda.training.priors import network_arguments, record_of
-from xgenda.training.standardising import Prepared, prepare_pairs
-from xgenda.training.windows import HELD, memory_of, split_rows
+from xgenda.training.priors import WIDTH, network_arguments, record_of
+from xgenda.training.standardising import Prepared, prepare_pairs, seen_cycle
+from xgenda.training.transfer import continued_anchor, kept_arguments, thawed
+from xgenda.training.tuning import (
+    Inheritance,
+    check_common,
+    inherited_scales,
+    kept_mean,
+    predicts_better,
+    starting_downscaler,
+)
+from xgenda.training.windows import HELD
 
 STAGES = ("both", "residual", "single")
 LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles
@@ -43,7 +56,7 @@ class Recipe:
     bounds: Mapping[str, Sequence[float | None]] | None
     anchor: str | None
     periodic: Any
-    width: int
+    width: int | None
     architecture: str
     stages: str
     mean_condition: bool
@@ -52,25 +65,49 @@ class Recipe:
     cycle: str
     lead_time: bool
     tile: Any
+    validation: Any = None
+    freeze: str = "none"
+    adapters: int | None = None
 
 
-def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: str | None, licence: str) -> CorrectiveModel:
+def train_downscaler(
+    pairs: Pairs,
+    recipe: Recipe,
+    start: GenerativeModel | str | os.PathLike[str] | None,
+    optimiser: Optimiser,
+    name: str | None,
+    licence: str,
+) -> CorrectiveModel:
     """Train the fine fields behind coarse ones."""
+    before = None if start is None else starting_downscaler(start)
+    if before is not None:
+        recipe = _continued(recipe, before, pairs)
+    known = name or ("trained-downscaler" if before is None else f"{before.spec.name}-tuned")
     ready = prepare_pairs(
-        pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, name or "trained-downscaler", "diffusion",
-        licence, recipe.periodic == "both",
+        pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, known, "diffusion",
+        licence, recipe.periodic == "both", recipe.validation, None if before is None else before.inputs.lead_time,
     )  # fmt: skip
+    inherited = None
+    if before is not None:
+        inherited = Inheritance(before, ready, recipe.freeze, recipe.adapters, optimiser.seed)
     conserve = _conserved(ready, recipe)
     _check_tile(recipe, pairs)
     channels, plane = ready.shape[0], (ready.shape[1], ready.shape[2])
-    everywhere = ready.features.everywhere()
-    given = ready.features.of(ready.interpolated, ready.planes, everywhere)
     fold = torch.as_tensor(ready.fold)
-    train_rows, held = split_rows(ready.fold, pairs.fine.time, memory_of(ready.fine.flatten(1).numpy(), pairs.fine.time))
+    train_rows, held = ready.split()
     if recipe.stages == "single":
         linear, predicted, kind, note = means.LinearMean(ready.shape), torch.zeros_like(ready.fine), "none", "none"
     else:
         linear, predicted, kind, note = means.fit_mean(ready.for_mean())
+    kept = None
+    if before is not None and recipe.stages != "single" and recipe.bounds is None:
+        kept = kept_mean(before, ready, pairs, recipe.validation)
+    if before is not None and kept is not None and predicts_better(kept, (ready, predicted)):
+        (ready, predicted), linear, kind = kept, before.mean, "none"  # it has seen none of these times
+        note = f"that of {before.spec.name!r}: {before.spec.training.get('linear_mean', 'as it was')}"
+    else:
+        kept = None
+    given = ready.features.of(ready.interpolated, ready.planes, ready.features.everywhere())
     left = ready.fine - predicted
     recipe = _with_tile(recipe, left)
     arguments = _arguments(recipe, pairs)
@@ -79,12 +116,17 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
     if ready.spec.wraps and ready.spec.factor and pairs.statics is None and recipe.tile is None:
         shifts = ready.spec.factor  # all blocks are alike
         spread = spread.square().mean((1, 2), keepdim=True).sqrt().expand_as(spread).contiguous()
+    if before is not None and kept is not None:  # the unit in which its network corrects its mean
+        spread = before.spread.expand_as(spread).contiguous()
     regression, regression_options = None, None
     first: dict[str, Any] = {"best_step": 0}
     if recipe.stages == "both":
         condition = given if linear.is_zero else torch.cat([given, predicted.float()], 1)
-        regression_options = arguments(channels, condition.shape[1])
+        regression_options = arguments(
+            channels, condition.shape[1], None if before is None else before.spec.options["regression"]
+        )
         network = build_network(regression_options)
+        went_on = inherited is not None and inherited.give("mean", network, mean=not linear.is_zero)
         first = optimiser.fit(
             network,
             Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts),
@@ -93,7 +135,8 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
             0.3,
             "mean",
         )
-        if first["best_step"] > 0 and first["correction_weight"]:
+        thawed(network)
+        if (went_on or first["best_step"] > 0) and first["correction_weight"]:
             regression = network
             whole: nn.Module = network
             if recipe.tile is not None:  # as it will be asked
@@ -109,6 +152,7 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
             regression_options = None
     if conserve is not None:
         predicted = _with_means(ready, pairs, predicted, conserve["channels"])
+    linear_unit = float(left.square().mean().sqrt())
     left = ready.fine - predicted
     unit = float(left.square().mean().sqrt())
     states = (left / unit).float()
@@ -117,42 +161,95 @@ def train_downscaler(pairs: Pairs, recipe: Recipe, optimiser: Optimiser, name: s
         flat = states.double().flatten(1).numpy()
         final, crossed, anchor_note = fit_anchors(flat, pairs.fine, ready.fold, recipe.anchor)
     condition = torch.cat([predicted.float(), given], 1) if recipe.mean_condition else given
-    network_options = arguments(channels, condition.shape[1])
+    network_options = arguments(channels, condition.shape[1], None if before is None else before.spec.options["network"])
     network = build_network(network_options)
+    if inherited is not None:
+        inherited.give("residual", network, mean=recipe.mean_condition)
     sigma_max = highest_sigma(final)
-    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
-    # of a time the first stage has had its part
-    share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
-    second = optimiser.fit(network, objective, train_rows, held, share, "residual")
     reach = decorrelation_length(states)
-    extra = {
-        "linear_mean": note,
-        "anchor": anchor_note,
-        "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
-        **{f"mean_{k}": v for k, v in first.items() if k != "history"},
-    }
-    second["history"] = {**first.get("history", {}), **second["history"]}
     options = {
         **ready.spec.options, "network": network_options, "regression": regression_options, "sigma_min": SIGMA_MIN, "sigma_max": sigma_max,
         "sigma_data": 1.0, "unit": unit, "mean_condition": recipe.mean_condition, "conserve": conserve, "calibration": None,
         **suggested_tile(reach, recipe.tile, int(getattr(network, "stride", 1))),
     }  # fmt: skip
+    spread = spread.reshape(channels, *plane)
+    # what is scored or calibrated must not have seen the times of the validation: neither its mean nor its Gaussian
+    scored = int(np.prod(ready.shape)) <= LARGEST_SAMPLED
+    apart, without = linear, None if crossed is None else crossed[HELD]
+    if kind != "none" and (recipe.calibrate or scored):
+        apart = means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
+
+    def in_training(network: nn.Module, corrected: bool) -> CorrectiveModel:
+        own = options if corrected else {**options, "regression": None, "unit": linear_unit}
+        return CorrectiveModel(
+            dataclasses.replace(ready.spec, options=own), apart, copy.deepcopy(regression) if corrected else None, spread,
+            EDMDenoiser(network, without), ready.features.statics,
+        )  # fmt: skip
+
+    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
+    # of a time the first stage has had its part
+    share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
+    withheld = Withheld(in_training, ready, pairs, held) if scored else None
+    score = None if withheld is None else withheld.scores
+    second = optimiser.fit(network, objective, train_rows, held, share, "residual", score, pairs.fine.labels)
+    thawed(network)
+    if withheld is not None and without is not None and second["correction_weight"]:
+        compared = withheld.compare(network)
+        second["scores"] = compared.describe()
+        if compared.worse:  # the denoising got better, and the members did not
+            network.scale_output(0.0)
+            second |= {"correction_weight": 0.0, "validation_best": second["validation_without"]}
+    extra = {
+        "linear_mean": note,
+        "anchor": anchor_note,
+        "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
+        **{f"mean_{k}": v for k, v in first.items() if k != "history"},
+        **({} if inherited is None else inherited.record),
+    }
+    second["history"] = {**first.get("history", {}), **second["history"]}
     spec = dataclasses.replace(
         ready.spec, options=options, training=record_of(len(pairs.fine.values), pairs.fine.dimension, pairs.fine.period, optimiser, extra, second),
         description="Regression of the mean and diffusion of the residual" + ("" if conserve is None else ", block means kept"),
     )  # fmt: skip
-    spread = spread.reshape(channels, *plane)
-
-    def build(mean: means.LinearMean, anchor: Anchor | None) -> CorrectiveModel:
-        return CorrectiveModel(spec, mean, regression, spread, EDMDenoiser(network, anchor), ready.features.statics)
-
-    built = build(linear, final)
+    built = CorrectiveModel(spec, linear, regression, spread, EDMDenoiser(network, final), ready.features.statics)
     if not recipe.calibrate:
         return built
-    # what is calibrated must not have seen the times of the calibration: neither its mean nor its Gaussian
-    apart = linear if kind == "none" else means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
-    trial = build(apart, None if crossed is None else crossed[HELD])
-    return with_calibration(built, fitted_calibration(trial, ready, pairs, held))
+    return with_calibration(built, fitted_calibration(in_training(network, True), ready, pairs, held))
+
+
+def _continued(recipe: Recipe, before: CorrectiveModel, pairs: Pairs) -> Recipe:
+    """Return the recipe with what the networks of the other model fix."""
+    check_common(before, pairs.fine.variables)
+    network, plain = before.spec.options["network"], before.denoiser.anchor is None
+    architecture = network.get("architecture", "unet")
+    if recipe.architecture not in ("unet", architecture):
+        raise OptionError(
+            f"architecture={recipe.architecture!r} has no effect with start, whose networks, of the architecture {architecture!r}, are kept. Leave "
+            f"it out."
+        )
+    anchor = continued_anchor(before, plain, before.spec.training.get("anchor", "auto"), recipe.anchor, recipe.width)
+    if not plain:
+        size = len(pairs.fine.variables) * pairs.fine.grid.size
+        found = f"tile={recipe.tile} cuts the grid" if recipe.tile is not None else f"the fine fields have {size} values each"
+        if recipe.tile is not None or size > LARGEST_ANCHOR:
+            raise OptionError(
+                f"start={before.spec.name!r} corrects a Gaussian of the whole grid, and {found}, of at most {LARGEST_ANCHOR} values. Start from a "
+                f"model that was trained with anchor=None, or leave out start."
+            )
+    transform, offset = recipe.transform, recipe.offset
+    if transform == "none":
+        transform, offset = inherited_scales(before, pairs)
+    time, cycle = pairs.fine.time, recipe.cycle
+    if cycle == "auto" and time is not None:  # what the networks know, and what the times go through
+        both = {*before.inputs.cycle.split("+"), *seen_cycle("auto", time).split("+")}
+        cycle = "+".join(part for part in ("dayofyear", "hour") if part in both) or "none"
+    climatology = recipe.climatology
+    if climatology == "auto":
+        climatology = "none" if time is None else before.scaling.cycle
+    return dataclasses.replace(
+        recipe, anchor=anchor, transform=transform, offset=offset, climatology=climatology, cycle=cycle, architecture=architecture,
+        width=network.get("width"), periodic="both" if before.spec.wraps or network.get("periodic") == "both" else recipe.periodic,
+    )  # fmt: skip
 
 
 def _conserved(ready: Prepared, recipe: Recipe) -> dict[str, Any] | None:
@@ -200,17 +297,18 @@ def _check_tile(recipe: Recipe, pairs: Pairs) -> None:
 
 
 def _arguments(recipe: Recipe, pairs: Pairs) -> Any:
-    """Return the function that makes the arguments of a network with so many channels and conditions."""
+    """Return the function that makes the arguments of a network with so many channels and conditions, like another one's where given."""
+    width = recipe.width or WIDTH
 
-    def make(channels: int, condition: int) -> dict[str, Any]:
+    def make(channels: int, condition: int, before: Mapping[str, Any] | None) -> dict[str, Any]:
         periodic = False if recipe.tile is not None else recipe.periodic
-        found = network_arguments(channels, condition, recipe.width, pairs.fine, periodic)
-        if recipe.architecture == "unet":
-            return found
-        return {
-            "architecture": "songunet", "in_channels": channels + condition + 2, "out_channels": channels, "shape": found["shape"],
-            "width": recipe.width, "multipliers": found["multipliers"], "blocks": 2, "grid": "linear", "grid_channels": 2,
-        }  # fmt: skip
+        found = network_arguments(channels, condition, width, pairs.fine, periodic)
+        if recipe.architecture == "songunet":
+            found = {
+                "architecture": "songunet", "in_channels": channels + condition + 2, "out_channels": channels, "shape": found["shape"],
+                "width": width, "multipliers": found["multipliers"], "blocks": 2, "grid": "linear", "grid_channels": 2,
+            }  # fmt: skip
+        return found if before is None else kept_arguments(found, before)
 
     return make
 

@@ -31,7 +31,7 @@ from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
 from xgenda.training.journal import Journal
 from xgenda.training.optimiser import Effort, Optimiser
 from xgenda.training.pairs import read_pairs
-from xgenda.training.priors import WIDTH, PriorRecipe, train_prior
+from xgenda.training.priors import PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
 from xgenda.training.statistics import fingerprint
@@ -145,9 +145,12 @@ def train(
         `downscale` then samples in such tiles. Without an anchor. 'auto': twice the distance at which the residuals of the linear mean are
         no longer correlated, where the grid is larger than 448 cells.
     start
-        Model, name or path to go on from (task 'prior'). Its network is kept layer by layer, and trained on `ds`. Other variables,
-        another resolution or another region are accepted: channels of variables that are new start at zero, and so do positional channels
-        outside of the region. The Gaussian is refitted, or kept where it explains `ds` better. What was kept is in ``spec.training``.
+        Model, name or path to go on from, of the same task (for 'downscale' of method 'diffusion'). Its networks are kept layer by layer, and
+        trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
+        and so do positional channels outside of the region. A downscaler may also have other coarse variables, `neighbours`, `statics` and
+        `time_features`. Scaling, Gaussian and linear mean are refitted; Gaussian (of a prior) and linear mean are kept, with their scaling,
+        where they are of the same variables and grids and explain `ds` better. Networks of the architecture 'songunet' need the same channels.
+        What was kept is in ``spec.training``. Of other options, such as `transform` and `climatology`, the defaults are those of the model.
     variables
         Which variables of `ds`; by default all on its grid.
     climatology
@@ -324,8 +327,8 @@ def train(
         start = load_model(start)
     chosen = [variables] if isinstance(variables, str) else variables
     if task == "downscale":
-        if start is not None:
-            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
+        if start is not None and method != "diffusion":
+            raise OptionError(f"start has no effect with method={method!r}, which has a closed form. Leave it out.")
         if target is None and factor is not None:
             check_count("factor", factor, 2)
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
@@ -366,11 +369,11 @@ def train(
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
         else:
             recipe = Recipe(
-                "none" if climatology == "auto" else climatology, transform, offset, bounds, anchor, periodic, width or WIDTH,
-                architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile),
+                "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,
+                architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile), validation, freeze, adapters,
             )  # fmt: skip
             model = (
-                train_downscaler(pairs, recipe, optimiser, name, licence)
+                train_downscaler(pairs, recipe, start, optimiser, name, licence)
                 if method == "diffusion"
                 else train_classical(pairs, method, recipe, name, licence)
             )

@@ -74,7 +74,7 @@ class Effort:
 
 Network = UNet | SongUNet
 #: Returns scores of a network, by name; see `Progress`.
-Scorer = Callable[[nn.Module], Mapping[str, float]]
+Scorer = Callable[[Network], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -318,9 +318,10 @@ class _Fit:
             width, lowest = 0.0, self.first
         self._show(self._average(width))
         self.network.load_state_dict(self.shown.state_dict())
-        weight, weighted = self._earn() if self.best_step else (0.0, self.first)
+        weight, weighted, without = self._earn()
         report = {
             "steps": self.step, "best_step": self.best_step, "validation_start": self.first, "validation_best": min(lowest, weighted),
+            "validation_without": without,
             "correction_weight": weight, "averaging_width": width, "seconds": round(self.spent, 1),
             "history": {self.stage: self.history.columns},
         }  # fmt: skip
@@ -418,8 +419,8 @@ class _Fit:
         return self.processes.mean(total / len(self.checks))
 
     @torch.no_grad()
-    def _earn(self) -> tuple[float, float]:
-        """Scale the output of the network by what it is worth on the validation block, and return that weight and the loss.
+    def _earn(self) -> tuple[float, float, float]:
+        """Scale the output of the network by what it is worth on the validation block; return that weight, the loss, and that without it.
 
         The loss is quadratic in the weight w of the correction: E |w F - T|^2, least at w = E F T / E F^2. A correction that explains
         nothing there gets a weight of zero, which leaves the classical answer.
@@ -433,7 +434,7 @@ class _Fit:
             target += float((wanted**2).double().mean()) / len(self.checks)
         weight = min(1.0, max(0.0, product / power)) if power > 0 else 0.0
         self.network.scale_output(weight)
-        return weight, weight**2 * power - 2 * weight * product + target
+        return weight, weight**2 * power - 2 * weight * product + target, target
 
     def _answers(self, batch: Batch) -> Tensor:
         """Return what the averaged network gives for a large batch, a few samples at a time, on the CPU."""
@@ -465,9 +466,11 @@ _REMEMBERED = ("step", "best_step", "waited", "validated", "spent", "losses", "f
 def described(report: Progress) -> str:
     """Return a report in a few words, for the progress bar."""
     text = f"loss {report.loss:.3f}, validation {report.validation_loss:.3f}, {report.samples_per_second:.0f} samples/s"
-    model = next((k for k in report.scores if not k.endswith("_gaussian")), None)
+    references = {"_gaussian": "Gaussian", "_linear": "linear mean"}
+    model = next((k for k in report.scores if not k.endswith(tuple(references))), None)
     if model is not None:
         text += f", {model.replace('crps_', 'CRPS of ')} {report.scores[model]:.3g}"
-        if f"{model}_gaussian" in report.scores:
-            text += f" (Gaussian {report.scores[f'{model}_gaussian']:.3g})"
+        for ending, name in references.items():
+            if model + ending in report.scores:
+                text += f" ({name} {report.scores[model + ending]:.3g})"
     return text

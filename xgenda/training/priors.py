@@ -26,14 +26,23 @@ from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
-from xgenda.training.anchoring import ANCHORS, correlation_in_time, fit_anchors
+from xgenda.training.anchoring import correlation_in_time, fit_anchors
 from xgenda.training.corpus import Corpus
 from xgenda.training.defaults import warn_of_little
 from xgenda.training.fields import Fields
 from xgenda.training.objectives import Denoising
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.scoring import Comparison, beside_gaussian
-from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, thawed, transfer
+from xgenda.training.transfer import (
+    add_adapters,
+    continued_anchor,
+    freeze_backbone,
+    kept_arguments,
+    matched,
+    position_on,
+    thawed,
+    transfer,
+)
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, memory_of, split_rows, window_rows
 
 WIDTH = 16
@@ -99,7 +108,7 @@ def train_prior(
     feeds_state = recipe.anchor is not None
     options = network_arguments(channels, channels if feeds_state else 0, recipe.width or WIDTH, samples, recipe.periodic)
     if before is not None:
-        options |= {k: before.spec.options["network"][k] for k in ("width", "multipliers", "position")}
+        options = kept_arguments(options, before.spec.options["network"])
     network = build_network(options)
     transferred: dict[str, Any] = {}
     if before is not None:
@@ -226,24 +235,10 @@ def _starting(start: GenerativeModel | str | os.PathLike[str]) -> DiffusionModel
 
 def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
     """Return the recipe with what the network of the other model fixes."""
-    options, plain = before.spec.options, before.denoiser.anchor is None
-    if recipe.width is not None and recipe.width != options["network"].get("width"):
-        raise OptionError(f"width={recipe.width} has no effect with start, whose network is kept. Leave it out.")
-    if (recipe.anchor is None and not plain) or (plain and recipe.anchor not in (None, "auto")):
-        raise OptionError(
-            f"anchor={recipe.anchor!r} does not go with start={before.spec.name!r}, whose network was trained "
-            f"{'without' if plain else 'with'} one. Leave it out."
-        )
-    if plain:
-        recipe = dataclasses.replace(recipe, anchor=None)
-    if recipe.anchor == "auto":  # the network corrects a Gaussian of this kind
-        kind = (
-            str(before.spec.training.get("guidance_covariance", before.spec.training.get("anchor", "auto")))
-            .rpartition(": ")[2]
-            .split(",")[0]
-        )
-        recipe = dataclasses.replace(recipe, anchor=kind if kind in ANCHORS else "auto")
-    periodic = options["network"]["periodic"]
+    training = before.spec.training
+    note = training.get("guidance_covariance", training.get("anchor", "auto"))
+    anchor = continued_anchor(before, before.denoiser.anchor is None, note, recipe.anchor, recipe.width)
+    periodic = before.spec.options["network"]["periodic"]
     scaling = before.scaling
     names = [v.name for v in before.spec.variables]
     transform, offset = recipe.transform, recipe.offset
@@ -251,7 +246,7 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
         transform = dict(zip(names, scaling.transforms, strict=True))
         offset = dict(zip(names, scaling.offsets, strict=True))
     return dataclasses.replace(
-        recipe, window=before.window if recipe.window == 1 else recipe.window, transform=transform, offset=offset,
+        recipe, anchor=anchor, window=before.window if recipe.window == 1 else recipe.window, transform=transform, offset=offset,
         periodic="both" if periodic == "both" else recipe.periodic,
         climatology=scaling.cycle if recipe.climatology in ("none", "auto") else recipe.climatology,
     )  # fmt: skip

@@ -30,7 +30,8 @@ class Progress:
         Since the last report.
     scores
         Where they were taken at this step: fair CRPS of posterior ensembles on the validation block in the units of each variable, of the model
-        ('crps_<variable>') and of the Gaussian alone ('crps_<variable>_gaussian').
+        ('crps_<variable>') and of the Gaussian alone ('crps_<variable>_gaussian'). Of a downscaler that of its members, and that of the linear mean
+        with a Gaussian around it, or without one its absolute error ('crps_<variable>_linear').
     """
 
     stage: str

@@ -119,6 +119,13 @@ class Comparison:
     gain: float
     error: float
 
+    @classmethod
+    def of(cls, gaussian: Tensor, model: Tensor) -> Comparison:
+        """Compare scores of the same states, shape (states, channels)."""
+        gain = ((gaussian - model) / gaussian.mean(0).clamp(min=1e-300)).mean(1)
+        error = float(gain.std(correction=1)) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
+        return cls(gaussian.mean(0), model.mean(0), float(gain.mean()), error)
+
     @property
     def worse(self) -> bool:
         """Whether the correction did harm."""
@@ -166,10 +173,7 @@ def beside_gaussian(
     pair: dict[str, Denoiser] = {"gaussian": GaussianDenoiser(torch.zeros(anchor.size), anchor), "model": model}
     found = posterior_crps(pair, anchor, chosen, std=std, valid=valid, device=device, **options)
     network.train(before)
-    scale = found["gaussian"].mean(0).clamp(min=1e-300)
-    gain = ((found["gaussian"] - found["model"]) / scale).mean(1)
-    error = float(gain.std(correction=1)) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
-    return Comparison(found["gaussian"].mean(0), found["model"].mean(0), float(gain.mean()), error)
+    return Comparison.of(found["gaussian"], found["model"])
 
 
 def fair_crps(members: Tensor, truth: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from xgenda.models.features import Features
 from xgenda.models.spec import ModelSpec
 from xgenda.scaling import Scaling, cycle_basis, fit_scaling
 from xgenda.training.pairs import Pairs
-from xgenda.training.windows import FOLDS, blocks
+from xgenda.training.windows import FOLDS, HELD, blocks, memory_of, near_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class Prepared:
         Shape (n, planes).
     interpolated, features
         On the fine grid, see `Features`.
-    fold
-        Block of each pair.
+    fold, near
+        Block of each pair, and to which other blocks it is too near in time to help predict them, shape (blocks, n).
     matched
         See `xgenda.models.means.Pairs`.
     weights
@@ -54,6 +54,7 @@ class Prepared:
     interpolated: Tensor
     features: Features
     fold: np.ndarray
+    near: np.ndarray
     matched: list[tuple[int, float] | None]
     weights: str | None
 
@@ -63,18 +64,25 @@ class Prepared:
         c, ny, nx = self.fine.shape[1:]
         return c, ny, nx
 
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Return pairs to train on, none of which is near the validation block, and those of that block."""
+        held = self.fold == HELD
+        return torch.as_tensor(np.flatnonzero(~(held | self.near[HELD]))), torch.as_tensor(np.flatnonzero(held))
+
     def for_mean(self) -> means.Pairs:
         """Return what `means.fit_mean` takes."""
         built = None
         grid = None if self.weights is None else rectilinear(self.spec.grid, "task='downscale'")
         if grid is not None and self.weights is not None:
             built = Blocks(grid, int(self.spec.factor or 0), self.weights)
-        return means.Pairs(self.coarse, self.interpolated, self.fine, self.fold, self.matched, built, grid, self.spec.wraps)
+        return means.Pairs(
+            self.coarse, self.interpolated, self.fine, self.fold, self.matched, built, grid, self.spec.wraps, self.near
+        )
 
 
 def prepare_pairs(
     pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str,
-    homogeneous: bool = False,
+    homogeneous: bool = False, validation: Any = None, lead_unit: float | None = None,
 ) -> Prepared:  # fmt: skip
     """Fit the standardisation of both sides, and put everything on the fine grid."""
     time = pairs.fine.time
@@ -90,14 +98,14 @@ def prepare_pairs(
     scaling, input_scaling = fit(pairs.fine.values, fine_names), fit(pairs.inputs(0), coarse_names)
     unit = None
     if pairs.lead is not None:
-        unit = float(max(np.abs(pairs.lead).max(), 1.0))
+        unit = lead_unit or float(max(np.abs(pairs.lead).max(), 1.0))
     conditions = Conditions(
         pairs.coarse.variables,
         pairs.coarse.grid,
         input_scaling,
         pairs.offsets,
         pairs.spacing,
-        _cycle(cycle, time),
+        seen_cycle(cycle, time),
         unit,
         pairs.static_names,
     )
@@ -106,10 +114,10 @@ def prepare_pairs(
         name, "downscale", kind, pairs.fine.variables, pairs.fine.grid, scaling, pairs.factor, inputs=conditions, licence=licence,
         options={"target": dict(pairs.target), **({"wraps": True} if homogeneous and pairs.factor is not None else {})},
     )  # fmt: skip
-    return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics, spec.wraps))
+    return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics, spec.wraps), validation)
 
 
-def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features) -> Prepared:
+def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features, validation: Any = None) -> Prepared:
     """Return pairs as a model standardises them, and everything on the fine grid."""
     scaling, conditions = spec.scaling, features.conditions
     assert scaling is not None
@@ -135,7 +143,9 @@ def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features) -> Pre
         weights = find_blocks(pairs.inputs(0)[:, [k for _, k in common]], pairs.fine.values, grid, pairs.factor, scaling)
     planes = torch.as_tensor(planes_of(time, conditions.cycle, pairs.lead, conditions.lead_time, n))
     interpolated = features.interpolated(coarse, features.everywhere())
-    return Prepared(spec, fine, coarse, planes, interpolated, features, blocks(time, n, FOLDS), matched, weights)
+    fold = blocks(time, n, FOLDS, validation)
+    near = near_blocks(fold, time, memory_of(fine.flatten(1).numpy(), time))
+    return Prepared(spec, fine, coarse, planes, interpolated, features, fold, near, matched, weights)
 
 
 def _check_named(transform: Any, offset: Any, bounds: Any, names: list[str]) -> None:
@@ -147,7 +157,7 @@ def _check_named(transform: Any, offset: Any, bounds: Any, names: list[str]) -> 
             )
 
 
-def _cycle(asked: str, time: xr.DataArray | None) -> str:
+def seen_cycle(asked: str, time: xr.DataArray | None) -> str:
     """Return which harmonics are inputs; 'auto': those that the training times go through."""
     if asked != "auto":
         if asked != "none" and time is None:

@@ -9,7 +9,7 @@ trained; B starts at zero. They are added to the weights in the end.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,76 @@ from torch.nn.utils import parametrize
 from xgenda.errors import GridError, OptionError
 from xgenda.grids import Grid
 from xgenda.maps import bilinear_between
+from xgenda.models.generative import GenerativeModel
 from xgenda.models.spec import VariableSpec
 from xgenda.networks.unet import UNet
+from xgenda.training.anchoring import ANCHORS
 
 FREEZE = ("none", "backbone")
 
 
 def matched(ours: Sequence[VariableSpec], theirs: Sequence[VariableSpec]) -> dict[str, str]:
-    """Return the name that each of our variables has in another model: the same, or that of the one left with the same standard name."""
-    found = {v.name: v.name for v in ours if any(v.name == w.name for w in theirs)}
-    for v in ours:
-        alike = [w.name for w in theirs if w.name not in found and v.standard_name and w.standard_name == v.standard_name]
-        rivals = [w for w in ours if w.name not in found and w.standard_name == v.standard_name]
-        if v.name not in found and len(alike) == len(rivals) == 1:
-            found[v.name] = alike[0]
+    """Return the name that each of our variables has in another model: the same, or that of the only one of the same standard name."""
+    names = {v.name for v in theirs}
+    found = {v.name: v.name for v in ours if v.name in names}
+    left, free = ([v for v in vs if v.name not in found] for vs in (ours, theirs))
+    for v in left:
+        alike, rivals = ([w for w in vs if w.standard_name == v.standard_name] for vs in (free, left))
+        if v.standard_name and len(alike) == len(rivals) == 1:
+            found[v.name] = alike[0].name
     return found
+
+
+def continued_anchor(before: GenerativeModel, plain: bool, note: object, anchor: str | None, width: int | None) -> str | None:
+    """Return which Gaussian goes with the network of another model.
+
+    Parameters
+    ----------
+    plain
+        Whether that network was trained without one.
+    note
+        What that model says of its Gaussian.
+    anchor, width
+        As asked for.
+
+    Raises
+    ------
+    OptionError
+        If something else was asked for.
+    """
+    if width is not None and width != before.spec.options["network"].get("width"):
+        raise OptionError(f"width={width} has no effect with start, whose network is kept. Leave it out.")
+    if (anchor is None and not plain) or (plain and anchor not in (None, "auto")):
+        raise OptionError(
+            f"anchor={anchor!r} does not go with start={before.spec.name!r}, whose network was trained "
+            f"{'without' if plain else 'with'} one. Leave it out."
+        )
+    if plain or anchor != "auto":
+        return None if plain else anchor
+    kind = str(note).rpartition(": ")[2].split(",")[0]  # the network corrects a Gaussian of this kind
+    return kind if kind in ANCHORS else "auto"
+
+
+def kept_arguments(found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a network that is to have the layers of another one.
+
+    Raises
+    ------
+    OptionError
+        If the other one cannot be laid on the grid.
+    """
+    if before.get("architecture") == "songunet":
+        inputs = found["in_channels"] - found["grid_channels"] + before.get("grid_channels", 0)
+        return {**before, "in_channels": inputs, "out_channels": found["out_channels"], "shape": found["shape"]}
+    out = {**found, **{k: before[k] for k in ("width", "multipliers", "position")}}
+    (ny, nx), stride = out["shape"], 2 ** (len(out["multipliers"]) - 1)
+    wrapped = (ny, nx) if out["periodic"] == "both" else (nx,) if out["periodic"] else ()
+    if any(n % stride for n in wrapped):
+        raise OptionError(
+            f"The network of start halves its grid {len(out['multipliers']) - 1} times, and {ny} x {nx} cells cannot be halved so often along the "
+            f"periodic axis. Crop to multiples of {stride}, or leave out start."
+        )
+    return out
 
 
 def transfer(

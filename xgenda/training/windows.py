@@ -22,6 +22,7 @@ __all__ = [
     "Samples",
     "blocks",
     "memory_of",
+    "near_blocks",
     "read_samples",
     "spacing_of",
     "split_rows",
@@ -115,11 +116,20 @@ def memory_of(z: np.ndarray, time: xr.DataArray | None) -> int:
 def split_rows(fold: np.ndarray, time: xr.DataArray | None = None, gap: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return training rows and the rows of the validation block; `gap` times around that block are in neither."""
     held = fold == HELD
+    near = near_blocks(fold, time, gap)[HELD]
+    return torch.as_tensor(np.flatnonzero(~(held | near))), torch.as_tensor(np.flatnonzero(held))
+
+
+def near_blocks(fold: np.ndarray, time: xr.DataArray | None, gap: int) -> np.ndarray:
+    """Return which samples of other blocks are within `gap` times of each block, shape (blocks, n)."""
     rank = np.arange(len(fold)) if time is None else np.unique(time.values, return_inverse=True)[1].ravel()
-    inside = np.zeros(int(rank.max()) + 1 + 2 * gap, dtype=bool)
-    for shift in range(2 * gap + 1):
-        inside[rank[held] + shift] = True
-    return torch.as_tensor(np.flatnonzero(~inside[rank + gap])), torch.as_tensor(np.flatnonzero(held))
+    out = np.zeros((FOLDS, len(fold)), dtype=bool)
+    for k in range(FOLDS):
+        reached = np.zeros(int(rank.max()) + 1 + 2 * gap, dtype=bool)
+        for shift in range(2 * gap + 1):
+            reached[rank[fold == k] + shift] = True
+        out[k] = reached[rank + gap] & (fold != k)
+    return out
 
 
 def spacing_of(samples: Samples, order: np.ndarray) -> float:
