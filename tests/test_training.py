@@ -53,7 +53,9 @@ def test_training_learns_what_the_anchor_leaves(trained: xgenda.GenerativeModel)
 def test_training_learns_two_regimes() -> None:
     """Which of the two regimes a state is in is Gaussian information; what follows from it is not, and needs the state."""
     ds = bimodal(480, (6, 6))  # in small batches the noise of the gradient hides it
-    record = xgenda.train(ds, anchor="eof", steps=300, width=8, batch_size=64, learning_rate=4e-3, seed=1, progress=False).spec.training
+    record = xgenda.train(
+        ds, anchor="eof", steps=300, width=8, batch_size=64, learning_rate=4e-3, seed=1, progress=False
+    ).spec.training
     assert record["validation_best"] < 0.97 * record["validation_start"]
     assert record["correction_weight"] > 0.5
 
