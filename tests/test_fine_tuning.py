@@ -386,3 +386,23 @@ def test_a_correction_that_makes_members_worse_is_left_out(fine: xr.Dataset, mon
     assert record["correction_weight"] == 0.0
     assert record["validation_best"] == record["validation_without"] == pytest.approx(record["validation_start"])
     assert float(model.denoiser.network.last.conv.weight.abs().max()) == 0.0
+
+
+def test_fine_tuning_takes_a_fifth_of_the_steps() -> None:
+    """Structure that depends on the sign of the coarse field, beyond any linear map, in another climate of fewer samples."""
+
+    def climate(n: int, amplitude: float, seed: int) -> xr.Dataset:
+        rng = np.random.default_rng(seed)
+        coarse = amplitude * rng.standard_normal((n, 2, 2))
+        fine = np.repeat(np.repeat(coarse, 4, 1), 4, 2)
+        values = fine + np.abs(fine) * np.tile([[1.0, -1.0], [-1.0, 1.0]], (4, 4)) + 0.05 * rng.standard_normal((n, 8, 8))
+        axis = np.linspace(0, 35, 8)
+        return xr.Dataset({"x": (("member", "latitude", "longitude"), values)}, coords={"latitude": axis, "longitude": axis})
+
+    options: dict[str, Any] = {**QUICK, "factor": 4, "anchor": None, "conserve": False}
+    before = xgenda.train(climate(200, 1.0, 0), width=8, learning_rate=5e-3, **{**options, "steps": 400})
+    few = climate(60, 2.0, 1)
+    tuned = xgenda.train(few, start=before, learning_rate=5e-3, **{**options, "steps": 60}).spec.training
+    scratch = xgenda.train(few, width=8, learning_rate=5e-3, **{**options, "steps": 300}).spec.training
+    assert tuned["transfer_mean_new_inputs"] == 0
+    assert tuned["mean_validation_best"] < scratch["mean_validation_best"] < 0.9

@@ -33,10 +33,14 @@ class Withheld:
         All pairs.
     held
         The withheld ones.
+    batch_size
+        Samples, or tiles of them, of a call of the network.
     """
 
-    def __init__(self, build: Callable[[nn.Module, bool], CorrectiveModel], ready: Prepared, pairs: Pairs, held: Tensor) -> None:
-        self.build, self.ready, self.pairs, self.held = build, ready, pairs, held
+    def __init__(
+        self, build: Callable[[nn.Module, bool], CorrectiveModel], ready: Prepared, pairs: Pairs, held: Tensor, batch_size: int
+    ) -> None:
+        self.build, self.ready, self.pairs, self.held, self.batch_size = build, ready, pairs, held, batch_size
         self.linear: list[float] | None = None  # the same throughout the training
 
     def scores(self, network: UNet | SongUNet) -> dict[str, float]:
@@ -58,7 +62,7 @@ class Withheld:
     def _crps(self, model: CorrectiveModel, stage: str = "all") -> Tensor:
         """Return the fair CRPS of each time and variable, in physical units."""
         where = next(model.denoiser.network.parameters()).device
-        options = model.plan(SamplingOptions(steps=STEPS, stage=stage))
+        options = model.plan(SamplingOptions(steps=STEPS, batch_size=self.batch_size, tile="auto", stage=stage))
         rows, request = withheld_request(model, self.ready, self.pairs, self.held, (TIMES, MEMBERS), options, where)
         members = model.posterior(request)
         truth = torch.as_tensor(self.pairs.fine.values[rows.numpy()]).flatten(2)[:, None]

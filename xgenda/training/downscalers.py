@@ -189,7 +189,7 @@ def train_downscaler(
     objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
     # of a time the first stage has had its part
     share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
-    withheld = Withheld(in_training, ready, pairs, held) if scored else None
+    withheld = Withheld(in_training, ready, pairs, held, optimiser.batch_size) if scored else None
     score = None if withheld is None else withheld.scores
     second = optimiser.fit(network, objective, train_rows, held, share, "residual", score, pairs.fine.labels)
     thawed(network)
@@ -319,5 +319,5 @@ def suggested_tile(lengths: tuple[float, float], tile: tuple[int, int] | None, s
     steps = max(1, math.ceil(reach / 2 / stride))
     out: dict[str, Any] = {"tile": None, "overlap": None, "halo": stride * max(2, math.ceil(reach / stride))}
     if tile is not None:
-        out |= {"tile": list(tile), "overlap": [stride * min(steps, max(1, t // stride // 2)) for t in tile]}
+        out |= {"tile": list(tile), "overlap": [stride * min(steps, t // stride // 2) for t in tile]}
     return out

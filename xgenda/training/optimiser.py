@@ -433,6 +433,8 @@ class _Fit:
             power += float((found**2).double().mean()) / len(self.checks)
             target += float((wanted**2).double().mean()) / len(self.checks)
         weight = min(1.0, max(0.0, product / power)) if power > 0 else 0.0
+        if not self.best_step and 0 < power <= 2 * product:  # what training did not better stays as it was, unless it does harm
+            weight = 1.0
         self.network.scale_output(weight)
         return weight, weight**2 * power - 2 * weight * product + target, target
 
