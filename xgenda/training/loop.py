@@ -320,12 +320,12 @@ def train(
         raise OptionError(
             "resume=True needs the file of the model, beside which the state of the training is: out='model.safetensors'"
         )
+    if task == "downscale" and start is not None:
+        raise OptionError("start is not supported for task='downscale' yet; leave it out.")
     if start is not None and not isinstance(start, GenerativeModel):
         start = load_model(start)
     chosen = [variables] if isinstance(variables, str) else variables
     if task == "downscale":
-        if start is not None:
-            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
         if target is None and factor is not None:
             check_count("factor", factor, 2)
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)

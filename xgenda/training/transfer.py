@@ -30,7 +30,9 @@ def matched(ours: Sequence[VariableSpec], theirs: Sequence[VariableSpec]) -> dic
     """Return the name that each of our variables has in another model: the same, or that of the one left with the same standard name."""
     found = {v.name: v.name for v in ours if any(v.name == w.name for w in theirs)}
     for v in ours:
-        alike = [w.name for w in theirs if w.name not in found and v.standard_name and w.standard_name == v.standard_name]
+        alike = [
+            w.name for w in theirs if w.name not in found.values() and v.standard_name and w.standard_name == v.standard_name
+        ]
         rivals = [w for w in ours if w.name not in found and w.standard_name == v.standard_name]
         if v.name not in found and len(alike) == len(rivals) == 1:
             found[v.name] = alike[0]
