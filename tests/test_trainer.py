@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -372,10 +373,10 @@ def test_overwrite_starts_again_and_that_can_be_resumed(whole: GenerativeModel, 
 
 def test_half_a_step_is_no_state_to_go_on_from(whole: GenerativeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt that cannot wait, between new weights and their average."""
-    out, update = tmp_path / "m.safetensors", PowerAverages.update
+    out, update, at = tmp_path / "m.safetensors", PowerAverages.update, [3]
 
     def torn(self: PowerAverages, parameters: Any, step: int) -> None:
-        if step == 33:
+        if step in at:
             raise KeyboardInterrupt
         update(self, parameters, step)
 
@@ -383,14 +384,36 @@ def test_half_a_step_is_no_state_to_go_on_from(whole: GenerativeModel, tmp_path:
         patch.setattr(PowerAverages, "update", torn)
         with pytest.raises(KeyboardInterrupt) as found:
             train(out=out)
-        assert found.value.__notes__ == ["Stopped at step 33. Nothing could be saved."]
+        assert found.value.__notes__ == ["Stopped at step 3. Nothing could be saved."]
         saving_at(patch, 25)
+        at[0] = 33
         with pytest.raises(KeyboardInterrupt) as found:
             train(out=out)
     assert found.value.__notes__ == [
         "Stopped at step 33. That could not be saved. Go on from an earlier step with the same call and resume=True."
     ]
     assert same_bits(train(out=out, resume=True), whole)
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), journal.Interrupts() as interrupts:  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it waited")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), journal.Interrupts():
+        signal.raise_signal(signal.SIGINT)
+    found: list[bool] = []
+
+    def elsewhere() -> None:  # only the first thread can have handlers
+        with journal.Interrupts() as interrupts:
+            found.append(interrupts.asked)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [False]
 
 
 def test_without_a_file_there_is_nothing_to_resume() -> None:
@@ -478,6 +501,19 @@ def test_two_processes_train_as_one(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name in ("loss", "validation_loss"):
         np.testing.assert_allclose(two.history[name], one.history[name], atol=1e-5)
     assert not list(tmp_path.glob("*.training"))
+
+
+def test_processes_that_see_different_states_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(Single):
+        def mean(self, value: float) -> float:
+            return value / 2  # of two, of which the other one has found nothing
+
+    out = tmp_path / "m.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(out=out, callbacks=[typed_at(20, stop)])
+    monkeypatch.setattr(loop, "Single", Elsewhere)
+    with pytest.raises(OptionError, match="different states of the training; all of them must see the folder"):
+        train(out=out, resume=True)
 
 
 def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,7 +735,7 @@ def test_a_frozen_backbone_stays(whole: GenerativeModel) -> None:
 
 def test_adapters_are_of_their_rank_and_end_in_the_weights() -> None:
     before, after = tuned(lambda network: add_adapters(network, 2, 0))
-    assert list(before) == list(after)
+    assert set(before) == set(after)
     ranks = []
     for name, tensor in after.items():
         if name.endswith(".weight") and tensor.ndim > 1 and name.split(".")[0] not in ("first", "last"):
@@ -714,7 +750,7 @@ def network_of(model: GenerativeModel) -> dict[str, torch.Tensor]:
 
 
 def test_adapters_are_resumed(whole: GenerativeModel, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"ds": regimes(seed=5), "start": whole, "adapters": 2, "width": None, "steps": 40}
+    options: dict[str, Any] = {"ds": regimes(seed=5), "start": whole, "adapters": 2, "width": None, "steps": 22}
     with pytest.raises(KeyboardInterrupt):
         train(**options, out=tmp_path / "m.safetensors", callbacks=[typed_at(20, stop)])
     assert same_bits(train(**options, out=tmp_path / "m.safetensors", resume=True), train(**options))
@@ -776,10 +812,10 @@ def test_a_stream_is_trained_on_like_fields_in_memory(stored: xr.Dataset) -> Non
 def test_a_stream_is_resumed_as_the_same_stream(stored: xr.Dataset, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(stored, steps=40, memory="100kB", out=out, callbacks=[typed_at(20, stop)])
+        train(stored, steps=22, memory="100kB", out=out, callbacks=[typed_at(20, stop)])
     with pytest.raises(OptionError, match=r"  memory: 100000\.0 then, None now"):
-        train(stored, steps=40, out=out, resume=True)
-    assert same_bits(train(stored, steps=40, memory="100kB", out=out, resume=True), train(stored, steps=40, memory="100kB"))
+        train(stored, steps=22, out=out, resume=True)
+    assert same_bits(train(stored, steps=22, memory="100kB", out=out, resume=True), train(stored, steps=22, memory="100kB"))
 
 
 def test_a_stream_is_transformed_as_the_model_that_it_starts_from(stored: xr.Dataset) -> None:

@@ -192,7 +192,8 @@ class LowRankConditional:
 
     def _rows(self, which: Tensor | slice) -> Tensor:
         half = torch.linalg.solve_triangular(self.lower, self.prior.factor[which].T, upper=False).T
-        return self.weight[which, None] * half
+        out: Tensor = self.weight[which, None] * half
+        return out
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""
