@@ -333,6 +333,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(whole: GenerativeModel
     with pytest.raises(KeyboardInterrupt) as found:  # by a callback; another time below, by Ctrl-C
         train(out=out, callbacks=[typed_at(20, stop)])
     assert found.value.__notes__ == ["Stopped at step 20. Go on with the same call and resume=True."]
+    (tmp_path / "m.training" / ".tmp12345").write_bytes(b"half of a state")  # as kill -9 leaves it
     with pytest.raises(
         OutputExistsError, match=r"m\.training holds a training that was interrupted.*resume=True.*overwrite=True"
     ):
@@ -346,6 +347,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(whole: GenerativeModel
     with pytest.raises(KeyboardInterrupt) as found:
         train(out=out, resume=True, callbacks=[typed_at(40, lambda: signal.raise_signal(signal.SIGINT))])
     assert found.value.__notes__ == ["Stopped at step 40. Go on with the same call and resume=True."]
+    assert [p.name for p in (tmp_path / "m.training").iterdir()] == ["prior.safetensors"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     steps: list[int] = []
     again = train(out=out, resume=True, callbacks=[lambda p: steps.append(p.step)])
