@@ -886,9 +886,7 @@ def test_what_is_withheld_is_not_trained_on() -> None:
         ({"ema": 0.5}, OptionError, r"ema=0.5 is not accepted; it must be a positive number below 0.3: the part of training"),
         ({"ema": 0}, OptionError, r"ema=0 is not accepted"),
         ({"ema": "wide"}, OptionError, r"ema='wide' is not accepted"),
-        ({"task": "downscale", "factor": 2, "validation": 0.2}, OptionError, r"validation=0.2 belongs to task='prior'"),
         ({"task": "downscale", "factor": 2, "augment": "longitude"}, OptionError, r"augment='longitude' belongs to task='prior'"),
-        ({"task": "downscale", "factor": 2, "start": "x.safetensors"}, OptionError, r"start is not supported for task='downscale' yet"),
         ({"start": "no-such-model"}, Exception, r"no-such-model"),
     ],
 )  # fmt: skip

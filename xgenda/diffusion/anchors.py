@@ -118,7 +118,10 @@ class LowRank:
                 self._cache.clear()
             total = self.residual + sigma**2
             inner = torch.eye(self.factor.shape[1], dtype=torch.float64) + self.factor.T @ (self.factor / total[:, None])
-            self._cache[sigma] = LowRankConditional(self, sigma**2 / total, torch.linalg.cholesky(inner), sigma)
+            root = torch.linalg.cholesky(inner)
+            half = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=torch.float64), upper=False).T
+            weight = sigma**2 / total
+            self._cache[sigma] = LowRankConditional(self, weight * self.residual, weight, half, sigma)
         return self._cache[sigma]
 
     def factor_like(self, like: Tensor) -> Tensor:
@@ -174,34 +177,37 @@ class Modes(LowRank):
 
 
 class LowRankConditional:
-    r"""C = diag(a) + B B^T with B = diag(w) F L^-T, M = (L L^T)^-1; all noise levels share F, which is large, and nothing else is."""
+    """C = diag(a) + B B^T with B = diag(w) F H, where F is shared with all other noise levels: as large a matrix for each would be too much.
+
+    Parameters
+    ----------
+    whole
+        The covariance, with F, shape (n, r).
+    diagonal, weight
+        a and w, shape (n,).
+    half
+        H, shape (r, r).
+    """
 
     direct_limit = 4000
 
-    def __init__(self, prior: LowRank, weight: Tensor, lower: Tensor, sigma: float) -> None:
-        self.prior, self.weight, self.lower, self.sigma = prior, weight, lower, sigma
-        self.middle = torch.cholesky_inverse(lower)
-        self.diagonal = weight * prior.residual
-        self.variance = self.diagonal + (self.factor**2).sum(1)
+    def __init__(self, whole: LowRank, diagonal: Tensor, weight: Tensor, half: Tensor, sigma: float) -> None:
+        self.whole, self.diagonal, self.weight, self.half, self.sigma = whole, diagonal, weight, half, sigma
+        self.variance = diagonal + weight**2 * ((whole.factor @ half) ** 2).sum(1)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
-    @property
-    def factor(self) -> Tensor:
-        """The factor B of C = diag(a) + B B^T."""
-        return self._rows(slice(None))
-
-    def _rows(self, which: Tensor | slice) -> Tensor:
-        half = torch.linalg.solve_triangular(self.lower, self.prior.factor[which].T, upper=False).T
-        out: Tensor = self.weight[which, None] * half
-        return out
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return B[columns]."""
+        return self.weight[columns, None] * (self.whole.factor[columns] @ self.half)
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""
         key = (vector.dtype, vector.device)
         if key not in self._cast:
-            self._cast[key] = (self.diagonal.to(vector), self.weight.to(vector), self.middle.to(vector))
-        (a, w, middle), factor = self._cast[key], self.prior.factor_like(vector)
-        return a * vector + w * (((w * vector) @ factor @ middle) @ factor.T)
+            self._cast[key] = (self.diagonal.to(vector), self.weight.to(vector), self.half.to(vector))
+        a, w, half = self._cast[key]
+        factor = self.whole.factor_like(vector)
+        return a * vector + w * ((((w * vector) @ factor) @ half) @ half.T @ factor.T)
 
     def shrink(self, vector: Tensor) -> Tensor:
         """Return C v / sigma^2."""
@@ -209,12 +215,12 @@ class LowRankConditional:
 
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
-        half = matrix @ self._rows(columns)
+        half = matrix @ self.rows(columns)
         return (matrix * self.diagonal[columns]) @ matrix.T + half @ half.T
 
 
 class ModesConditional(LowRankConditional):
-    """C = F diag(share) F^T + c I, sharing F with all other noise levels: a matrix as large as the covariance for each would be too much."""
+    """C = F diag(share) F^T + c I."""
 
     def __init__(self, modes: Modes, share: Tensor, variance: Tensor, sigma: float) -> None:
         self.modes, self.share, self.sigma = modes, share, sigma
@@ -222,10 +228,9 @@ class ModesConditional(LowRankConditional):
         self.variance = variance + self.beside
         self.diagonal = torch.full_like(modes.residual, self.beside)
 
-    @property
-    def factor(self) -> Tensor:
-        """The factor B of C = B B^T."""
-        return self.modes.factor * self.share.sqrt()
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return B[columns] of C = B B^T + c I."""
+        return self.modes.factor[columns] * self.share.sqrt()
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (..., n)."""

@@ -297,9 +297,8 @@ def train(
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
-    for argument, what in (("augment", augment if augment != "auto" else None), ("validation", validation)):
-        if task == "downscale" and what is not None:
-            raise OptionError(f"{argument}={what!r} belongs to task='prior'; leave it out.")
+    if task == "downscale" and augment != "auto":
+        raise OptionError(f"augment={augment!r} belongs to task='prior'; leave it out.")
     check_flag("resume", resume)
     if not isinstance(callbacks, (tuple, list)) or not all(callable(c) for c in callbacks):
         raise OptionError(f"callbacks={callbacks!r} is not accepted; give a list of functions: callbacks=[print]")
@@ -320,12 +319,12 @@ def train(
         raise OptionError(
             "resume=True needs the file of the model, beside which the state of the training is: out='model.safetensors'"
         )
-    if task == "downscale" and start is not None:
-        raise OptionError("start is not supported for task='downscale' yet; leave it out.")
     if start is not None and not isinstance(start, GenerativeModel):
         start = load_model(start)
     chosen = [variables] if isinstance(variables, str) else variables
     if task == "downscale":
+        if start is not None:
+            raise OptionError("start is not supported for task='downscale' yet; leave it out.")
         if target is None and factor is not None:
             check_count("factor", factor, 2)
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)

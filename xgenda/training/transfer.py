@@ -27,15 +27,14 @@ FREEZE = ("none", "backbone")
 
 
 def matched(ours: Sequence[VariableSpec], theirs: Sequence[VariableSpec]) -> dict[str, str]:
-    """Return the name that each of our variables has in another model: the same, or that of the one left with the same standard name."""
-    found = {v.name: v.name for v in ours if any(v.name == w.name for w in theirs)}
-    for v in ours:
-        alike = [
-            w.name for w in theirs if w.name not in found.values() and v.standard_name and w.standard_name == v.standard_name
-        ]
-        rivals = [w for w in ours if w.name not in found and w.standard_name == v.standard_name]
-        if v.name not in found and len(alike) == len(rivals) == 1:
-            found[v.name] = alike[0]
+    """Return the name that each of our variables has in another model: the same, or that of the only one of the same standard name."""
+    names = {v.name for v in theirs}
+    found = {v.name: v.name for v in ours if v.name in names}
+    left, free = ([v for v in vs if v.name not in found] for vs in (ours, theirs))
+    for v in left:
+        alike, rivals = ([w for w in vs if w.standard_name == v.standard_name] for vs in (free, left))
+        if v.standard_name and len(alike) == len(rivals) == 1:
+            found[v.name] = alike[0].name
     return found
 
 
