@@ -653,7 +653,7 @@ CASES: dict[str, Case] = {
     "average of everything": (
         lambda k: k.train(ema=1.0),
         OptionError,
-        r"ema=1.0 is not accepted; it must be a positive number below 1",
+        r"ema=1.0 is not accepted; it must be a positive number below 0.3",
     ),
     "no epochs": (lambda k: k.train(epochs=0), OptionError, r"epochs=0 is not accepted"),
     "constant field": (
@@ -727,10 +727,10 @@ CASES: dict[str, Case] = {
         OptionError,
         r"is a gaussian model for 'prior'; a diffusion prior is needed",
     ),
-    "start on another grid": (
-        lambda k: k.train(ds=k.climate.isel(latitude=slice(4)), start=k.tiny_prior, width=16),
+    "start with another width": (
+        lambda k: k.train(start=k.tiny_prior, width=16),
         OptionError,
-        r"Both must be the same; leave out start to train from scratch",
+        r"width=16 has no effect with start, whose network is kept. Leave it out",
     ),
     # -- scores
     "truth on another grid": (

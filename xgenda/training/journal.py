@@ -67,7 +67,7 @@ class Journal:
             )
         for path in found:
             self.compare(_header(path)["options"], path)
-        for path in self.folder.glob(".*.partial-*"):  # of processes that were killed
+        for path in self.folder.glob(".*"):  # half written, by processes that were killed
             path.unlink(missing_ok=True)
 
     @property

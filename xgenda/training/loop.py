@@ -300,9 +300,8 @@ def train(
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
-    for argument, what in (("augment", augment if augment != "auto" else None), ("validation", validation)):
-        if task == "downscale" and what is not None:
-            raise OptionError(f"{argument}={what!r} belongs to task='prior'; leave it out.")
+    if task == "downscale" and augment != "auto":
+        raise OptionError(f"augment={augment!r} belongs to task='prior'; leave it out.")
     check_flag("resume", resume)
     if not isinstance(callbacks, (tuple, list)) or not all(callable(c) for c in callbacks):
         raise OptionError(f"callbacks={callbacks!r} is not accepted; give a list of functions: callbacks=[print]")

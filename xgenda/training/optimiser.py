@@ -183,6 +183,10 @@ class _Fit:
     def run(self) -> dict[str, Any]:
         """Train."""
         self._recall()
+        if self.processes.any(self.processes.mean(self.step) != self.step):
+            raise OptionError(
+                "The processes found different states of the training; all of them must see the folder of the file: out=..."
+            )
         begin = clock.monotonic() - self.spent
         if math.isinf(self.first):
             self.first = self.lowest = self._validated(self.averages.running[-1])

@@ -89,7 +89,12 @@ def blocks(time: xr.DataArray | None, size: int, count: int, validation: Any = N
         rows = xr.DataArray(np.arange(size), dims=time.dims, coords={"time": (time.dims, time.values)}).swap_dims(
             {time.dims[0]: "time"}
         )
-        held[rows.sortby("time").sel(time=validation).values] = True
+        try:
+            held[rows.sortby("time").sel(time=validation).values] = True
+        except (TypeError, ValueError, KeyError) as problem:
+            raise OptionError(
+                f"validation={validation!r} is no slice of the times of ds ({problem}); give their ends as text, such as slice('2010', '2014')"
+            ) from problem
     else:
         held[order[size - max(1, round(size * float(validation))) :]] = True
     rest = order[~held[order]]
