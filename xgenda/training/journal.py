@@ -2,18 +2,19 @@
 
 Beside the model file ``model.safetensors`` there is a folder ``model.training`` while training runs, with one file for each network. Every file is
 written aside and renamed, so that the last one is whole whatever happens; it holds weights, averages, the state of the optimiser and the
-step, and in its header which data and options it belongs to. The folder is removed when the model is written.
+step, and in its header which data and options it belongs to. These files are removed when the model is written, and the folder, unless it
+holds anything else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import signal
 import threading
 import time as clock
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from xgenda.errors import CheckpointError, OptionError, OutputExistsError
 from xgenda.files import aside
 
 FORMAT = 1
+NETWORKS = ("prior", "mean", "residual")  # that have a file each
 SAVE_EVERY = 10.0  # seconds, at least
 SHARE = 0.02  # of the time that saving may take
 
@@ -60,20 +62,20 @@ class Journal:
         """
         if self.folder is None:
             return
-        found = sorted(self.folder.glob("*.safetensors"))
+        found = list(self._states())
         if found and not resume:
             raise OutputExistsError(
                 f"{self.folder} holds a training that was interrupted. Go on with it: resume=True, or start again: overwrite=True"
             )
         for path in found:
             self.compare(_header(path)["options"], path)
-        for path in self.folder.glob(".*"):  # half written, by processes that were killed
+        for path in self._partial():
             path.unlink(missing_ok=True)
 
     @property
     def holds(self) -> bool:
         """Whether there is a state to go on from."""
-        return self.folder is not None and any(self.folder.glob("*.safetensors"))
+        return any(True for _ in self._states())
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -142,9 +144,23 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """Remove what is no longer needed."""
+        """Remove what is no longer needed, and nothing that is somebody else's."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in [*self._states(), *self._partial()]:
+                    path.unlink(missing_ok=True)
+                self.folder.rmdir()
+
+    def _states(self) -> Iterator[Path]:
+        """Yield the files that are whole."""
+        paths = () if self.folder is None else (self.folder / f"{n}.safetensors" for n in NETWORKS)
+        return (path for path in paths if path.is_file())
+
+    def _partial(self) -> Iterator[Path]:
+        """Yield files that are half written, by processes that were killed."""
+        if self.folder is not None:
+            for name in NETWORKS:
+                yield from self.folder.glob(f".{name}.safetensors.partial-*")
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage}.safetensors"
