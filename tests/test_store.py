@@ -66,6 +66,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", f"http://0.0.0.0:{server.server_address[1]}/good")  # no loopback address by its name
             self.end_headers()
             return
+        elif self.path in ("/by-way", "/way"):  # of that address, and back
+            host, place = ("0.0.0.0", "way") if self.path == "/by-way" else ("127.0.0.1", "good")
+            self.send_response(302)
+            self.send_header("Location", f"http://{host}:{server.server_address[1]}/{place}")
+            self.end_headers()
+            return
         self.send_response(status)
         if body != GOOD:
             self.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
@@ -417,6 +423,7 @@ REFUSED = {
     "large": (ChecksumError, f"is larger than the registered {len(GOOD)} bytes"),
     "html": (ChecksumError, "the server sent a web page instead of the file"),
     "missing": (ModelNotFoundError, "answered 404"),
+    "by-way": (ChecksumError, r"/by-way leads to http://0.0.0.0:\d+/way, which is not encrypted"),
     "elsewhere": (ChecksumError, r"/elsewhere leads to http://0.0.0.0:\d+/good, which is not encrypted"),
 }
 
@@ -427,7 +434,7 @@ def test_another_file_is_refused_at_once(remote, server: Server, cache: Path, pl
     with pytest.raises(error, match=message) as caught:
         store.find_file("tiny", registry=remote(place))
     assert_says_what_to_do(str(caught.value), cache, server.url)
-    assert server.hits in ([f"/{place}"], ["/elsewhere", "/good"])
+    assert server.hits in ([f"/{place}"], ["/elsewhere", "/good"], ["/by-way", "/way", "/good"])
     assert list(cache.iterdir()) == []
 
 

@@ -215,8 +215,9 @@ def _get(url: str) -> Iterator[Any]:
             status = f"{shown(url)} answered {response.status_code} {response.reason}"
             if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                 raise RefusedError(without_secrets(status, url), absent=True)
-            if not is_allowed(response.url):
-                raise RefusedError(f"{shown(url)} leads to {shown(response.url)}, which is not encrypted")
+            for step in (*response.history[1:], response):  # who answers one that is not encrypted, chooses where the next leads
+                if not is_allowed(step.url):
+                    raise RefusedError(f"{shown(url)} leads to {shown(step.url)}, which is not encrypted")
             if response.status_code != 200:
                 raise TransientError(without_secrets(status, url), answered=True)
             yield response
