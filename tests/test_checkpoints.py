@@ -140,3 +140,20 @@ def test_differences_are_counted_beyond_the_first() -> None:
     text = differences({f"a{i}": (i,) for i in range(9)} | {"same": (1,)}, {"same": (1,)})
     assert text.splitlines() == [*(f"  missing: a{i} ({i},)" for i in range(5)), "  missing: and 4 more"]
     assert differences({"a": (1,)}, {"a": (1,)}) == ""
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("bad", [None, 0, "x", [], {}])
+def test_parts_of_other_types_are_told(bad: object, tiny_prior: GenerativeModel, tmp_path: Path) -> None:
+    source = tiny_prior.save(tmp_path / "good.safetensors")
+    for keys in (("scaling",), ("grid",), ("options",), ("options", "network"), ("options", "network", "width"), ("variables",)):
+
+        def change(data: dict, tensors: dict, keys: tuple[str, ...] = keys) -> None:
+            part = data["model"]
+            for key in keys[:-1]:
+                part = part[key]
+            part[keys[-1]] = bad
+
+        path = rewritten(source, tmp_path / "bad.safetensors", change)
+        with pytest.raises(CheckpointError):
+            xgenda.load_model(path)

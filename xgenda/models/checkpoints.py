@@ -95,12 +95,24 @@ def read_model(path: Path, sha256: str) -> GenerativeModel:
     CheckpointError
         If the file is truncated, foreign, from a newer version, or holds tensors that are not finite or not expected.
     """
+    import torch
+
     spec, tensors = read_tensors(path)
     try:
-        model: GenerativeModel = _reader(spec).from_tensors(spec, tensors)
+        with torch.random.fork_rng(devices=[]):  # those of the caller stay as they are
+            model: GenerativeModel = _reader(spec).from_tensors(spec, tensors)
     except CheckpointError as problem:
         raise CheckpointError(f"{path}: {problem}") from problem
-    except (KeyError, RuntimeError, TypeError) as problem:
+    except (
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        AssertionError,
+    ) as problem:
         raise CheckpointError(f"{path}: the tensors do not fit the description: {problem}") from problem
     model.path, model.sha256 = path, sha256
     return model
@@ -215,12 +227,19 @@ def _described(path: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> 
             raise CheckpointError(f"{path}: the tensor {problem} is missing.") from problem
         try:
             parts[prefix] = reader(data[prefix], mean, std)
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise CheckpointError(f"{path}: the {prefix} cannot be read: {problem}") from problem
     try:
-        return ModelSpec.from_dict(data, **parts)
+        spec = ModelSpec.from_dict(data, **parts)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise CheckpointError(f"{path}: the model description cannot be read: {problem}") from problem
+    for prefix, scaling in _scalings(spec):
+        names = [v.name for v in (spec.variables if prefix == "scaling" or spec.inputs is None else spec.inputs.variables)]
+        if scaling.std.shape[:1] != (len(names),) or scaling.mean.shape[1:2] != (len(names),):
+            raise CheckpointError(
+                f"{path}: the {prefix} is of {len(scaling.std)} variables, and the description has {len(names)}: {names}"
+            )
+    return spec
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
