@@ -198,7 +198,7 @@ def candidates(
 ) -> Iterator[Choice]:
     """Yield choices; what is given is not varied."""
     latitude, longitude = (np.radians(a) for a in grid.points())
-    extent = EARTH_RADIUS * 2 * np.arcsin(np.sqrt(_haversine(latitude, longitude).max()))
+    extent = EARTH_RADIUS * 2 * np.arcsin(np.sqrt(_haversine(latitude, longitude).max())) or EARTH_RADIUS  # of a single cell
     inflations = INFLATIONS if inflation is None else (float(inflation),)
     if "localized" in kinds:
         radii = np.geomspace(extent / 12, extent * 2.5, RADII) if radius is None else [float(radius)]
@@ -258,14 +258,13 @@ def search(
     fold: np.ndarray,
     valid: np.ndarray | None = None,
     basis: np.ndarray | None = None,
-    gap: int = 0,
-    order: np.ndarray | None = None,
+    away: np.ndarray | None = None,
 ) -> tuple[Choice, dict[Choice, float]]:
     """Return the best choice by `Validation`, and the scores of those tried.
 
     The many hybrids are searched along lines: the best kernel and length, the best weight and radius, again, and the best inflation.
     """
-    validation = Validation(z, grid, fold, valid, basis, gap, order)
+    validation = Validation(z, grid, fold, valid, basis, away)
     scores = validation.scores([c for c in choices if c.kind != "hybrid"])
     hybrids = [c for c in choices if c.kind == "hybrid"]
     if hybrids:
@@ -290,19 +289,19 @@ def search(
 class Validation:
     """The mean log score of covariances over the blocks of consecutive fields that `fold` numbers from 0, on valid cells.
 
-    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is. `gap` fields on either side of a block
-    are left out (see `outside`), because they tell of it.
+    With the `basis` of a climatology (n, k), that is fitted anew without each block; else the mean is. Which fields it is fitted to, shape
+    (blocks, n), is told by `away`; by default all others. Blocks without a field do not count.
     """
 
     def __init__(
         self, z: np.ndarray, grid: AnyGrid, fold: np.ndarray, valid: np.ndarray | None = None, basis: np.ndarray | None = None,
-        gap: int = 0, order: np.ndarray | None = None,
+        away: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         among = np.arange(z.shape[1]) if valid is None else np.flatnonzero(valid)
         basis = np.ones((len(z), 1)) if basis is None else basis
         self.parts = []
-        for k in range(int(fold.max()) + 1):
-            block, rest = np.flatnonzero(fold == k), np.flatnonzero(outside(fold, k, gap, order))
+        for k in np.unique(fold):
+            block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k if away is None else away[k])
             probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
             mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
             test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]

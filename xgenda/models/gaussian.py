@@ -29,7 +29,7 @@ from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
-from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, memory_length, read_sample, search
+from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, memory_length, outside, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import CYCLES, cycle_basis
@@ -474,7 +474,9 @@ def _from_sample(
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
     best, tried = choices[0], 1
     if len(choices) > 1:
-        best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)), memory_length(z, fold))
+        gap = memory_length(z, fold)
+        away = np.stack([outside(fold, k, gap) for k in range(folds)])
+        best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)), away)
         tried = len(scores)
     options, arrays = fit_sample(z, best)
     training = {

@@ -8,14 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
 from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
-from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, memory_length, outside, search
+from xgenda.errors import StateError
+from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, memory_length, search
 from xgenda.scaling import cycle_basis
-from xgenda.training.windows import FOLDS, Samples, time_order
+from xgenda.training.windows import FOLDS, Samples, memory_of, near_blocks, time_order
 
 ANCHORS = ("eof", "hybrid", "localized", "spectral")
+FLOOR = 1e-3  # of the power of a correlation in time
 HYBRID_LIMIT = 50_000  # entries of a state up to which 'auto' tries a hybrid, whose modes take minutes beyond
 
 
@@ -34,9 +37,14 @@ def fit_anchors(
     """
     cells = samples.grid.size
     basis = cycle_basis(samples.time, cycle, len(z))
-    order = time_order(samples.time, len(z))
-    gap = memory_length(z, fold, order)
-    others = [outside(fold, k, gap, order) for k in range(FOLDS)] if crossed else []
+    gap = memory_length(z, fold) if samples.time is None else memory_of(z, samples.time)
+    away = ~near_blocks(fold, samples.time, gap) & (fold != np.arange(FOLDS)[:, None])
+    if away.sum(1).min() < 2:
+        raise StateError(
+            f"ds has {len(z)} fields at so few or so similar times ({samples.period}) that none are left to train on without each block of times. "
+            f"Give fields over a longer time."
+        )
+    others = [*away] if crossed else []
     parts = [_anomaly(z[rows], basis[rows]) for rows in others]
     everything = z - z.mean(0)
     if kind == "spectral":
@@ -46,7 +54,7 @@ def fit_anchors(
     tried = ("hybrid", "eof") if z.shape[1] <= HYBRID_LIMIT else ("eof",)
     kinds = tried if kind == "auto" else (kind,)
     choices = list(candidates(kinds, samples.grid, z.shape, None, None, None))
-    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, gap, order)
+    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, away)
     built = [*_anchors_of([everything, *parts], samples, choice)]
     return built[0], list(built[1:]), choice.describe()
 
@@ -78,11 +86,21 @@ def _anchors_of(anomalies: list[np.ndarray], samples: Samples, choice: Choice) -
 def correlation_in_time(z: np.ndarray, samples: Samples, fold: np.ndarray, window: int, without: int | None) -> torch.Tensor:
     """Return the correlation of states 0 to window - 1 steps apart, over all cells and variables and all blocks but one.
 
-    Sums over pairs are divided by the same number at all lags, which makes the sequence that of some process.
+    Of pairs that are so many steps apart, not those on either side of a gap; lowered at all lags alike where the sequence is that of no process.
     """
-    order, total = time_order(samples.time, len(z)), np.zeros(window)
-    for k in range(FOLDS):
-        states = z[order[fold[order] == k]]
-        if k != without:
-            total += [float((states[lag:] * states[: len(states) - lag]).sum()) for lag in range(window)]
-    return torch.as_tensor(total / total[0])
+    assert samples.time is not None
+    order, total, count = time_order(samples.time, len(z)), np.zeros(window), np.zeros(window)
+    steps = metadata.seconds_between(samples.time.values[order])
+    run = np.concatenate([[0], np.cumsum((steps > 1.01 * np.median(steps)) | (np.diff(fold[order]) != 0))])
+    for r in np.unique(run):
+        rows = order[run == r]
+        if fold[rows[0]] == without:
+            continue
+        for lag in range(min(window, len(rows))):
+            total[lag] += float((z[rows[lag:]] * z[rows[: len(rows) - lag]]).sum())
+            count[lag] += len(rows) - lag
+    found = np.where(count > 0, total / np.maximum(count, 1), 0.0)
+    found /= found[0]
+    while np.linalg.eigvalsh(found[np.abs(np.subtract.outer(np.arange(window), np.arange(window)))])[0] < FLOOR:
+        found[1:] *= 0.99
+    return torch.as_tensor(found)
