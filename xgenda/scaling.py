@@ -11,6 +11,7 @@ samples that fall on one day is mostly noise.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -221,6 +222,23 @@ def fit_scaling(
     return scaling_of(names, mean, std, largest, lowest, highest, cycle=cycle, transforms=per, offsets=offsets, bounds=bounds)
 
 
+def check_named(transform: object, offset: object, bounds: object, names: Sequence[str]) -> None:
+    """Refuse options of variables that there are not, and what is neither an option for all nor a mapping."""
+    if bounds is not None and not isinstance(bounds, Mapping):
+        raise OptionError(f"bounds={bounds!r} is not accepted; give a pair per variable: bounds={{{names[0]!r}: (0, None)}}")
+    for o in offset.values() if isinstance(offset, Mapping) else (offset,):
+        if isinstance(o, bool) or not isinstance(o, numbers.Real) or not math.isfinite(o):
+            raise OptionError(
+                f"offset={offset!r} is not accepted; give a number, or one per variable: offset={{{names[0]!r}: 0.1}}"
+            )
+    for argument, given in (("transform", transform), ("offset", offset), ("bounds", bounds)):
+        strange = [k for k in given if k not in names] if isinstance(given, Mapping) else []
+        if strange:
+            raise OptionError(
+                f"{argument} names {strange[0]!r}, and the variables are {', '.join(map(repr, dict.fromkeys(names)))}."
+            )
+
+
 def per_channel(
     names: Sequence[str], transform: str | Mapping[str, str], offset: float | Mapping[str, float]
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -289,7 +307,11 @@ def _bounds_of(
     if given is None:  # exp(z) - offset can be negative, and far beyond anything
         return (0.0, BEYOND * highest) if transform == "log" and lowest >= 0 else (-math.inf, math.inf)
     pair = tuple(given) if isinstance(given, (tuple, list)) else ()
-    if len(pair) != 2 or any(b is not None and not math.isfinite(b) for b in pair) or (None not in pair and pair[0] >= pair[1]):
+    if (
+        len(pair) != 2
+        or not all(b is None or (isinstance(b, numbers.Real) and math.isfinite(b)) for b in pair)
+        or (None not in pair and pair[0] >= pair[1])
+    ):
         raise OptionError(
             f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"
         )

@@ -49,7 +49,7 @@ def model_card(model: GenerativeModel, *, place: str | None = None) -> str:
     spec = model.spec
     call, topic = CALLS.get(spec.task, ("", spec.task))
     scores = {k: v for k, v in spec.training.items() if SCORES.search(str(k))}
-    training = {k: v for k, v in spec.training.items() if k not in (*scores, "history")}
+    training = {k: v for k, v in spec.training.items() if k not in (*scores, "history", "marks")}
     scores |= _last_scores(spec.training.get("history", {}))
     load = f"model = xgenda.load_model({json.dumps(spec.name if place is None else place)})"
     shape = {k: v for k, v in model.summary().items() if k in ("task", "inputs", "input grid", "grid", "mask", "window")}

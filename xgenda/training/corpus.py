@@ -13,7 +13,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.models.fitting import fit_standardised, standardise
-from xgenda.scaling import Scaling
+from xgenda.scaling import Scaling, check_named
 from xgenda.training.fields import Fields, InMemory
 from xgenda.training.sources import Samples, Source, open_source
 from xgenda.training.statistics import Statistics, gather
@@ -99,10 +99,11 @@ class Corpus:
 
 def open_corpus(
     ds: xr.Dataset | xr.DataArray, variables: Sequence[str] | None, memory: float, window: int, climatology: str, transform: Any, offset: Any,
-    progress: bool | None,
+    bounds: Any, progress: bool | None,
 ) -> Corpus:  # fmt: skip
     """Check the fields, and read them where they take no more than `memory` bytes; else pass over them once, and read a sample."""
     source = open_source(ds, variables)
+    check_named(transform, offset, bounds, source.names)
     if source.nbytes <= memory:
         samples = read_samples(ds, variables)
         return Corpus(samples, np.arange(len(samples.values)), samples.time, len(samples.values))

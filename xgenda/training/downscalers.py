@@ -30,6 +30,7 @@ from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
 from xgenda.training.priors import WIDTH, network_arguments, record_of
 from xgenda.training.standardising import Prepared, prepare_pairs, seen_cycle
+from xgenda.training.statistics import has_seen, some_marks
 from xgenda.training.transfer import continued_anchor, kept_arguments, thawed
 from xgenda.training.tuning import (
     Inheritance,
@@ -87,6 +88,7 @@ def train_downscaler(
         pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, known, "diffusion",
         licence, recipe.periodic == "both", recipe.validation, None if before is None else before.inputs.lead_time,
     )  # fmt: skip
+    assert ready.spec.scaling is not None
     inherited = None
     if before is not None:
         inherited = Inheritance(before, ready, recipe.freeze, recipe.adapters, optimiser.seed)
@@ -101,7 +103,8 @@ def train_downscaler(
         linear, predicted, kind, note = means.fit_mean(ready.for_mean())
     kept = None
     if before is not None and recipe.stages != "single" and recipe.bounds is None:
-        kept = kept_mean(before, ready, pairs, recipe.validation)
+        seen = has_seen(before.spec, pairs.fine.values, ready.spec.scaling)  # then it has no errors to learn from
+        kept = None if seen else kept_mean(before, ready, pairs, recipe.validation)
     if before is not None and kept is not None and predicts_better(kept, (ready, predicted)):
         (ready, predicted), linear, kind = kept, before.mean, "none"  # it has seen none of these times
         note = f"that of {before.spec.name!r}: {before.spec.training.get('linear_mean', 'as it was')}"
@@ -202,6 +205,7 @@ def train_downscaler(
     extra = {
         "linear_mean": note,
         "anchor": anchor_note,
+        "marks": some_marks(pairs.fine.values),
         "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
         **{f"mean_{k}": v for k, v in first.items() if k != "history"},
         **({} if inherited is None else inherited.record),

@@ -7,7 +7,7 @@ import numbers
 import os
 import re
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from xgenda.training.pairs import read_pairs
 from xgenda.training.priors import PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
-from xgenda.training.statistics import fingerprint
+from xgenda.training.statistics import content_of, fingerprint
 from xgenda.training.transfer import FREEZE
 
 CLASSICAL = (
@@ -303,6 +303,11 @@ def train(
     if task == "downscale" and augment != "auto":
         raise OptionError(f"augment={augment!r} belongs to task='prior'; leave it out.")
     check_flag("resume", resume)
+    texts: tuple[object, ...] = (licence, "model" if name is None else name)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise OptionError(
+            f"name={name!r} and licence={licence!r} must be text, for example name='my-model', licence='CC-BY-4.0'."
+        )
     if not isinstance(callbacks, (tuple, list)) or not all(callable(c) for c in callbacks):
         raise OptionError(f"callbacks={callbacks!r} is not accepted; give a list of functions: callbacks=[print]")
     effort = Effort(
@@ -311,12 +316,14 @@ def train(
         None if time_budget is None else parse_time_budget(time_budget),
         clock.monotonic(),
     )
-    seed = check_seed(seed)
+    drawn, seed = seed is None, check_seed(seed)
     dtype = "bfloat16" if launched_in_bfloat16() else dtype
     precision = DTYPES[check_choice("dtype", dtype, DTYPES)]
     processes: Processes = Accelerated(device) if launched() else Single(resolve_device(device))
     if isinstance(processes, Accelerated):
         accumulate = max(accumulate, processes.accumulate)
+    if drawn:  # the same one in all processes
+        seed = int(processes.mean(seed))
     target_file = None if out is None else _output(out, overwrite=overwrite or resume)
     if resume and target_file is None:
         raise OptionError(
@@ -324,7 +331,7 @@ def train(
         )
     if start is not None and not isinstance(start, GenerativeModel):
         start = load_model(start)
-    chosen = [variables] if isinstance(variables, str) else variables
+    chosen = _names(variables)
     if task == "downscale":
         if start is not None and method != "diffusion":
             raise OptionError(f"start has no effect with method={method!r}, which has a closed form. Leave it out.")
@@ -333,14 +340,14 @@ def train(
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     else:
-        corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, progress)
+        corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, bounds, progress)
         content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
     rate = learning_rate or (LEARNING_RATE if start is None else LEARNING_RATE / 2)
     journal = Journal()
     if target_file is not None:
         asked: dict[str, Any] = {
             **content, "task": task, "factor": factor, "method": method, "stages": stages, "neighbours": list(neighbours),
-            "statics": statics is not None,
+            "statics": None if statics is None else content_of(pairs.statics),
             "time_features": time_features, "lead_time": lead_time, "conserve": conserve, "calibrate": calibrate,
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
             "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
@@ -360,7 +367,7 @@ def train(
         effort, batch_size, rate, ema, seed, progress, processes, precision, accumulate, journal, tuple(callbacks)
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed % 2**63)
         if task == "prior":
             prior_recipe = PriorRecipe(
                 climatology, transform, offset, bounds, anchor, window, periodic, width, validation, freeze, adapters, augment
@@ -389,6 +396,8 @@ def train(
 
 def _output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """Return the file to write."""
+    if not isinstance(out, (str, os.PathLike)):
+        raise OptionError(f"out={out!r} is not accepted; give the path of a file: out='model.safetensors'")
     path = Path(out)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"out={str(out)!r}: a model file ends in .safetensors, for example out='model.safetensors'")
@@ -397,6 +406,16 @@ def _output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise OutputExistsError(f"out={str(out)!r} exists. Choose another name, or pass overwrite=True.")
     return path
+
+
+def _names(variables: Any) -> list[str] | None:
+    """Return the names of the variables to take; None for all."""
+    if variables is None:
+        return None
+    found = [variables] if isinstance(variables, str) else list(variables) if isinstance(variables, Iterable) else []
+    if not found or not all(isinstance(v, str) for v in found):
+        raise OptionError(f"variables={variables!r} is not accepted; give names: variables=['t2m']")
+    return found
 
 
 def _finished(path: Path, journal: Journal) -> GenerativeModel | None:

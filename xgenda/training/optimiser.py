@@ -153,6 +153,11 @@ class _Fit:
                 f"batch_size={how.batch_size} cannot be shared by {how.processes.count} processes in {how.accumulate} parts each; it must be "
                 f"a multiple of {parts}: batch_size={parts * max(1, round(how.batch_size / parts))}"
             )
+        if not len(rows):
+            raise StateError(
+                "All fields resemble those of the validation block, or are of the same times, so that none are left to train on. Give fields "
+                "over a longer time, or withhold fewer: validation=0.1"
+            )
         per_epoch = max(1, len(rows) // how.batch_size)
         effort = how.effort
         epochs = effort.epochs or (DEFAULT_EPOCHS if effort.steps is None and effort.seconds is None else 10**9)

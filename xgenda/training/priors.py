@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import numbers
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from xgenda.training.fields import Fields
 from xgenda.training.objectives import Denoising
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.scoring import Comparison, beside_gaussian
+from xgenda.training.statistics import has_seen, some_marks
 from xgenda.training.transfer import (
     add_adapters,
     continued_anchor,
@@ -89,6 +91,8 @@ def train_prior(
     """Train an unconditional prior of one state, or of a window of states."""
     before = None if start is None else _starting(start)
     if before is not None:
+        if corpus.source is None:
+            recipe = _in_terms_of(recipe, corpus.samples.variables, before)
         recipe, corpus = _continued(recipe, before), _in_units_of(corpus, before)
         _check_transforms(corpus, before)
     samples = corpus.samples
@@ -98,6 +102,9 @@ def train_prior(
         _check_spacing(before, spacing)
     fitted = _fitted(corpus, every[corpus.rows], recipe)
     kept = None if before is None else _kept_gaussians(before, samples, recipe)
+    # a Gaussian of these very fields would look better than any that is fitted to others, and so would what is scored on it
+    if kept is not None and before is not None and has_seen(before.spec, samples.values, fitted.scaling):
+        kept = None
     if kept is not None and _fits_better(kept, fitted, samples, every[corpus.rows]):
         fitted = kept
     z = standardise(fitted.scaling, samples.values, samples.time)
@@ -135,11 +142,16 @@ def train_prior(
         report["scores"] = final_comparison.describe()
         if final_comparison.worse:  # the denoising got better, and the ensembles did not
             network.scale_output(0.0)
-            report |= {"correction_weight": 0.0, "validation_best": report["validation_start"]}
+            report |= {"correction_weight": 0.0, "validation_best": report["validation_without"]}
             report["card"] = (
                 "the learned correction did not make posterior ensembles better: its weight is zero, and this is the Gaussian"
             )
-    record = {"anchor": note if feeds_state else "none", "guidance_covariance": note, **transferred}
+    record = {
+        "anchor": note if feeds_state else "none",
+        "guidance_covariance": note,
+        "marks": some_marks(samples.values),
+        **transferred,
+    }
     extra = {} if spacing is None else {"window": recipe.window, "spacing": spacing}
     spec = ModelSpec(
         name or (f"{before.spec.name}-tuned" if before is not None else "trained-prior"), "prior", "diffusion", samples.variables,
@@ -218,7 +230,7 @@ def _card(anchor: str | None, report: dict[str, Any]) -> str:
         return "plain network; no classical answer to fall back on"
     if not report["correction_weight"]:
         return "the learned correction explained nothing on the validation block: its weight is zero, and this is the Gaussian"
-    ratio = report["validation_best"] / report["validation_start"]
+    ratio = report["validation_best"] / report["validation_without"]
     return f"validation loss {ratio:.3f} of the Gaussian's, with the correction at weight {report['correction_weight']:.2f}"
 
 
@@ -250,6 +262,27 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
         periodic="both" if periodic == "both" else recipe.periodic,
         climatology=scaling.cycle if recipe.climatology in ("none", "auto") else recipe.climatology,
     )  # fmt: skip
+
+
+def _in_terms_of(recipe: PriorRecipe, variables: Sequence[VariableSpec], before: DiffusionModel) -> PriorRecipe:
+    """Return the recipe with options of variables by the names and in the units of the other model."""
+    names, units = matched(variables, before.spec.variables), {v.name: v.units for v in before.spec.variables}
+    offsets: dict[str, float] = {}
+    bounds: dict[str, Sequence[float | None]] | None = None if recipe.bounds is None else {}
+    transforms = {}
+    for v in variables:
+        name = names.get(v.name, v.name)
+        wanted = units.get(name)
+        factor, shift = metadata.unit_factors(str(v.units), str(wanted)) if v.units and wanted else (1.0, 0.0)
+        own = recipe.offset.get(v.name, 1e-3) if isinstance(recipe.offset, Mapping) else recipe.offset
+        offsets[name] = own * factor - shift  # log(x + offset), to a constant
+        if isinstance(recipe.transform, Mapping):
+            transforms[name] = recipe.transform.get(v.name, "none")
+        if bounds is not None and recipe.bounds is not None and v.name in recipe.bounds:
+            given = recipe.bounds[v.name]
+            well = isinstance(given, (tuple, list)) and all(b is None or isinstance(b, numbers.Real) for b in given)
+            bounds[name] = [None if b is None else b * factor + shift for b in given] if well else given
+    return dataclasses.replace(recipe, transform=transforms or recipe.transform, offset=offsets, bounds=bounds)
 
 
 def _in_units_of(corpus: Corpus, before: DiffusionModel) -> Corpus:
@@ -387,7 +420,7 @@ def record_of(
         "period": period,
         **extra,
         **report,
-        "validation_ratio": report["validation_best"] / report["validation_start"],
+        "validation_ratio": report["validation_best"] / report["validation_without"],
         "batch_size": optimiser.batch_size,
         "learning_rate": optimiser.learning_rate,
         "seed": optimiser.seed,

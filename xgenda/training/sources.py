@@ -339,6 +339,8 @@ def open_source(
     parts = _parts_of(state, names)
     layout, size = state.layout, state.ds.sizes[dimension]
     time = state.ds[layout.time] if layout.time is not None and state.ds[layout.time].dims == (dimension,) else None
+    if time is not None:
+        _check_times(time, argument)
     found = Source(
         parts,
         state.orientation,
@@ -355,6 +357,19 @@ def open_source(
     )
     check_size(size, found)
     return found
+
+
+def _check_times(time: xr.DataArray, argument: str) -> None:
+    """Refuse what are no times."""
+    if time.dtype.kind != "M" and not hasattr(time.values[0], "calendar"):
+        raise OptionError(
+            f"{argument}[{time.name!r}] holds {time.dtype}, not times. Decode them: xr.decode_cf({argument}), or assign some: "
+            f"{argument}.assign_coords({time.name}=pd.date_range('2000-01-01', periods={time.size}))"
+        )
+    if missing := int(time.isnull().sum()):
+        raise OptionError(
+            f"{argument}[{time.name!r}] has {missing} missing times (NaT). Leave them out: {argument}.dropna({time.name!r})"
+        )
 
 
 def check_size(size: int, source: Source) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from xgenda.models.blocks import Blocks, find_blocks
 from xgenda.models.conditions import Conditions, planes_of
 from xgenda.models.features import Features
 from xgenda.models.spec import ModelSpec
-from xgenda.scaling import Scaling, cycle_basis, fit_scaling
+from xgenda.scaling import Scaling, check_named, cycle_basis, fit_scaling
 from xgenda.training.pairs import Pairs
 from xgenda.training.windows import FOLDS, HELD, blocks, memory_of, near_blocks
 
@@ -87,7 +86,7 @@ def prepare_pairs(
     """Fit the standardisation of both sides, and put everything on the fine grid."""
     time = pairs.fine.time
     fine_names, coarse_names = ([v.name for v in s.variables] for s in (pairs.fine, pairs.coarse))
-    _check_named(transform, offset, bounds, fine_names + coarse_names)
+    check_named(transform, offset, bounds, fine_names + coarse_names)
 
     def fit(values: np.ndarray, names: list[str]) -> Scaling:
         limits = None if bounds is None else {k: v for k, v in bounds.items() if k in names}
@@ -146,15 +145,6 @@ def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features, valida
     fold = blocks(time, n, FOLDS, validation)
     near = near_blocks(fold, time, memory_of(fine.flatten(1).numpy(), time))
     return Prepared(spec, fine, coarse, planes, interpolated, features, fold, near, matched, weights)
-
-
-def _check_named(transform: Any, offset: Any, bounds: Any, names: list[str]) -> None:
-    for argument, given in (("transform", transform), ("offset", offset), ("bounds", bounds)):
-        strange = [k for k in given if k not in names] if isinstance(given, Mapping) else []
-        if strange:
-            raise OptionError(
-                f"{argument} names {strange[0]!r}, and the variables are {', '.join(map(repr, dict.fromkeys(names)))}."
-            )
 
 
 def seen_cycle(asked: str, time: xr.DataArray | None) -> str:

@@ -28,6 +28,7 @@ from xgenda import metadata
 from xgenda.engine import progress_bar
 from xgenda.errors import check_choice
 from xgenda.files import aside
+from xgenda.models.spec import ModelSpec
 from xgenda.models.store import cache_dir
 from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of
 from xgenda.training.sources import BLOCK, LARGEST_CHUNK, WORKERS, Source, in_order, open_source
@@ -37,6 +38,7 @@ VERSION = 1  # of the cached files
 HASHED = 256 * 2**20  # bytes up to which a fingerprint is of all values
 FIELDS = 64  # of larger data
 LARGEST_BLOCK = 128 * 2**20
+MARKED = 128  # fields whose hash a model keeps
 CACHED = 2**17  # values that are worked on at once, a megabyte, which stays in the cache of the processor
 
 
@@ -173,6 +175,37 @@ def fingerprint(data: Source | xr.Dataset | xr.DataArray) -> str:
     for values in in_order(source.read, blocks, WORKERS):
         total.update(np.ascontiguousarray(values).data)
     return total.hexdigest()
+
+
+def content_of(fields: np.ndarray | None) -> str:
+    """Return a hash of an array, 64 hexadecimal digits."""
+    found = np.ascontiguousarray(np.zeros(0) if fields is None else fields)
+    return hashlib.blake2b(found.tobytes(), digest_size=32).hexdigest()
+
+
+def marks_of(values: np.ndarray) -> list[str]:
+    """Return a short hash of each field, to the precision of float32."""
+    return [hashlib.blake2b(np.ascontiguousarray(v, np.float32).tobytes(), digest_size=6).hexdigest() for v in values]
+
+
+def some_marks(values: np.ndarray) -> list[str]:
+    """Return `marks_of` up to `MARKED` evenly spaced fields, which a model keeps."""
+    return marks_of(values[np.unique(np.linspace(0, len(values) - 1, min(MARKED, len(values))).round().astype(int))])
+
+
+def has_seen(spec: ModelSpec, values: np.ndarray, scaling: Scaling) -> bool:
+    """Return whether a model was trained on some of these fields, shape (n, channels, ny, nx), in its units.
+
+    `scaling` is fitted to them: of models without marks it tells, where it is that of the model.
+    """
+    if "marks" in spec.training:
+        return not set(spec.training["marks"]).isdisjoint(marks_of(values))
+    own = spec.scaling
+    return (
+        own is not None
+        and own.mean.shape == scaling.mean.shape
+        and np.allclose(own.mean, scaling.mean, 1e-5, 1e-5 * float(scaling.std.max()))
+    )
 
 
 ARRAYS = ("missing", "valid", "fill", "lowest", "highest", "mean", "squares", "gram")
