@@ -11,7 +11,8 @@ import torch
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
 from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
-from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, memory_length, outside, search
+from xgenda.engine import progress_bar
+from xgenda.models.fitting import LINES, Choice, candidates, fit_eofs, kernel_on, memory_length, outside, search
 from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, time_order
 
@@ -27,6 +28,7 @@ def fit_anchors(
     *,
     crossed: bool = True,
     cycle: str = "none",
+    progress: bool | None = False,
 ) -> tuple[Anchor, list[Anchor], str]:
     """Return the anchor of all samples, one per fold fitted without it (if `crossed`), and a note on the choice.
 
@@ -46,9 +48,13 @@ def fit_anchors(
     tried = ("hybrid", "eof") if z.shape[1] <= HYBRID_LIMIT else ("eof",)
     kinds = tried if kind == "auto" else (kind,)
     choices = list(candidates(kinds, samples.grid, z.shape, None, None, None))
-    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, gap, order)
-    built = [*_anchors_of([everything, *parts], samples, choice)]
-    return built[0], list(built[1:]), choice.describe()
+    built = []
+    with progress_bar(LINES + 1 + len(parts), progress, "fitting the Gaussian") as advance:
+        choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, gap, order, advance)
+        for anchor in _anchors_of([everything, *parts], samples, choice):
+            built.append(anchor)
+            advance(1)
+    return built[0], built[1:], choice.describe()
 
 
 def _anomaly(z: np.ndarray, basis: np.ndarray) -> np.ndarray:

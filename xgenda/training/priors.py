@@ -96,7 +96,7 @@ def train_prior(
     windows, fold, spacing = window_rows(corpus.time, every, recipe.window)  # before the fit of the anchors, which takes long
     if before is not None and spacing is not None:
         _check_spacing(before, spacing)
-    fitted = _fitted(corpus, every[corpus.rows], recipe)
+    fitted = _fitted(corpus, every[corpus.rows], recipe, optimiser.progress)
     kept = None if before is None else _kept_gaussians(before, samples, recipe)
     if kept is not None and _fits_better(kept, fitted, samples, every[corpus.rows]):
         fitted = kept
@@ -150,7 +150,7 @@ def train_prior(
     return DiffusionModel(spec, EDMDenoiser(network, final if feeds_state else None, feeds_state), final, samples.valid)
 
 
-def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
+def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: bool | None) -> Gaussians:
     """Fit scaling and Gaussians to the samples."""
     samples = corpus.samples
     scaling, z = corpus.standardised(
@@ -161,7 +161,9 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
-    final, crossed, note = fit_anchors(z[chosen], few, fold[chosen], kind, crossed=recipe.anchor is not None, cycle=scaling.cycle)
+    final, crossed, note = fit_anchors(
+        z[chosen], few, fold[chosen], kind, crossed=recipe.anchor is not None, cycle=scaling.cycle, progress=progress
+    )
     if recipe.window > 1:
         memory = [correlation_in_time(z, samples, fold, recipe.window, without) for without in (None, *range(len(crossed)))]
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
