@@ -157,7 +157,7 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: boo
         fold, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
     )
     chosen, few = corpus.few()
-    warn_of_little(z[chosen], few, corpus.size, stacklevel=5)
+    warn_of_little(z[chosen], few, corpus.size, stacklevel=4)
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
