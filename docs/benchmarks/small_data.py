@@ -1,11 +1,11 @@
 """Small data, defaults only: `train` and `gaussian_prior` beside a tuned EOF Gaussian and a tuned covariance function, on later times.
 
-python docs/benchmarks/small_data.py [--navy FILE] [--norkyst FILE] [--height FILE] [--budget 10min] [--seeds 3] [--times 6]
+python docs/benchmarks/small_data.py [--navy FILE] [--atlantic FILE] [--norkyst FILE] [--height FILE] [--budget 10min] [--seeds 3] [--times 6]
 
 Nothing is downloaded. The files come from
 
 - monthly_navy_winds.cdf: ``apt-get download ferret-datasets; dpkg -x ferret-datasets_*.deb .`` (usr/share/ferret-vis/data). Monthly winds at
-  2.5 degrees, 1982 to 1992; the Pacific, 30S to 60N.
+  2.5 degrees, 1982 to 1992; the Pacific, 30S to 60N, and with --atlantic the Atlantic.
 - norkyst800_subset_16Nov2015.nc: ``pip download --no-deps --no-binary :all: opendrift==1.14.12`` (tests/test_data/16Nov2015_NorKyst_z_surface).
   Hourly surface currents at 800 m, 67 hours, with coasts; means over 4 x 4 cells, of which all must be sea.
 - hgt_djf.nc: ``pip download --no-deps --no-binary :all: eofs==2.0.0`` (lib/eofs/examples/example_data). Height of 500 hPa, means of the winters
@@ -42,13 +42,18 @@ FOLDS, PROBES = 6, 300
 ERROR = 0.25  # of the observations, in standard deviations of the variable
 
 
-def navy(path: str) -> xr.Dataset:
-    """Monthly winds over the Pacific."""
+def navy(path: str, longitude: tuple[float, float] = (120, 290)) -> xr.Dataset:
+    """Monthly winds over the Pacific, or between other meridians."""
     ds = xr.open_dataset(path)[["UWND", "VWND"]].rename(FNOCX="longitude", FNOCY="latitude", TIME="time")
     for name, title in (("UWND", "eastward_wind"), ("VWND", "northward_wind")):
         ds[name].attrs = {"units": "m s-1", "standard_name": title}
     ds["latitude"].attrs, ds["longitude"].attrs = {"units": "degrees_north"}, {"units": "degrees_east"}
-    return ds.sel(latitude=slice(-30, 60), longitude=slice(120, 290)).astype("float64").load()
+    return ds.sel(latitude=slice(-30, 60), longitude=slice(*longitude)).astype("float64").load()
+
+
+def atlantic(path: str) -> xr.Dataset:
+    """Monthly winds over the Atlantic: looked at only after everything was settled."""
+    return navy(path, (290, 360))
 
 
 def norkyst(path: str) -> xr.Dataset:
@@ -76,7 +81,12 @@ def height(path: str) -> xr.Dataset:
     return ds.sel(latitude=slice(20, 87.5)).load()
 
 
-DATA = {"navy": (navy, 2), "norkyst": (norkyst, 3), "height": (height, 1)}  # with the number of times in the gap
+DATA = {
+    "navy": (navy, 2),
+    "atlantic": (atlantic, 2),
+    "norkyst": (norkyst, 3),
+    "height": (height, 1),
+}  # with the number of times in the gap
 
 
 def split(ds: xr.Dataset, gap: int) -> tuple[xr.Dataset, xr.Dataset]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from xgenda.grids import Grid
 from xgenda.scaling import CYCLES, Scaling, cycle_basis, fit_scaling
 from xgenda.states import State
 
+LINES = 7  # of a search, which it tells of
 INFLATIONS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (2, 5, 10, 20, 40, 80)
 RADII = 8
@@ -259,13 +260,16 @@ def search(
     valid: np.ndarray | None = None,
     basis: np.ndarray | None = None,
     away: np.ndarray | None = None,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[Choice, dict[Choice, float]]:
     """Return the best choice by `Validation`, and the scores of those tried.
 
     The many hybrids are searched along lines: the best kernel and length, the best weight and radius, again, and the best inflation.
+    `advance` is called after each of the `LINES` lines, of which the others are one.
     """
     validation = Validation(z, grid, fold, valid, basis, away)
     scores = validation.scores([c for c in choices if c.kind != "hybrid"])
+    advance(1 if any(c.kind == "hybrid" for c in choices) else LINES)
     hybrids = [c for c in choices if c.kind == "hybrid"]
     if hybrids:
         at = min(
@@ -283,6 +287,7 @@ def search(
             line = [c for c in hybrids if all(getattr(c, f) == getattr(at, f) for f in kept)]
             scores |= validation.scores([c for c in line if c not in scores])
             at = max(line, key=lambda c: scores[c])
+            advance(1)
     return max(scores, key=lambda c: scores[c]), scores
 
 

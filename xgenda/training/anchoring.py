@@ -12,8 +12,9 @@ from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
 from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
+from xgenda.engine import progress_bar
 from xgenda.errors import StateError
-from xgenda.models.fitting import Choice, candidates, fit_eofs, kernel_on, memory_length, search
+from xgenda.models.fitting import LINES, Choice, candidates, fit_eofs, kernel_on, memory_length, search
 from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, memory_of, near_blocks, time_order
 
@@ -30,6 +31,7 @@ def fit_anchors(
     *,
     crossed: bool = True,
     cycle: str = "none",
+    progress: bool | None = False,
 ) -> tuple[Anchor, list[Anchor], str]:
     """Return the anchor of all samples, one per fold fitted without it (if `crossed`), and a note on the choice.
 
@@ -54,9 +56,13 @@ def fit_anchors(
     tried = ("hybrid", "eof") if z.shape[1] <= HYBRID_LIMIT else ("eof",)
     kinds = tried if kind == "auto" else (kind,)
     choices = list(candidates(kinds, samples.grid, z.shape, None, None, None))
-    choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, away)
-    built = [*_anchors_of([everything, *parts], samples, choice)]
-    return built[0], list(built[1:]), choice.describe()
+    built = []
+    with progress_bar(LINES + 1 + len(parts), progress, "fitting the Gaussian") as advance:
+        choice, _ = search(z, samples.grid, choices, fold, samples.valid, basis, away, advance)
+        for anchor in _anchors_of([everything, *parts], samples, choice):
+            built.append(anchor)
+            advance(1)
+    return built[0], built[1:], choice.describe()
 
 
 def _anomaly(z: np.ndarray, basis: np.ndarray) -> np.ndarray:

@@ -162,7 +162,7 @@ def train_downscaler(
     final, crossed, anchor_note = None, None, "none"
     if recipe.anchor is not None and states[0].numel() <= LARGEST_ANCHOR:
         flat = states.double().flatten(1).numpy()
-        final, crossed, anchor_note = fit_anchors(flat, pairs.fine, ready.fold, recipe.anchor)
+        final, crossed, anchor_note = fit_anchors(flat, pairs.fine, ready.fold, recipe.anchor, progress=optimiser.progress)
     condition = torch.cat([predicted.float(), given], 1) if recipe.mean_condition else given
     network_options = arguments(channels, condition.shape[1], None if before is None else before.spec.options["network"])
     network = build_network(network_options)

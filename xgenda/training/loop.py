@@ -92,7 +92,7 @@ def train(
     name: str | None = None,
     licence: str = "that of the training data",
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: str = "auto",
     memory: str | float = "500MB",
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
@@ -216,8 +216,8 @@ def train(
     callbacks
         Functions that get a `Progress` at every validation; training ends when one returns True. `TensorBoard` is one.
     dtype
-        Of the network's arithmetic in training: 'float32', or 'bfloat16', which is two to three times as fast on recent processors.
-        Weights are float32 either way.
+        Of the network's arithmetic in training: 'float32', or 'bfloat16', which is two to three times as fast on recent processors; 'auto'
+        takes that on GPUs that have it. Weights are float32 either way.
 
     Returns
     -------
@@ -318,8 +318,10 @@ def train(
     )
     drawn, seed = seed is None, check_seed(seed)
     dtype = "bfloat16" if launched_in_bfloat16() else dtype
-    precision = DTYPES[check_choice("dtype", dtype, DTYPES)]
+    check_choice("dtype", dtype, ("auto", *DTYPES))
     processes: Processes = Accelerated(device) if launched() else Single(resolve_device(device))
+    if dtype == "auto":
+        dtype = "bfloat16" if processes.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if isinstance(processes, Accelerated):
         accumulate = max(accumulate, processes.accumulate)
     if drawn:  # the same one in all processes
@@ -364,7 +366,7 @@ def train(
         processes.wait()
         journal.open(resume=resume)
     optimiser = Optimiser(
-        effort, batch_size, rate, ema, seed, progress, processes, precision, accumulate, journal, tuple(callbacks)
+        effort, batch_size, rate, ema, seed, progress, processes, DTYPES[dtype], accumulate, journal, tuple(callbacks)
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(seed % 2**63)

@@ -100,7 +100,7 @@ def train_prior(
     windows, fold, spacing = window_rows(corpus.time, every, recipe.window)  # before the fit of the anchors, which takes long
     if before is not None and spacing is not None:
         _check_spacing(before, spacing)
-    fitted = _fitted(corpus, every[corpus.rows], recipe)
+    fitted = _fitted(corpus, every[corpus.rows], recipe, optimiser.progress)
     kept = None if before is None else _kept_gaussians(before, samples, recipe)
     # a Gaussian of these very fields would look better than any that is fitted to others, and so would what is scored on it
     if kept is not None and before is not None and has_seen(before.spec, samples.values, fitted.scaling):
@@ -162,18 +162,20 @@ def train_prior(
     return DiffusionModel(spec, EDMDenoiser(network, final if feeds_state else None, feeds_state), final, samples.valid)
 
 
-def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe) -> Gaussians:
+def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: bool | None) -> Gaussians:
     """Fit scaling and Gaussians to the samples."""
     samples = corpus.samples
     scaling, z = corpus.standardised(
         fold, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
     )
     chosen, few = corpus.few()
-    warn_of_little(z[chosen], few, corpus.size, stacklevel=5)
+    warn_of_little(z[chosen], few, corpus.size, stacklevel=4)
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
-    final, crossed, note = fit_anchors(z[chosen], few, fold[chosen], kind, crossed=recipe.anchor is not None, cycle=scaling.cycle)
+    final, crossed, note = fit_anchors(
+        z[chosen], few, fold[chosen], kind, crossed=recipe.anchor is not None, cycle=scaling.cycle, progress=progress
+    )
     if recipe.window > 1:
         memory = [correlation_in_time(z, samples, fold, recipe.window, without) for without in (None, *range(len(crossed)))]
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
