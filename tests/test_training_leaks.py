@@ -15,6 +15,7 @@ from xgenda.errors import OptionError, StateError
 from xgenda.models.diffusive import DiffusionModel
 from xgenda.models.generative import GenerativeModel
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
+from xgenda.training.corpus import Corpus
 from xgenda.training.journal import Journal
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, read_samples
 
@@ -138,6 +139,17 @@ def test_scores_of_fine_tuning_are_relative_to_the_gaussian() -> None:
     assert record["validation_start"] > 1.2 * record["validation_without"]
     assert record["validation_ratio"] == pytest.approx(record["validation_best"] / record["validation_without"])
     assert 0.9 < record["validation_ratio"] <= 1.0
+
+
+@pytest.mark.parametrize("sampled", ["alone", "in runs"])
+def test_the_gap_around_a_block_is_not_shorter_than_the_memory_of_what_is_between_samples(sampled: str) -> None:
+    rho, n = 0.9, 1200  # correlated for 11 days
+    ds = dataset(autoregressive(n, rho))
+    rows = np.arange(0, n, 20) if sampled == "alone" else (np.arange(0, n, 60)[:, None] + np.arange(6)).ravel()
+    z, samples = standardised(ds.isel(time=rows))
+    assert 8 <= Corpus(samples, rows, ds.time, n).gap(z) <= 130
+    z, samples = standardised(ds)
+    assert 6 <= Corpus(samples, np.arange(n), ds.time, n).gap(z) <= 16
 
 
 # -- options that would have no effect, or another one

@@ -18,7 +18,7 @@ from xgenda.training.fields import Fields, InMemory
 from xgenda.training.sources import Samples, Source, open_source
 from xgenda.training.statistics import Statistics, gather
 from xgenda.training.streaming import Streamed
-from xgenda.training.windows import FOLDS, read_samples
+from xgenda.training.windows import FOLDS, memory_of, read_samples
 
 SAMPLE = 1000  # fields of a sample, at most
 COPIES = 8  # of a field, in the working arrays of the fits
@@ -49,10 +49,21 @@ class Corpus:
     source: Source | None = None
     statistics: Statistics | None = None
 
-    @property
-    def stride(self) -> float:
-        """Fields per field of the sample."""
-        return self.size / len(self.rows)
+    def gap(self, z: np.ndarray) -> int:
+        """Return how many fields around a block resemble it, given the standardised sample; of a sparse sample at most so many.
+
+        Between fields of the sample that still resemble each other and the next ones, which do not, nothing is known.
+        """
+        near = memory_of(z, self.samples.time)
+        breaks = np.flatnonzero(np.diff(self.rows) > 1)
+        if self.samples.time is None or len(self.rows) == self.size or not breaks.size:
+            return near
+        run = int(breaks[0]) + 1
+        if run > 1 and near < run // 2:
+            return near
+        chosen = np.arange(0, len(self.rows), run)
+        time = self.samples.time.isel({self.samples.dimension: chosen})
+        return int(np.ceil((memory_of(z[chosen], time) + 1) * self.size / len(chosen))) - 1
 
     def few(self) -> tuple[np.ndarray, Samples]:
         """Return evenly spaced fields of the sample, enough for a covariance, and where they are in it."""

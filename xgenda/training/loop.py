@@ -149,7 +149,8 @@ def train(
         trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
         and so do positional channels outside of the region. A downscaler may also have other coarse variables, `neighbours`, `statics` and
         `time_features`. Scaling, Gaussian and linear mean are refitted; Gaussian (of a prior) and linear mean are kept, with their scaling,
-        where they are of the same variables and grids and explain `ds` better. Networks of the architecture 'songunet' need the same channels.
+        where they are of the same variables and grids, have not seen these fields, and explain `ds` better. Networks of the
+        architecture 'songunet' need the same channels.
         What was kept is in ``spec.training``. Of other options, such as `transform` and `climatology`, the defaults are those of the model.
     variables
         Which variables of `ds`; by default all on its grid.

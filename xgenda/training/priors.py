@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import numbers
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -45,7 +44,7 @@ from xgenda.training.transfer import (
     thawed,
     transfer,
 )
-from xgenda.training.windows import FOLDS, HELD, Samples, blocks, memory_of, split_rows, window_rows
+from xgenda.training.windows import FOLDS, HELD, Samples, blocks, split_rows, window_rows
 
 WIDTH = 16
 SCORED, OBSERVED = 4, 64  # states and places of the scores in training, which are to take seconds
@@ -108,7 +107,7 @@ def train_prior(
     if kept is not None and _fits_better(kept, fitted, samples, every[corpus.rows]):
         fitted = kept
     z = standardise(fitted.scaling, samples.values, samples.time)
-    gap = math.ceil(memory_of(z, samples.time) * (corpus.stride if recipe.window == 1 else 1.0))
+    gap = corpus.gap(z)
     final, crossed, note = fitted.final, fitted.crossed, fitted.note
     rows, held = _split(windows, every, fold, corpus.time, gap)
     channels = len(samples.variables) * recipe.window
