@@ -20,7 +20,7 @@ from xgenda.errors import LittleDataWarning
 from xgenda.models.fitting import choose_climatology, memory_length, outside
 from xgenda.training.defaults import independent_fields
 from xgenda.training.scoring import beside_gaussian, fair_crps, posterior_crps
-from xgenda.training.windows import split_rows
+from xgenda.training.windows import memory_of, near_blocks, split_rows
 
 LATITUDE, LONGITUDE = torch.linspace(30, 60, 7), torch.linspace(0, 40, 9)
 CELLS = len(LATITUDE) * len(LONGITUDE)
@@ -186,10 +186,11 @@ def test_neighbours_that_tell_of_each_other_are_left_out() -> None:
     assert memory_length(slow, fold) in (2, 3)
     assert memory_length(np.repeat(white[::40], 40, axis=0), fold) == 10  # half a block
     shuffled = rng.permutation(120)
-    order = np.argsort(shuffled)
-    assert memory_length(slow[shuffled], fold[shuffled], order) == memory_length(slow, fold)
-    away = outside(fold[shuffled], 2, 3, order)
-    np.testing.assert_array_equal(np.sort(shuffled[away]), [*range(37), *range(63, 120)])
+    time = xr.DataArray(np.datetime64("2000-01-01", "ns") + shuffled * np.timedelta64(1, "D"), dims="time")
+    assert memory_of(slow[shuffled], time) == memory_length(slow, fold)
+    near = near_blocks(fold[shuffled], time, 3)[2]
+    np.testing.assert_array_equal(np.sort(shuffled[near]), [37, 38, 39, 60, 61, 62])
+    np.testing.assert_array_equal(np.flatnonzero(outside(fold, 2, 3)), [*range(37), *range(63, 120)])
     rows, held = split_rows(fold, gap=3)
     assert held.tolist() == list(range(80, 100))
     assert rows.tolist() == [*range(77), *range(103, 120)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import time as clock
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,20 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import xgenda
 from xgenda.errors import OptionError, StateError
 from xgenda.models.diffusive import DiffusionModel
 from xgenda.models.generative import GenerativeModel
+from xgenda.networks.unet import UNet
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
 from xgenda.training.corpus import Corpus
 from xgenda.training.journal import Journal
+from xgenda.training.objectives import Denoising
+from xgenda.training.optimiser import Effort, Optimiser, _Fit
+from xgenda.training.processes import Single
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, read_samples
 
 SHAPE = (6, 8)
@@ -240,3 +249,28 @@ def test_other_statics_are_other_data(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="statics: "):
         train(fine, statics=ground**2, resume=True, **options)
     assert train(fine, statics=ground, resume=True, **options).spec.task == "downscale"
+
+
+def test_a_resumed_training_does_not_get_its_time_again(tmp_path: Path) -> None:
+    """What the first network took belongs to the time that was given, when the second one is resumed."""
+    states = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    objective = Denoising(states, torch.zeros(24, dtype=torch.long), None, 0.05, 10.0)
+    rows, left = torch.arange(24), []
+    for _ in range(2):  # uninterrupted, and resumed when the first network was finished
+        journal = Journal(tmp_path / "model.training", {})
+        how = Optimiser(
+            Effort(None, 3, 100.0, clock.monotonic()), 8, 1e-3, None, 0, False, Single(torch.device("cpu")), journal=journal
+        )
+        network = UNet(1, 0, width=8, multipliers=(1, 2), position=2, shape=(8, 8))
+        how.fit(network, objective, rows[:16], rows[16:], 1.0, "mean")
+        second = _Fit(how, copy.deepcopy(network), objective, rows[:16], rows[16:], 1.0, "residual", None, None)
+        assert second.seconds is not None
+        left.append(second.seconds)
+        path = tmp_path / "model.training" / "mean.safetensors"
+        with safe_open(path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            header = json.loads(file.metadata()["training"])
+        header["values"]["spent"] = 60.0
+        save_file(tensors, path, metadata={"training": json.dumps(header)})
+    assert left[0] > 90
+    assert left[1] == pytest.approx(40, abs=8)

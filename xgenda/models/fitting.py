@@ -88,11 +88,9 @@ def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None)
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
 
 
-def outside(fold: np.ndarray, block: int, gap: int = 0, order: np.ndarray | None = None) -> np.ndarray:
-    """Return which fields are neither in a block of times nor within `gap` fields of it; `order` sorts them by time, if they are not."""
+def outside(fold: np.ndarray, block: int, gap: int = 0) -> np.ndarray:
+    """Return which fields are neither in a block nor within `gap` fields of it."""
     place = np.arange(len(fold))
-    if order is not None:
-        place[order] = np.arange(len(fold))
     inside = place[fold == block]
     return np.asarray((place < inside.min() - gap) | (place > inside.max() + gap))
 
@@ -110,13 +108,13 @@ def autocorrelation(component: np.ndarray, lag: int) -> float:
     return float(component[lag:] @ component[: n - lag]) * n / (n - lag)
 
 
-def memory_length(z: np.ndarray, fold: np.ndarray, order: np.ndarray | None = None) -> int:
+def memory_length(z: np.ndarray, fold: np.ndarray) -> int:
     """Return for how many fields the leading components stay correlated, at most half a block: so far do neighbours tell of each other.
 
     The median of the components, because a trend fills one of them.
     """
     most, found = int(np.bincount(fold).min()) // 2, []
-    for p in leading_components(z if order is None else z[order]):
+    for p in leading_components(z):
         below = (lag - 1 for lag in range(1, most + 1) if autocorrelation(p, lag) < RESEMBLES)
         found.append(next(below, most))
     return int(np.median(found))

@@ -42,10 +42,13 @@ class Journal:
         Where they are; None: nothing is kept.
     options
         What the result depends on, by the name of the argument; compared when training is resumed.
+    recalled
+        Seconds that networks took which were found finished.
     """
 
     folder: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    recalled: float = 0.0
     _saved: float = field(default_factory=clock.monotonic)
     _cost: float = 0.0
     _failed: bool = False
@@ -159,8 +162,8 @@ class Journal:
     def _partial(self) -> Iterator[Path]:
         """Yield files that are half written, by processes that were killed."""
         if self.folder is not None:
-            for name in NETWORKS:
-                yield from self.folder.glob(f".{name}.safetensors.partial-*")
+            patterns = (".tmp*", *(f".{name}.safetensors.partial-*" for name in NETWORKS))  # safetensors' own and ours
+            yield from (path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file())
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage}.safetensors"

@@ -163,7 +163,11 @@ class _Fit:
         epochs = effort.epochs or (DEFAULT_EPOCHS if effort.steps is None and effort.seconds is None else 10**9)
         self.limit = min(per_epoch * epochs, max(1, round((effort.steps or 10**9) * share)))
         # what was spent before, on fits and other networks, belongs to the time that was given
-        self.seconds = None if effort.seconds is None else max(1.0, share * (effort.seconds - (clock.monotonic() - effort.begin)))
+        self.seconds = (
+            None
+            if effort.seconds is None
+            else max(1.0, share * (effort.seconds - (clock.monotonic() - effort.begin) - how.journal.recalled))
+        )
         network.to(how.device)
         self.parameters = {k: p for k, p in network.named_parameters() if p.requires_grad}
         self.shown = copy.deepcopy(network)  # has the averaged weights
@@ -384,6 +388,7 @@ class _Fit:
         tensors, values = found
         for key in _REMEMBERED:
             setattr(self, key, values[key])
+        self.how.journal.recalled += self.spent if self.finished else 0.0
         self.history, self.averages.every = History(values["history"]), values["every"]
         self.network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
         device = self.how.device
