@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import xgenda
-from xgenda.errors import OptionError, StateError
+from xgenda.errors import OptionError, StateError, UnitsError
 from xgenda.models.diffusive import DiffusionModel
 from xgenda.models.generative import GenerativeModel
 from xgenda.networks.unet import UNet
@@ -274,3 +274,37 @@ def test_a_resumed_training_does_not_get_its_time_again(tmp_path: Path) -> None:
         save_file(tensors, path, metadata={"training": json.dumps(header)})
     assert left[0] > 90
     assert left[1] == pytest.approx(40, abs=8)
+
+
+def masked(tmp_path: Path) -> tuple[xr.Dataset, xr.Dataset]:
+    """Fields in units in which single precision rounds, with land, in memory and in a store."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((240, 8, 12)).cumsum(1).cumsum(2) / 8 + rng.standard_normal((240, 1, 1))
+    land = np.zeros((8, 12), bool)
+    land[2:5, 3:7] = True
+    values = np.where(land, np.nan, 288 + noise).astype(np.float32)
+    coords = {"time": np.datetime64("2000-01-01", "ns") + np.arange(240) * np.timedelta64(1, "D"),
+              "latitude": np.linspace(0, 35, 8), "longitude": np.linspace(0, 55, 12)}  # fmt: skip
+    ds = xr.Dataset({"sst": (("time", "latitude", "longitude"), values, {"units": "K"})}, coords=coords)
+    ds.chunk(time=20).to_zarr(tmp_path / "sst.zarr", zarr_format=2)
+    return ds, xr.open_zarr(tmp_path / "sst.zarr")
+
+
+def test_masked_cells_of_a_stream_are_no_error(tmp_path: Path) -> None:
+    """The Gaussian has no variance on land, where rounding of a stream in single precision would be many standard deviations."""
+    ds, store = masked(tmp_path)
+    losses = [
+        xgenda.train(d, steps=1, width=8, anchor="eof", climatology="none", memory=m, progress=False).spec.training[
+            "validation_start"
+        ]
+        for d, m in ((ds, "10MB"), (store, "20kB"))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_units_must_be_said_in_fine_tuning(tmp_path: Path) -> None:
+    ds, _ = masked(tmp_path)
+    model = xgenda.train(ds, steps=1, width=8, anchor="eof", climatology="none", progress=False)
+    celsius = (ds - 273.15).drop_attrs()
+    with pytest.raises(UnitsError, match="has no units, and start=.* has it in K"):
+        xgenda.train(celsius, start=model, steps=1, progress=False)

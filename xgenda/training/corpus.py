@@ -93,12 +93,20 @@ class Corpus:
         """Return a scaling fitted to all fields, and the standardised sample (n, state)."""
         if self.statistics is not None:
             scaling = self.statistics.scaling(bounds, homogeneous)
-            return scaling, standardise(scaling, self.samples.values, self.samples.time)
+            return scaling, self.anomalies(scaling)
         names = [v.name for v in self.samples.variables]
-        return fit_standardised(
+        scaling, _ = fit_standardised(
             self.samples.values, self.time, names, fold, climatology, transform=transform, offset=offset, bounds=bounds,
             homogeneous=homogeneous, valid=self.samples.valid,
         )  # fmt: skip
+        return scaling, self.anomalies(scaling)
+
+    def anomalies(self, scaling: Scaling) -> np.ndarray:
+        """Return the standardised sample (n, state), zero at masked cells."""
+        z = standardise(scaling, self.samples.values, self.samples.time)
+        if self.samples.valid is not None:
+            z[:, ~self.samples.valid.ravel()] = 0.0
+        return z
 
     def fields(self, scaling: Scaling, z: np.ndarray, windows: np.ndarray) -> Fields:
         """Return the standardised windows of states (n, window): in memory from `z`, else read when asked for."""

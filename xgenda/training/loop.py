@@ -189,8 +189,8 @@ def train(
         What is withheld: a part of all times, the last ones (0.2); a slice of times, ``slice("2010", "2014")``; by default one of six
         blocks, late yet inside the period.
     epochs, steps, time_budget
-        How long: passes over the data, optimiser steps, or a time such as '10min' (or seconds), for all of the call; the first
-        that is reached. By default 60 epochs.
+        How long: passes over the data, optimiser steps, or a time such as '10min' (or seconds); the first that is reached. By default 60
+        epochs. A time is for all of the call; the fit of the Gaussian is not cut short, and networks get at least three tenths of it.
     batch_size, accumulate
         Samples of an optimiser step, over all processes; and in how many parts each process takes its own, to save memory.
     learning_rate

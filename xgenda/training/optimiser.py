@@ -36,6 +36,7 @@ VALIDATION_SHARE = 0.05  # of the work of training, where the cost of a step is 
 LEAST_INTERVAL, LARGEST_INTERVAL = 20, 200  # steps between validations: an epoch within these, unless they cost too much
 FEWEST_STEPS = 100  # for a choice among averages
 SCORE_SHARE = 0.05  # of the time
+LEAST_SHARE = 0.3  # of a time budget, for the networks where the fit of the Gaussian has taken more than the rest
 
 
 def learning_rate_factor(step: int, limit: int | None) -> float:
@@ -166,7 +167,8 @@ class _Fit:
         self.seconds = (
             None
             if effort.seconds is None
-            else max(1.0, share * (effort.seconds - (clock.monotonic() - effort.begin) - how.journal.recalled))
+            else share
+            * max(LEAST_SHARE * effort.seconds, effort.seconds - (clock.monotonic() - effort.begin) - how.journal.recalled)
         )
         network.to(how.device)
         self.parameters = {k: p for k, p in network.named_parameters() if p.requires_grad}

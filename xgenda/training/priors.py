@@ -17,7 +17,7 @@ import xarray as xr
 from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
-from xgenda.errors import OptionError, StateError
+from xgenda.errors import OptionError, StateError, UnitsError
 from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
 from xgenda.models.fitting import standardise
 from xgenda.models.generative import GenerativeModel
@@ -47,6 +47,7 @@ from xgenda.training.transfer import (
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, split_rows, window_rows
 
 WIDTH = 16
+FEW_STEPS = 20  # which nothing is learnt in
 SCORED, OBSERVED = 4, 64  # states and places of the scores in training, which are to take seconds
 LARGEST_SCORED = 200_000  # cells of a state, above which ensembles are not scored in training
 
@@ -106,7 +107,7 @@ def train_prior(
         kept = None
     if kept is not None and _fits_better(kept, fitted, samples, every[corpus.rows]):
         fitted = kept
-    z = standardise(fitted.scaling, samples.values, samples.time)
+    z = corpus.anomalies(fitted.scaling)
     gap = corpus.gap(z)
     final, crossed, note = fitted.final, fitted.crossed, fitted.note
     rows, held = _split(windows, every, fold, corpus.time, gap)
@@ -229,6 +230,11 @@ def _card(anchor: str | None, report: dict[str, Any]) -> str:
     """Say in a sentence what training was worth on the validation block."""
     if anchor is None:
         return "plain network; no classical answer to fall back on"
+    if not report["correction_weight"] and report["steps"] < FEW_STEPS:
+        return (
+            f"{report['steps']} steps are too few to learn anything: this is the Gaussian. A time budget includes the fit of the Gaussian; "
+            f"give more"
+        )
     if not report["correction_weight"]:
         return "the learned correction explained nothing on the validation block: its weight is zero, and this is the Gaussian"
     ratio = report["validation_best"] / report["validation_without"]
@@ -302,6 +308,11 @@ def _in_units_of(corpus: Corpus, before: DiffusionModel) -> Corpus:
         if known is None:
             specs.append(v)
             continue
+        if known.units and not v.units:
+            raise UnitsError(
+                f"ds[{v.name!r}] has no units, and start={before.spec.name!r} has it in {known.units}. Say which they are: "
+                f"ds[{v.name!r}].attrs['units'] = {known.units!r}"
+            )
         if v.units and known.units:
             factor, shift = metadata.unit_factors(str(v.units), str(known.units))
             if corpus.source is not None and (factor, shift) != (1.0, 0.0):

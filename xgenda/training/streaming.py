@@ -241,6 +241,8 @@ class Streamed:
             # as `Scaling.forward`, without BLAS, which would start threads of its own in each of ours
             climatology = np.einsum("k,kcyx->cyx", self.basis[place], scaling.mean)
             out[i] = (scaling.transform(values[i : i + 1])[0] - climatology) / scaling.std
+        if self.source.valid is not None:  # the Gaussian has no variance there: rounding would be many standard deviations
+            out[:, ~(self.source.valid if window is None else self.source.valid[:, window[0], window[1]])] = 0.0
         return torch.as_tensor(out), members.reshape(len(rows), self.windows.shape[1])
 
 
