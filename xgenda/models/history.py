@@ -89,7 +89,12 @@ def plot_history(name: str, training: Mapping[str, Any], variables: Sequence[Var
                 known = history[column].dropna(str(history[column].dims[0]))
                 axis.plot(known[known.dims[0]], known, color=colour, label=label, **dot)
         unit = history[score].attrs.get("units")
-        axis.set(title=str(score).split("crps_", 1)[1], ylabel="CRPS, validation" + (f" [{unit}]" if unit else ""))
+        end = float(history[history[score].dims[0]][-1])  # also where scores ended before
+        axis.set(
+            title=str(score).split("crps_", 1)[1],
+            xlim=(0, 1.03 * end),
+            ylabel="CRPS, validation" + (f" [{unit}]" if unit else ""),
+        )
     for axis in axes:
         low, high = axis.get_ylim()
         missing = 0.01 * max(abs(low), abs(high)) - (high - low)
