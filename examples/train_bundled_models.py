@@ -97,7 +97,7 @@ def score_ocean(path: Path, dates: int) -> dict[str, Any]:
     )
     names = ", ".join(v.name for v in model.spec.variables)
     what = f"fair CRPS of {names} on {dates} dates of another run, 2 % of the cells observed with errors of a quarter of the standard deviation"
-    return {"what": what, "scores": found.describe()}
+    return {"what": what, "scores": found.describe(model.spec.variables)}
 
 
 def report(path: Path, scores: dict[str, Any]) -> None:

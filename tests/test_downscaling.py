@@ -175,6 +175,11 @@ def test_one_stage(fine: xr.Dataset, stages: str) -> None:
     assert isinstance(model, CorrectiveModel)
     assert model.regression is None
     assert model.mean.is_zero == (stages == "single")
+    said = {
+        "residual": "mean: linear, without a network; residual: ",
+        "single": "mean: none, as stages='single' asks; residual: ",
+    }
+    assert model.spec.training["card"].startswith(said[stages])
     coarse = coarse_of(fine).isel(time=[0, 5])
     found = coarse.genda.downscale(model=model, members=2, seed=0, steps=3)
     np.testing.assert_allclose(coarse_of(found).t2m, np.broadcast_to(coarse.t2m, (2, *coarse.t2m.shape)), atol=1e-4)

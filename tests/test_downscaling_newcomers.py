@@ -134,8 +134,11 @@ def test_messages_say_what_to_type(tmp_path: Any) -> None:
             xgenda.train(coarse, target=fine, neighbours=neighbours, **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a lowest and a highest value are needed"):
         xgenda.train(fine, factor=4, bounds={"t": 0}, **options)  # type: ignore[dict-item]
-    with pytest.warns(UserWarning, match="4 of 24 fine fields have not all the coarse ones that they need, and are left out"):
+    with pytest.warns(
+        UserWarning, match="4 of 24 fine fields have not all the coarse ones that they need, and are left out"
+    ) as caught:
         xgenda.train(coarse.isel(time=slice(0, 20)), target=fine, **options)
+    assert caught[0].filename == __file__  # the line of the user
     model = xgenda.train(fine, factor=4, **options)
     with pytest.raises(CheckpointError, match="A .mdlus file holds one network, and this is a ClassicalModel"):
         write_mdlus(model, tmp_path / "a.mdlus")  # type: ignore[arg-type]

@@ -386,6 +386,11 @@ def test_a_correction_that_makes_members_worse_is_left_out(fine: xr.Dataset, mon
     record = model.spec.training
     assert record["best_step"] > 0  # by the loss of denoising it had learned something
     assert record["correction_weight"] == 0.0
+    mean, _, residual = record["card"].partition("; residual: ")
+    assert ("its weight is zero, and this is the linear mean" in mean) == (model.regression is None)
+    assert residual == "the learned correction did not make the members better: its weight is zero, and this is a Gaussian"
+    assert record["scores"].startswith("CRPS of withheld states: t2m ")
+    assert " K; gain" in record["scores"]
     assert record["validation_best"] == record["validation_without"] == pytest.approx(record["validation_start"])
     assert float(model.denoiser.network.last.conv.weight.abs().max()) == 0.0
 

@@ -18,6 +18,7 @@ from xgenda.diffusion.hybrids import HybridSample, Parts, Product, hybrid_modes,
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import LittleDataWarning
 from xgenda.models.fitting import choose_climatology, memory_length, outside
+from xgenda.models.variables import VariableSpec
 from xgenda.training.defaults import independent_fields
 from xgenda.training.scoring import beside_gaussian, fair_crps, posterior_crps
 from xgenda.training.windows import memory_of, near_blocks, split_rows
@@ -258,6 +259,12 @@ def test_a_wrong_correction_scores_worse() -> None:
     assert harm.gain < -0.05
     assert bool((harm.model > harm.gaussian).all())
     assert "gain -" in harm.describe()
+    variables = [VariableSpec("t2m", units="K"), VariableSpec("ratio", units="1")]
+    (a, b), (c, d) = harm.model.tolist(), harm.gaussian.tolist()
+    words = f"CRPS of withheld states: t2m {a:.4g} (Gaussian {c:.4g}) K, ratio {b:.4g} (Gaussian {d:.4g}); gain -"
+    assert harm.describe(variables).startswith(words)
+    with pytest.raises(ValueError, match="zip"):
+        harm.describe(variables[:1])
 
 
 def test_crps_of_members_is_that_of_all_pairs() -> None:

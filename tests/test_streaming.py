@@ -151,10 +151,11 @@ def with_holes() -> xr.Dataset:
 def test_missing_times_are_left_out_and_land_is_masked(lazy: bool, tmp_path: Path) -> None:
     ds = with_holes()
     source = open_source(stored(ds, tmp_path / "a.zarr") if lazy else ds)
-    with pytest.warns(UserWarning, match=r"2 of 60 fields along 'time' are missing .* the first at 2001-02-25"):
+    with pytest.warns(UserWarning, match=r"2 of 60 fields along 'time' are missing .* the first at 2001-02-25") as caught:
         kept, found = gather(source, cache=False, progress=False)
     with pytest.warns(UserWarning, match="2 of 60 fields"):
         samples = read_samples(ds)
+    assert caught[0].filename == __file__  # the line of the user, at whatever depth
     assert kept.size == 58
     assert kept.places.tolist() == [i for i in range(60) if i not in (11, 40)]
     assert kept.valid is not None

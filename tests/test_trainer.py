@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,7 +28,9 @@ import xgenda
 from xgenda.diffusion.anchors import LowRank
 from xgenda.errors import CheckpointError, MissingDependencyError, OptionError, OutputExistsError, StateError
 from xgenda.grids import Grid
+from xgenda.models.cards import DEFAULTS, model_card
 from xgenda.models.generative import GenerativeModel
+from xgenda.models.history import plot_history, remarks_of
 from xgenda.models.spec import VariableSpec
 from xgenda.networks.unet import UNet
 from xgenda.training import __main__ as command
@@ -606,7 +610,51 @@ def test_the_history_of_a_model(whole: GenerativeModel, tmp_path: Path) -> None:
     figure.savefig(tmp_path / "history.png")
     assert [a.get_title() for a in figure.axes] == ["prior: loss", "x"]
     assert [line.get_label() for line in figure.axes[1].lines] == ["model", "Gaussian"]
-    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), history.validation_loss)
+    start = whole.spec.training["validation_start"]  # before the first step
+    np.testing.assert_array_equal(figure.axes[0].lines[1].get_xdata(), [0, *history.step.values])
+    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), [start, *history.validation_loss.values])
+    assert history.crps_x.attrs["units"] == history.crps_x_gaussian.attrs["units"] == "K"
+    assert figure.axes[1].get_ylabel() == "CRPS, validation [K]"
+    assert figure.axes[1].get_xlim()[1] >= 60
+
+
+@pytest.mark.parametrize("start", [None, 0.8001])
+def test_the_figure_of_one_step_does_not_make_mountains_of_rounding(start: float | None) -> None:
+    column = {"step": [1], "loss": [0.8], "validation_loss": [0.8], "crps_x": [2.0], "crps_x_gaussian": [2.0 + 1e-9]}
+    training = {"history": {"prior": column}} | ({} if start is None else {"validation_start": start})
+    figure = plot_history("a", training)
+    for axis, value in zip(figure.axes, (0.8, 2.0), strict=True):
+        low, high = axis.get_ylim()
+        assert low < value < high
+        assert high - low >= 0.0099 * value
+        ticks = np.asarray(axis.get_xticks())
+        np.testing.assert_array_equal(ticks, ticks.round())
+    assert len(figure.axes[0].lines[1].get_xdata()) == 1 + (start is not None)
+
+
+def test_a_summary_is_short_and_its_numbers_are_readable(whole: GenerativeModel) -> None:
+    training = dict(whole.spec.training)
+    assert {"averaging_width", "validation_without", "seconds", "guidance_covariance"} <= set(training)  # kept for who looks
+    shown = whole.summary()
+    assert not {"averaging_width", "validation_without", "seconds", "guidance_covariance", "marks", "history"} & set(shown)
+    assert shown["validation_best"] == f"{training['validation_best']:.4g}"
+    assert shown["learning_rate"] == "0.004"
+    assert remarks_of({"anchor": "none", "guidance_covariance": "eof", "mean_seconds": 3.0}) == {
+        "anchor": "none",
+        "guidance_covariance": "eof",
+    }
+
+
+def test_a_card_tells_the_options_that_were_chosen(whole: GenerativeModel) -> None:
+    card = model_card(whole)
+    options = card[card.index("### Options of training") : card.index("## Scores")]
+    rows = dict(re.findall(r"^\| ([a-z].*?) \| (.*) \|$", options, re.MULTILINE))
+    chosen = {name: str(value) for name, value in OPTIONS.items() if name not in ("steps", "batch_size", "seed", "learning_rate")}
+    assert rows == chosen | {"dtype": "float32"}
+    signature = inspect.signature(xgenda.train).parameters
+    for name, value in DEFAULTS.items():
+        default = signature[name].default
+        assert value == (list(default) if isinstance(default, tuple) else default), name
 
 
 # -- the command line

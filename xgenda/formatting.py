@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from typing import Any
 
@@ -13,3 +14,16 @@ def bar_class() -> Any:
     # the notebook bar without ipywidgets only warns
     notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
     return importlib.import_module("tqdm.notebook" if notebook else "tqdm.std").tqdm
+
+
+def rounded(value: object) -> str:
+    """Return a number with at most four digits that count, and anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def user_level() -> int:
+    """Return the ``stacklevel`` with which a warning of the calling function points to the line that called this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
+        frame, level = frame.f_back, level + 1
+    return level

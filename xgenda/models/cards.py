@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from xgenda.formatting import rounded
 from xgenda.metadata import package_version
+from xgenda.models.history import remarks_of
 from xgenda.models.variables import VariableSpec
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ LICENCES = (
 )  # fmt: skip
 SCORES = re.compile(r"valid|score|crps|rmse|spread|skill|loss|ratio|card", re.IGNORECASE)
 HEADINGS = {"asked": "Options of training"}
+# Of `xgenda.train`, where they are not None: what nobody chose says nothing.
+DEFAULTS: Mapping[str, Any] = {
+    "task": "prior", "method": "diffusion", "stages": "both", "neighbours": [0], "time_features": "auto", "lead_time": False,
+    "conserve": "auto", "calibrate": True, "mean_condition": True, "climatology": "auto", "transform": "none", "offset": 1e-3,
+    "anchor": "auto", "window": 1, "architecture": "unet", "freeze": "none", "augment": "auto", "batch_size": 16, "seed": 0,
+}  # fmt: skip
+UNTOLD = ("ds", "target", "statics", "task", "start", "memory")  # sums of data and files, and what is told elsewhere
 CALLS = {
     "prior": ("analysis = ds.genda.assimilate(obs, model=model, members=16, seed=0)", "data-assimilation"),
     "downscale": ("fine = coarse.genda.downscale(model=model, members=16, seed=0)", "downscaling"),
@@ -48,8 +57,11 @@ def model_card(model: GenerativeModel, *, place: str | None = None) -> str:
     """
     spec = model.spec
     call, topic = CALLS.get(spec.task, ("", spec.task))
-    scores = {k: v for k, v in spec.training.items() if SCORES.search(str(k))}
-    training = {k: v for k, v in spec.training.items() if k not in (*scores, "history", "marks")}
+    said = remarks_of(spec.training)
+    scores = {k: v for k, v in said.items() if SCORES.search(k)}
+    training = {k: v for k, v in said.items() if k not in scores}
+    if "asked" in training:
+        training["asked"] = _chosen(training.pop("asked"), training)
     scores |= _last_scores(spec.training.get("history", {}))
     load = f"model = xgenda.load_model({json.dumps(spec.name if place is None else place)})"
     shape = {k: v for k, v in model.summary().items() if k in ("task", "inputs", "input grid", "grid", "mask", "window")}
@@ -60,7 +72,7 @@ def model_card(model: GenerativeModel, *, place: str | None = None) -> str:
         _table(shape.items()),
         "## Use",
         f"```python\nimport xgenda\n\n{load}\n{call}".rstrip() + "\n```",
-        "Install it with `pip install xgenda`.",
+        "Install xgenda from its source: `python -m pip install .`",
         "## Variables",
         _variables(spec.variables),
         *(["## Inputs", _variables(spec.inputs.variables)] if spec.inputs is not None else []),
@@ -106,6 +118,16 @@ def _record(given: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _chosen(asked: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that somebody chose and that the record of the training does not hold under the same name."""
+    usual = {**DEFAULTS, "validation": str(None)}
+    return {
+        name: value
+        for name, value in asked.items()
+        if name not in UNTOLD and value is not None and value not in (usual.get(name), training.get(name))
+    }
+
+
 def _last_scores(history: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
     """Return the last of each score that was taken in training; see `GenerativeModel.history`."""
     found = {}
@@ -118,11 +140,9 @@ def _last_scores(history: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, An
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_value, value)) if len(value) <= 12 else f"{len(value)} values"
-    return str(value)
+    return rounded(value)
 
 
 def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:

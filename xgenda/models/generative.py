@@ -13,6 +13,7 @@ import numpy as np
 
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import OptionError, check_count
+from xgenda.formatting import rounded
 from xgenda.models.conditions import Conditions
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.operators import Operator
@@ -297,16 +298,18 @@ class GenerativeModel(ABC):
         """
         from xgenda.models.history import history_of
 
-        return history_of(self.spec.name, self.spec.training)
+        return history_of(self.spec.name, self.spec.training, self.spec.variables)
 
     def plot_history(self) -> Figure:
-        """Draw `history` with matplotlib; in a notebook the figure shows itself."""
+        """Draw `history` with matplotlib, from the validation loss before the first step; in a notebook the figure shows itself."""
         from xgenda.models.history import plot_history
 
-        return plot_history(self.spec.name, self.spec.training)
+        return plot_history(self.spec.name, self.spec.training, self.spec.variables)
 
     def summary(self) -> dict[str, str]:
-        """Return what a user wants to know at a glance."""
+        """Return what a user wants to know at a glance; all that was recorded is in ``spec.training``."""
+        from xgenda.models.history import remarks_of
+
         spec = self.spec
         rows: dict[str, Any] = {
             "task": f"{spec.task} ({spec.kind})" + (f", x{spec.factor}" if spec.factor else ""),
@@ -319,11 +322,11 @@ class GenerativeModel(ABC):
                 if "spacing" in spec.options
                 else {}
             ),
-            **{str(k): v for k, v in spec.training.items() if not isinstance(v, (dict, list))},
+            **{k: v for k, v in remarks_of(spec.training).items() if not isinstance(v, (dict, list))},
             "licence": spec.licence,
             "file": f"{self.path} (sha256 {self.sha256[:12]})" if self.path else f"not saved (content {self.sha256[:12]})",
         }
-        return {k: str(v) for k, v in rows.items()}
+        return {k: rounded(v) for k, v in rows.items()}
 
     def __repr__(self) -> str:
         """Return the summary as text."""

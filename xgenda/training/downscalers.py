@@ -196,10 +196,12 @@ def train_downscaler(
     score = None if withheld is None else withheld.scores
     second = optimiser.fit(network, objective, train_rows, held, share, "residual", score, pairs.fine.labels)
     thawed(network)
+    worse = False
     if withheld is not None and without is not None and second["correction_weight"]:
         compared = withheld.compare(network)
-        second["scores"] = compared.describe()
-        if compared.worse:  # the denoising got better, and the members did not
+        second["scores"] = compared.describe(ready.spec.variables)
+        worse = compared.worse
+        if worse:  # the denoising got better, and the members did not
             network.scale_output(0.0)
             second |= {"correction_weight": 0.0, "validation_best": second["validation_without"]}
     extra = {
@@ -208,6 +210,7 @@ def train_downscaler(
         "marks": some_marks(pairs.fine.values),
         "residual_correlated_over": f"{reach[0]:.0f} rows, {reach[1]:.0f} columns",
         **{f"mean_{k}": v for k, v in first.items() if k != "history"},
+        "card": _card(recipe, first if regression is not None else None, second, final is not None, worse),
         **({} if inherited is None else inherited.record),
     }
     second["history"] = {**first.get("history", {}), **second["history"]}
@@ -288,6 +291,31 @@ def _with_tile(recipe: Recipe, residual: Tensor) -> Recipe:
         plane = tuple(residual.shape[-2:])
         recipe = dataclasses.replace(recipe, tile=None if max(plane) <= LARGEST_PLANE else suggest_tile(residual, stride=4)[0])
     return recipe if recipe.tile is None else dataclasses.replace(recipe, anchor=None)
+
+
+def _card(recipe: Recipe, mean: Mapping[str, Any] | None, residual: Mapping[str, Any], gaussian: bool, worse: bool) -> str:
+    """Say what each network was worth on the validation block; `mean` is the report of the first one where it was kept."""
+    parts = []
+    if mean is not None:
+        ratio = mean["validation_best"] / mean["validation_without"]
+        parts.append(
+            f"mean: validation loss {ratio:.3f} of the linear mean's, with the correction at weight {mean['correction_weight']:.2f}"
+        )
+    elif recipe.stages == "both":
+        parts.append(
+            "mean: the learned correction explained nothing on the validation block: its weight is zero, and this is the linear mean"
+        )
+    else:
+        parts.append("mean: linear, without a network" if recipe.stages == "residual" else "mean: none, as stages='single' asks")
+    classical = "a Gaussian" if gaussian else "independent errors in all cells"
+    if residual["correction_weight"]:
+        ratio = residual["validation_best"] / residual["validation_without"]
+        weight = residual["correction_weight"]
+        text = f"validation loss {ratio:.3f} of that of {classical}, with the correction at weight {weight:.2f}"
+    else:
+        why = "did not make the members better" if worse else "explained nothing on the validation block"
+        text = f"the learned correction {why}: its weight is zero, and this is {classical}"
+    return "; ".join([*parts, f"residual: {text}"])
 
 
 def _check_tile(recipe: Recipe, pairs: Pairs) -> None:

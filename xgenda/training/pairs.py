@@ -14,6 +14,7 @@ import xarray as xr
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import GridError, OptionError, StateError
+from xgenda.formatting import user_level
 from xgenda.grids import Grid, factor_between
 from xgenda.models.blocks import Blocks
 from xgenda.models.conditions import lead_times, neighbours, spacing_of_times
@@ -134,7 +135,7 @@ def read_pairs(
     if len(kept) < min(len(fine.values) - ends, len(fine.values) * (1 - FEW_LOST)):
         warnings.warn(
             f"{len(fine.values) - len(kept)} of {len(fine.values)} fine fields have not all the coarse ones that they need, and are left out.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     lead = None
     if lead_time:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.samplers import integrate
 from xgenda.diffusion.schedules import noise_levels
 from xgenda.models.diffusive import SIGMA_MIN, highest_sigma
+from xgenda.models.variables import VariableSpec
 
 
 def posterior_crps(
@@ -131,10 +132,13 @@ class Comparison:
         """Whether the correction did harm."""
         return self.gain < 0
 
-    def describe(self) -> str:
-        """Return the comparison in a line."""
-        both = ", ".join(f"{m:.4g} ({g:.4g})" for m, g in zip(self.model.tolist(), self.gaussian.tolist(), strict=True))
-        return f"CRPS of withheld states, of the model (of its Gaussian): {both}; gain {self.gain:.1%} ± {self.error:.1%}"
+    def describe(self, variables: Sequence[VariableSpec] = ()) -> str:
+        """Return the comparison in a line; `variables` are what the channels are, for names and units."""
+        names = [f"{v.name} " for v in variables] or [""] * len(self.model)
+        units = [f" {v.units}" if v.units and v.units != "1" else "" for v in variables] or names
+        rows = zip(names, self.model.tolist(), self.gaussian.tolist(), units, strict=True)
+        both = ", ".join(f"{name}{m:.4g} (Gaussian {g:.4g}){unit}" for name, m, g, unit in rows)
+        return f"CRPS of withheld states: {both}; gain {self.gain:.1%} ± {self.error:.1%}"
 
 
 def beside_gaussian(

@@ -19,6 +19,7 @@ import xarray as xr
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid, PointSet
 from xgenda.errors import GridError, OptionError, StateError
+from xgenda.formatting import user_level
 from xgenda.grids import Orientation
 from xgenda.models.spec import VariableSpec
 from xgenda.states import State
@@ -255,7 +256,7 @@ class Source:
             warnings.warn(
                 f"{int(missing.sum())} of {self.size} fields along {self.dimension!r} are missing (NaN everywhere) and are left out, the "
                 f"first at {self._label(int(missing.argmax()))}.",
-                stacklevel=3,
+                stacklevel=user_level(),
             )
             kept = np.flatnonzero(~missing)
             time = None if self.time is None else self.time.isel({self.dimension: kept})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xgenda import metadata
 from xgenda.errors import OptionError
+from xgenda.formatting import user_level
 from xgenda.models.conditions import Conditions, cycle_columns
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.features import Features
@@ -151,7 +152,7 @@ class Inheritance:
             warnings.warn(
                 f"start={before.spec.name!r} sees {self.record['dropped_inputs']}, not given here: what it learned of them is lost. Give them "
                 f"too: ds, statics, neighbours, time_features or lead_time.",
-                stacklevel=4,
+                stacklevel=user_level(),
             )
 
     def give(self, stage: str, network: Network, *, mean: bool) -> bool:
