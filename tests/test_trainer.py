@@ -684,7 +684,7 @@ def test_training_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert a.spec.name == "2024"
     assert a.spec.training["anchor"] == "none"
     assert command.main([str(tmp_path / "a.nc"), "--steps=2", "--out", str(tmp_path / "0.safetensors")]) == 1
-    assert "exists. Choose another name, or pass overwrite=True." in capsys.readouterr().err
+    assert "exists. Choose another name, or pass --overwrite." in capsys.readouterr().err
 
 
 def test_wrong_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,7 +692,7 @@ def test_wrong_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     for name in ("text.nc", "missing.nc", "missing.zarr", "*.grib"):
         assert command.main([str(tmp_path / name)]) == 1
         assert "cannot be opened: " in capsys.readouterr().err
-    for wrong in (["data.nc", "--stepz=2"], []):
+    for wrong in (["data.nc", "--stepz=2"], ["data.nc", "--step=2"], []):
         with pytest.raises(SystemExit) as found:
             command.main(wrong)
         assert found.value.code == 2
@@ -708,6 +708,79 @@ def test_wrong_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(loop, "train", interrupted)
     assert command.main([str(tmp_path / "data.nc")]) == 130
     assert capsys.readouterr().err == "xgenda: Stopped at step 7. Go on with the same command and --resume.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "found"),
+    [
+        (["--neighbours", "-1,0,1"], "neighbours", (-1, 0, 1)),
+        (["--neighbours=-1,0,1"], "neighbours", (-1, 0, 1)),
+        (["--seed", "-3", "--steps", "2"], "seed", -3),
+        (["--anchor", "none"], "anchor", None),
+        (["--climatology", "none"], "climatology", "none"),
+        (["--start", "none"], "start", "none"),
+        (["--memory", "20"], "memory", "20"),
+        (["--bounds", "{'sst': (271, None)}"], "bounds", {"sst": (271, None)}),
+        (["--validation", "slice('2008','2009')"], "validation", slice("2008", "2009")),
+        (["--validation", 'slice(None, "2009")'], "validation", slice(None, "2009")),
+        (["--validation", "2008:2009"], "validation", slice("2008", "2009")),
+        (["--validation", "2008-01-01T06:00/2009"], "validation", slice("2008-01-01T06:00", "2009")),
+        (["--validation", "2008/"], "validation", slice("2008", None)),
+        (["--validation", "0.2"], "validation", 0.2),
+        (["--validation", "none"], "validation", None),
+    ],
+)  # fmt: skip
+def test_values_of_the_command(monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str, found: Any) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "train", functools.wraps(loop.train)(lambda _, **options: given.update(options)))
+    monkeypatch.setattr(command, "opened", str)
+    assert command.main(["data.nc", *arguments]) == 0
+    assert given[name] == found
+    assert type(given[name]) is type(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Go on: resume=True, or again: resume=False, overwrite=True", "Go on: --resume, or again: --no-resume, --overwrite"),
+        ("out='a b.nc': pass out='c.nc'.", "--out 'a b.nc': pass --out c.nc."),
+        ("bounds='0,4'; give bounds={'t2m': (0, None)}", "--bounds 0,4; give --bounds \"{'t2m': (0, None)}\""),
+        ("time_budget=-1.5. Of learning_rate=2e-3.", "--time-budget -1.5. Of --learning-rate 2e-3."),
+        ("validation=slice('2010', '2014', None)", "--validation 2010/2014"),
+        ("conserve=True has no effect", "--conserve True has no effect"),
+        ("type xgenda.train(ds, task='downscale', out='x')", "type xgenda.train(ds, task='downscale', out='x')"),
+        ("ds.resample(time='1D') needs window= and sha256='0'", "ds.resample(time='1D') needs --window and sha256='0'"),
+    ],
+)  # fmt: skip
+def test_messages_of_the_command_are_as_typed(text: str, shown: str) -> None:
+    assert command.typed(text, inspect.signature(loop.train).parameters) == shown
+
+
+def test_the_help_of_the_command_describes_every_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    shown = {text.split()[0].rstrip(","): " ".join(text.split()) for text in re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]}
+    for name in inspect.signature(loop.train).parameters:
+        if name not in command.NOT_HERE:
+            said = re.sub(r"\(default .*|VALUE|--\S+", "", shown[f"--{name.replace('_', '-')}"])
+            assert len(said.split()) > 1, name
+    assert "Channels of the network at full resolution; by default 16." in shown["--width"]
+
+
+def test_an_error_in_several_processes_is_told_once(tmp_path: Path) -> None:
+    regimes(30).to_netcdf(tmp_path / "data.nc")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "xgenda.training"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "data.nc"), "--device=cpu", "--bounds", "sst=0,400"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    told = "xgenda: error: --bounds sst=0,400 is not accepted; give a pair per variable: --bounds \"{'t2m': (0, None)}\""
+    assert done.stderr.count(told) == 1
+    assert told in "\n".join(done.stderr.splitlines()[-3:])  # in the report of the launcher, after its traceback
 
 
 # -- fine-tuning
@@ -926,6 +999,7 @@ def test_what_is_withheld_is_not_trained_on() -> None:
         ({"resume": "yes"}, OptionError, r"resume='yes' is not accepted"),
         ({"resume": True}, OptionError, r"resume=True needs the file of the model.*out='model.safetensors'"),
         ({"memory": "much"}, OptionError, r"memory='much' is not accepted; give bytes or a text such as '500MB' or '2GB'"),
+        ({"memory": "20"}, OptionError, r"memory='20' is not accepted; .*'2GB', with its unit"),
         ({"memory": "0GB"}, OptionError, r"memory='0GB' is not accepted"),
         ({"memory": -5}, OptionError, r"memory=-5 is not accepted"),
         ({"memory": True}, OptionError, r"memory=True is not accepted"),

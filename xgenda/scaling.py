@@ -224,19 +224,39 @@ def fit_scaling(
 
 def check_named(transform: object, offset: object, bounds: object, names: Sequence[str]) -> None:
     """Refuse options of variables that there are not, and what is neither an option for all nor a mapping."""
-    if bounds is not None and not isinstance(bounds, Mapping):
-        raise OptionError(f"bounds={bounds!r} is not accepted; give a pair per variable: bounds={{{names[0]!r}: (0, None)}}")
-    for o in offset.values() if isinstance(offset, Mapping) else (offset,):
-        if isinstance(o, bool) or not isinstance(o, numbers.Real) or not math.isfinite(o):
-            raise OptionError(
-                f"offset={offset!r} is not accepted; give a number, or one per variable: offset={{{names[0]!r}: 0.1}}"
-            )
+    check_kinds(transform, offset, bounds, names[0])
     for argument, given in (("transform", transform), ("offset", offset), ("bounds", bounds)):
         strange = [k for k in given if k not in names] if isinstance(given, Mapping) else []
         if strange:
             raise OptionError(
                 f"{argument} names {strange[0]!r}, and the variables are {', '.join(map(repr, dict.fromkeys(names)))}."
             )
+
+
+def check_kinds(transform: object, offset: object, bounds: object, name: str = "t2m") -> None:
+    """Refuse what is neither an option for all variables nor a mapping, `name` being one of them for the message."""
+    for t in transform.values() if isinstance(transform, Mapping) else (transform,):
+        check_choice("transform", t, TRANSFORMS)
+    for o in offset.values() if isinstance(offset, Mapping) else (offset,):
+        if isinstance(o, bool) or not isinstance(o, numbers.Real) or not math.isfinite(o):
+            raise OptionError(f"offset={offset!r} is not accepted; give a number, or one per variable: offset={{{name!r}: 0.1}}")
+    if bounds is not None and not isinstance(bounds, Mapping):
+        raise OptionError(f"bounds={bounds!r} is not accepted; give a pair per variable: bounds={{{name!r}: (0, None)}}")
+    for known, given in bounds.items() if isinstance(bounds, Mapping) else ():
+        _check_pair_of(str(known), given)
+
+
+def _check_pair_of(name: str, given: object) -> None:
+    """Refuse bounds that are no lowest and highest value."""
+    pair = tuple(given) if isinstance(given, (tuple, list)) else ()
+    if (
+        len(pair) != 2
+        or not all(b is None or (isinstance(b, numbers.Real) and math.isfinite(b)) for b in pair)
+        or (None not in pair and pair[0] >= pair[1])
+    ):
+        raise OptionError(
+            f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"
+        )
 
 
 def per_channel(
@@ -306,15 +326,8 @@ def _bounds_of(
     """Return the bounds of a variable, which its fields must keep to."""
     if given is None:  # exp(z) - offset can be negative, and far beyond anything
         return (0.0, BEYOND * highest) if transform == "log" and lowest >= 0 else (-math.inf, math.inf)
-    pair = tuple(given) if isinstance(given, (tuple, list)) else ()
-    if (
-        len(pair) != 2
-        or not all(b is None or (isinstance(b, numbers.Real) and math.isfinite(b)) for b in pair)
-        or (None not in pair and pair[0] >= pair[1])
-    ):
-        raise OptionError(
-            f"bounds of {name!r} are {given!r}; a lowest and a highest value are needed, None for none: bounds={{{name!r}: (0, None)}}"
-        )
+    _check_pair_of(name, given)
+    pair = tuple(given)
     low, high = (-math.inf if pair[0] is None else float(pair[0])), (math.inf if pair[1] is None else float(pair[1]))
     if lowest < low or highest > high:
         raise StateError(

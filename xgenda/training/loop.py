@@ -23,7 +23,7 @@ from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
-from xgenda.scaling import CYCLES
+from xgenda.scaling import CYCLES, check_kinds
 from xgenda.training.anchoring import ANCHORS
 from xgenda.training.classical import train_classical
 from xgenda.training.corpus import open_corpus
@@ -298,6 +298,7 @@ def train(
             below = "" if np.isinf(highest) else f" below {highest:g}"
             why = "" if argument != "ema" else ": the part of training that the average reaches over, for example ema=0.1"
             raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
+    check_kinds(transform, offset, bounds)
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
@@ -468,10 +469,10 @@ def parse_memory(memory: str | float) -> float:
     units = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
     if isinstance(memory, numbers.Real) and not isinstance(memory, bool) and float(memory) > 0:
         return float(memory)
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?B)?\s*", str(memory))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?B)\s*", memory) if isinstance(memory, str) else None
     if not match or float(match[1]) <= 0:
-        raise OptionError(f"memory={memory!r} is not accepted; give bytes or a text such as '500MB' or '2GB'.")
-    return float(match[1]) * units[(match[2] or "B").upper()]
+        raise OptionError(f"memory={memory!r} is not accepted; give bytes or a text such as '500MB' or '2GB', with its unit.")
+    return float(match[1]) * units[match[2].upper()]
 
 
 def parse_time_budget(budget: str | float) -> float:
