@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from xgenda.models.corrdiff import read_corrdiff, read_corrdiff_output
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.physicsnemo import Preconditioned, Regression, read_mdlus, write_mdlus
 from xgenda.networks.songunet import SongUNet
+from xgenda.training.downscalers import _card
 
 FAST: dict[str, Any] = {"steps": 3, "width": 8, "progress": False, "anchor": None}
 
@@ -183,6 +185,20 @@ def test_one_stage(fine: xr.Dataset, stages: str) -> None:
     coarse = coarse_of(fine).isel(time=[0, 5])
     found = coarse.genda.downscale(model=model, members=2, seed=0, steps=3)
     np.testing.assert_allclose(coarse_of(found).t2m, np.broadcast_to(coarse.t2m, (2, *coarse.t2m.shape)), atol=1e-4)
+
+
+def test_the_card_of_a_downscaler_says_what_both_networks_are_worth() -> None:
+    report = {"validation_best": 0.9, "validation_without": 1.2, "correction_weight": 0.987}
+    nothing = {"validation_best": 1.2, "validation_without": 1.2, "correction_weight": 0.0}
+    recipe = SimpleNamespace(stages="both")
+    worth = "validation loss 0.750 of {}, with the correction at weight 0.99"
+    zero = "the learned correction explained nothing on the validation block: its weight is zero, and this is "
+    mean, residual = _card(recipe, report, report, True, False).split("; ")  # type: ignore[arg-type]
+    assert mean == "mean: " + worth.format("the linear mean's")
+    assert residual == "residual: " + worth.format("that of a Gaussian")
+    mean, residual = _card(recipe, None, nothing, False, False).split("; ")  # type: ignore[arg-type]
+    assert mean == f"mean: {zero}the linear mean"
+    assert residual == f"residual: {zero}independent errors in all cells"
 
 
 def test_the_song_unet_is_a_choice_and_goes_to_mdlus_and_back(fine: xr.Dataset, tmp_path: Path) -> None:
