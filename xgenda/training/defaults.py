@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xgenda.errors import LittleDataWarning
+from xgenda.formatting import user_level
 from xgenda.models.fitting import autocorrelation, leading_components
 from xgenda.training.windows import Samples, time_order
 
@@ -71,9 +72,9 @@ def judge(z: np.ndarray, samples: Samples, size: int | None = None) -> Verdict:
     return Verdict(size, worth, text)
 
 
-def warn_of_little(z: np.ndarray, samples: Samples, size: int | None = None, stacklevel: int = 2) -> Verdict:
+def warn_of_little(z: np.ndarray, samples: Samples, size: int | None = None) -> Verdict:
     """Return the verdict, after a `LittleDataWarning` if it is that there is too little."""
     verdict = judge(z, samples, size)
     if not verdict.enough:
-        warnings.warn(verdict.text, LittleDataWarning, stacklevel=stacklevel + 1)
+        warnings.warn(verdict.text, LittleDataWarning, stacklevel=user_level())
     return verdict

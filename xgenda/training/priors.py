@@ -139,7 +139,7 @@ def train_prior(
     report["card"] = _card(recipe.anchor, report)
     if compare is not None and report["correction_weight"]:
         final_comparison = compare(network)
-        report["scores"] = final_comparison.describe()
+        report["scores"] = final_comparison.describe(samples.variables)
         if final_comparison.worse:  # the denoising got better, and the ensembles did not
             network.scale_output(0.0)
             report |= {"correction_weight": 0.0, "validation_best": report["validation_without"]}
@@ -169,7 +169,7 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: boo
         fold, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
     )
     chosen, few = corpus.few()
-    warn_of_little(z[chosen], few, corpus.size, stacklevel=4)
+    warn_of_little(z[chosen], few, corpus.size)
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
