@@ -17,6 +17,7 @@ from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.hybrids import HybridSample, Parts, Product, hybrid_modes, kernel_modes, taper_modes
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import LittleDataWarning
+from xgenda.models import gaussian
 from xgenda.models.fitting import choose_climatology, memory_length, outside
 from xgenda.models.variables import VariableSpec
 from xgenda.training.defaults import independent_fields
@@ -316,3 +317,26 @@ def test_training_takes_a_hybrid_where_it_is_better() -> None:
     assert isinstance(model.covariance, Modes)
     total = float(model.covariance.diagonal().sum())
     assert model.covariance.floor * model.covariance.size < 0.05 * total
+
+
+def test_runs_of_the_same_times_share_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs one after the other: what is fitted without a block has neither of them near its times."""
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((2, 60, 5, 6)).cumsum(1)
+    days = np.datetime64("2001-01-01", "ns") + np.arange(60) * np.timedelta64(1, "D")
+    coords = {"time": days, "latitude": 40.0 + np.arange(5), "longitude": 5.0 + np.arange(6)}
+    runs = [xr.Dataset({"t2m": (("time", "latitude", "longitude"), v, {"units": "K"})}, coords) for v in values]
+    seen = []
+    found = gaussian.search
+
+    def search(z: np.ndarray, grid: object, choices: list, fold: np.ndarray, *rest: object) -> object:  # type: ignore[type-arg]
+        seen.append((fold, rest[2]))
+        return found(z, grid, choices, fold, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gaussian, "search", search)
+    xgenda.gaussian_prior(xr.concat(runs, "time"), climatology="none")
+    ((fold, away),) = seen
+    np.testing.assert_array_equal(fold[:60], fold[60:])
+    np.testing.assert_array_equal(away[:, :60], away[:, 60:])
+    assert (away & (fold == np.arange(5)[:, None])).sum() == 0
+    assert away.sum() < 4 * 120  # and a gap

@@ -98,7 +98,9 @@ def test_training_of_windows_is_checked(series: xr.Dataset) -> None:
         xgenda.train(series, window=3, task="downscale", factor=2)
     gap = xgenda.train(series.drop_isel(time=[50]), window=3, steps=1, width=8, anchor="eof", progress=False)
     assert gap.spec.options["spacing"] == 86400.0
-    uneven = series.assign_coords(time=series.time.where(series.time != series.time[50], series.time[50] + np.timedelta64(12, "h")))
+    uneven = series.assign_coords(
+        time=series.time.where(series.time != series.time[50], series.time[50] + np.timedelta64(12, "h"))
+    )
     with pytest.raises(StateError, match=r"equally spaced times .*, and those of ds are from 43200 to 129600 seconds"):
         xgenda.train(uneven, window=3)
     with pytest.raises(StateError, match=r"window=15 needs 15 consecutive times in each of 6 blocks, and ds has 60 times"):

@@ -88,9 +88,9 @@ def standardise(scaling: Scaling, values: np.ndarray, time: xr.DataArray | None)
     return scaling.forward(values, cycle_basis(time, scaling.cycle, len(values))).reshape(len(values), -1)
 
 
-def outside(fold: np.ndarray, block: int, gap: int = 0) -> np.ndarray:
-    """Return which fields are neither in a block nor within `gap` fields of it."""
-    place = np.arange(len(fold))
+def outside(fold: np.ndarray, block: int, gap: int = 0, place: np.ndarray | None = None) -> np.ndarray:
+    """Return which fields are neither in a block nor within `gap` of it; `place` counts their times, by default one each."""
+    place = np.arange(len(fold)) if place is None else place
     inside = place[fold == block]
     return np.asarray((place < inside.min() - gap) | (place > inside.max() + gap))
 

@@ -464,7 +464,11 @@ def _from_sample(
             f"ds has {len(values)} fields along {sample_dim!r}; a sample covariance with {folds}-fold cross-validation needs at "
             f"least {2 * folds}. Give more, or use a covariance function: gaussian_prior(ds, length_scale=300e3, std=2.0)"
         )
-    fold = np.arange(len(values)) * folds // len(values)
+    # several runs may have the same times, in any order: neighbours in time, not in storage, tell of each other
+    place = np.arange(len(values)) if time is None else np.unique(time.values, return_inverse=True)[1].ravel()
+    if place.max() + 1 < 2 * folds:
+        place = np.arange(len(values))
+    fold = place * folds // (int(place.max()) + 1)
     scaling, z = fit_standardised(values, time, names, fold, climatology, valid=valid)
     if rank is not None and rank >= len(values):
         raise OptionError(
@@ -474,8 +478,9 @@ def _from_sample(
     choices = list(candidates(kinds, grid, z.shape, radius, rank, inflation))
     best, tried = choices[0], 1
     if len(choices) > 1:
-        gap = memory_length(z, fold)
-        away = np.stack([outside(fold, k, gap) for k in range(folds)])
+        first = np.unique(place, return_index=True)[1]
+        gap = memory_length(z[first], fold[first])
+        away = np.stack([outside(fold, k, gap, place) for k in range(folds)])
         best, scores = search(z, grid, choices, fold, valid, cycle_basis(time, scaling.cycle, len(z)), away)
         tried = len(scores)
     options, arrays = fit_sample(z, best)
