@@ -705,7 +705,7 @@ CASES: dict[str, Case] = {
     "unknown precision": (
         lambda k: k.train(dtype="float16"),
         OptionError,
-        r"dtype='float16' is not accepted; choose one of 'float32'",
+        r"dtype='float16' is not accepted; choose one of 'auto', 'float32'",
     ),
     "existing training output": (
         lambda k: k.train(out=k.saved()),

@@ -179,8 +179,8 @@ def train(
         small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the better of the first two by
         cross-validation. None: a plain EDM denoiser; a Gaussian is then still fitted, for guidance='anchor'.
     window
-        For 'prior': number of consecutive times that the model sees together, odd; these are equally spaced, or calendar months. Above 1, `assimilate`
-        solves all times of the Dataset together, composed of such windows.
+        For 'prior': number of consecutive times that the model sees together, odd; they are equally spaced, or calendar months.
+        Above 1, `assimilate` solves all times of the Dataset together, composed of such windows.
     periodic
         Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
     width
