@@ -498,6 +498,17 @@ def test_without_a_network(tmp_path: Path, server: Server, cache: Path) -> None:
     assert store.find_file("tiny", registry=registry)[1] == SHA
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line() -> None:
+    bottom = ConnectionRefusedError(111, "Connection refused")
+    middle = OSError("HTTPSConnectionPool(host='hub', port=443): Max retries exceeded\nwith url")
+    middle.__cause__ = bottom
+    top = RuntimeError("An error happened while trying to locate the file on the Hub")
+    top.__context__ = middle
+    problem = sources.hub_error(top, "a/b", "hf://a/b")
+    assert isinstance(problem, sources.TransientError)
+    assert str(problem) == f"{sources.hub_endpoint()} cannot be reached: Connection refused"
+
+
 def assert_says_what_to_do(message: str, cache: Path, url: str) -> None:
     assert "Try again with xgenda.load_model('tiny')" in message
     assert f"or download {url}/" in message
