@@ -727,6 +727,11 @@ CASES: dict[str, Case] = {
         OptionError,
         r"is a gaussian model for 'prior'; a diffusion prior is needed",
     ),
+    "start from a downscaler": (
+        lambda k: k.train(start=k.tiny_downscaler, width=None),
+        OptionError,
+        r"is a model for downscaling; pass task='downscale' too, with target= or factor=",
+    ),
     "start with another width": (
         lambda k: k.train(start=k.tiny_prior, width=16),
         OptionError,

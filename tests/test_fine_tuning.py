@@ -288,7 +288,7 @@ def test_wrong_starts_are_refused(before: CorrectiveModel, fine: xr.Dataset, tin
     for change, message in bad:
         with pytest.raises(OptionError, match=message):
             xgenda.train(coarse, **{"target": target, "start": before, **QUICK, **change})
-    with pytest.raises(OptionError, match="is a diffusion model for 'downscale'; a diffusion prior is needed"):
+    with pytest.raises(OptionError, match="is a model for downscaling; pass task='downscale' too"):
         xgenda.train(fine, start=before, progress=False)
     anchored = xgenda.train(target, factor=4, width=8, anchor="eof", **QUICK)
     with pytest.raises(OptionError, match="corrects a Gaussian of the whole grid, and tile="):

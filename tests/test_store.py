@@ -24,10 +24,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
+import xgenda
 from xgenda.errors import CheckpointError, ChecksumError, GendaError, ModelNotFoundError, OptionError
 from xgenda.models import entries as entries_module
 from xgenda.models import sources, store
+from xgenda.training.journal import Journal
 
 GOOD = bytes(range(256)) * 40
 SHA = hashlib.sha256(GOOD).hexdigest()
@@ -368,6 +371,34 @@ def test_a_bundled_file_is_verified(bundle: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
+def test_a_wrong_size_is_refused_whatever_the_source(bundle: Path, tmp_path: Path, server: Server, cache: Path) -> None:
+    (bundle / "weights.toml").write_text(table(url=None, file="tiny.safetensors", size=len(GOOD) + 1))
+    with pytest.raises(ChecksumError, match=rf"has {len(GOOD)} bytes and .*: size = {len(GOOD)} in {bundle}"):
+        store.find_file("tiny")
+    cache.mkdir()
+    (cache / f"tiny-{SHA[:8]}.safetensors").write_bytes(GOOD)
+    with pytest.raises(ChecksumError, match=rf"{len(GOOD) - 1} bytes are registered. Correct the entry"):
+        store.find_file("tiny", registry=read(tmp_path, table(url=f"{server.url}/good", size=len(GOOD) - 1)))
+
+
+@pytest.mark.parametrize("begin", [b"\x89HDF\r\n\x1a\n", b"CDF\x01\0\0\0\1", b"CDF\x05\0\0\0\1"])
+def test_fields_are_no_model(tmp_path: Path, begin: bytes) -> None:
+    (tmp_path / "x.nc").write_bytes(begin + b"\0" * 100)
+    with pytest.raises(CheckpointError, match=r"x.nc is a netCDF file, and no model.*xr.open_dataset\('x.nc'\)"):
+        xgenda.load_model(tmp_path / "x.nc")
+
+
+@pytest.mark.parametrize("stages", [("prior",), ("mean", "residual")])
+def test_the_state_of_a_training_is_no_model(tmp_path: Path, stages: tuple[str, ...]) -> None:
+    folder = tmp_path / "long.training"
+    folder.mkdir()
+    for stage in stages:
+        Journal(folder, {"seed": 0}).save(stage, {"weight": torch.zeros(2)}, {"step": 1})
+    for path in (folder, folder / f"{stages[0]}.safetensors"):
+        with pytest.raises(CheckpointError, match=r"interrupted, and no model.*out='long.safetensors', resume=True"):
+            xgenda.load_model(path)
+
+
 def test_the_registry_of_a_source_tree_is_beside_the_package(bundle: Path) -> None:
     (bundle / "weights.toml").rename(bundle.parent / "weights.toml")
     assert list(store.registry()) == ["tiny"]
@@ -460,10 +491,22 @@ def test_without_a_network(tmp_path: Path, server: Server, cache: Path) -> None:
     registry = read(tmp_path, table(url=f"{url}/good"))
     with pytest.raises(ModelNotFoundError, match="Model 'tiny': http.* could not be downloaded: ") as caught:
         store.find_file("tiny", registry=registry)
+    assert "127.0.0.1 does not answer: Connection refused. Try again" in str(caught.value)
     assert_says_what_to_do(str(caught.value), cache, url)
     # ... and what the message says works
     (cache / f"tiny-{SHA[:8]}.safetensors").write_bytes(GOOD)
     assert store.find_file("tiny", registry=registry)[1] == SHA
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line() -> None:
+    bottom = ConnectionRefusedError(111, "Connection refused")
+    middle = OSError("HTTPSConnectionPool(host='hub', port=443): Max retries exceeded\nwith url")
+    middle.__cause__ = bottom
+    top = RuntimeError("An error happened while trying to locate the file on the Hub")
+    top.__context__ = middle
+    problem = sources.hub_error(top, "a/b", "hf://a/b")
+    assert isinstance(problem, sources.TransientError)
+    assert str(problem) == f"{sources.hub_endpoint()} cannot be reached: Connection refused"
 
 
 def assert_says_what_to_do(message: str, cache: Path, url: str) -> None:

@@ -105,6 +105,7 @@ def test_fetch_all_goes_on_after_a_failure(run, tmp_path: Path) -> None:
     assert names == ["t2m-north-america", "t2m-north-america-x4", "ocean-twin", "tiny", "tiny"]
     assert "xgenda: error: Model 'gone': http" in err
     assert "answered 404" in err
+    assert "Try again with xgenda weights fetch gone, or download" in err
 
 
 def test_fetch_takes_addresses(run, served: http.server.HTTPServer) -> None:

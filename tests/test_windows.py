@@ -9,6 +9,7 @@ import xarray as xr
 import xgenda
 from xgenda.errors import ChunkingError, GridError, OptionError, StateError
 from xgenda.models.generative import GenerativeModel
+from xgenda.training.windows import window_rows
 
 MEMORY = 0.6  # correlation from one day to the next
 
@@ -105,3 +106,14 @@ def test_training_of_windows_is_checked(series: xr.Dataset) -> None:
         xgenda.train(uneven, window=3)
     with pytest.raises(StateError, match=r"window=15 needs 15 consecutive times in each of 6 blocks, and ds has 60 times"):
         xgenda.train(series.isel(time=slice(60)), window=15)
+
+
+def test_calendar_months_are_equally_spaced() -> None:
+    times = xr.DataArray(xr.date_range("2001-01-01", periods=60, freq="MS"), dims="time", name="time")
+    fold = np.arange(60) // 10
+    rows, _, spacing = window_rows(times, fold, 3)
+    assert len(rows) == 6 * 8
+    assert spacing == 31 * 86400
+    assert len(window_rows(times.drop_isel(time=5), np.delete(fold, 5), 3)[0]) == 6 * 8 - 3  # a missing one is a gap
+    days = times[:1] + np.arange(60) * np.timedelta64(1, "D")
+    assert window_rows(days, fold, 3)[2] == 86400

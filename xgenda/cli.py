@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -156,7 +157,8 @@ def _fetch(options: argparse.Namespace) -> int:
             else:
                 paths = [find_file(name)[0]]
         except GendaError as problem:
-            print(f"xgenda: error: {problem}", file=sys.stderr)
+            text = re.sub(r"xgenda\.load_model\('([^']*)'\)", r"xgenda weights fetch \1", str(problem))
+            print(f"xgenda: error: {text}", file=sys.stderr)
             failed += 1
         else:
             for path in paths:

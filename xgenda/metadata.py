@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,9 @@ def as_dataset(obj: object, argument: str = "ds") -> xr.Dataset:
         if obj.name is None:
             raise OptionError(f"{argument} is a DataArray without a name. Name the variable: {argument}.rename('t2m')")
         return obj.to_dataset()
+    if isinstance(obj, (str, os.PathLike)):
+        how = "open_zarr" if os.fspath(obj).rstrip("/").endswith(".zarr") else "open_dataset"
+        raise OptionError(f"{argument}={str(obj)!r} is a path; an xarray Dataset is needed. Open it: xr.{how}({str(obj)!r})")
     raise OptionError(
         f"{argument} is a {type(obj).__module__}.{type(obj).__name__}; an xarray Dataset is needed. "
         f"For a table type xarray.Dataset.from_dataframe(df); for a DataTree node type tree['/node'].to_dataset()."
@@ -202,8 +206,12 @@ def check_dims(ds: xr.Dataset, variables: Iterable[str], layout: Layout, argumen
                 f"{argument}.assign_coords({extra[0]}=pandas.date_range('2020-01-01', periods={ds.sizes[extra[0]]}))"
             )
         if extra:
+            size, advice = ds.sizes[extra[0]], ""
+            if len(extra) == 1 and size > 1 and not {layout.time, layout.member} & set(dims):
+                new = f"{argument}.rename({{{extra[0]!r}: 'time'}})"
+                advice = f"if that is time, call it so: {new} (samples of another kind: 'member'); else "
             raise CoordinateError(
-                f"{argument}[{name!r}] has the extra dimension {extra[0]!r} of size {ds.sizes[extra[0]]}; "
+                f"{argument}[{name!r}] has the extra dimension {extra[0]!r} of size {size}; {advice}"
                 f"select one entry: {argument}.isel({extra[0]}=0)"
             )
         if ds[name].dtype.kind not in "fiu":
@@ -430,6 +438,12 @@ def _cftime_label(value: Any) -> str:
     if same and 1678 <= value.year <= 2261:
         return str(np.datetime_as_string(np.datetime64(value.isoformat(), "ns"), unit="ns"))
     return f"{value.isoformat()}[{calendar}]"
+
+
+def equal_steps(spacing: float) -> tuple[float, float]:
+    """Return the shortest and the longest step that counts as one of `spacing` seconds: a hundredth away; all months are alike."""
+    month = 28.0 <= spacing / 86400.0 <= 31.0
+    return 0.99 * (28.0 * 86400.0 if month else spacing), 1.01 * (31.0 * 86400.0 if month else spacing)
 
 
 def seconds_between(values: np.ndarray) -> np.ndarray:

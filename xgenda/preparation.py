@@ -222,7 +222,8 @@ def check_trajectory(setup: Prepared) -> None:
             f"model={name!r} is of windows of {window} consecutive times, and ds has {count}; give at least {window}."
         )
     steps = metadata.seconds_between(setup.state.ds[setup.time].values)
-    if abs(steps - options["spacing"]).max() > 0.01 * options["spacing"]:
+    shortest, longest = metadata.equal_steps(options["spacing"])
+    if steps.min() < shortest or steps.max() > longest:
         raise GridError(
             f"model={name!r} is of states {options['spacing']:g} seconds apart, and those of ds are {steps.min():g} to {steps.max():g} "
             f"seconds apart. Select such times, in order: ds.sel({setup.time}=...)"

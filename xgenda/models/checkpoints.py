@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
 
 LARGEST_HEADER = 16 * 2**20
+NETCDF = (b"\x89HDF\r\n\x1a\n", b"CDF\x01", b"CDF\x02", b"CDF\x05")  # how the files begin
 LISTED = 5  # differences of one kind in a message
 
 
@@ -137,7 +138,12 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
 
     try:
         with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
+            begin = stream.read(8)
+        if begin.startswith(NETCDF):
+            raise CheckpointError(
+                f"{path} is a netCDF file, and no model, which ends in .safetensors. Its fields are opened by xr.open_dataset({path.name!r})."
+            )
+        size = int.from_bytes(begin, "little")
         if size > LARGEST_HEADER:
             raise CheckpointError(f"{path} is no safetensors file (its header claims {size} bytes). Was it downloaded whole?")
         with safe_open(path, framework="pt") as file:
@@ -149,6 +155,11 @@ def read_tensors(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({problem}). It may be truncated; fetch it again."
         ) from problem
+    if "training" in header and "xgenda" not in header:
+        raise CheckpointError(
+            f"{path.parent} holds the state of a training that was interrupted, and no model. Go on with it by the same call of xgenda.train: "
+            f"out={path.parent.with_suffix('.safetensors').name!r}, resume=True"
+        )
     if "xgenda" not in header:
         raise CheckpointError(f"{path} is a safetensors file, but no xgenda model: its header has no 'xgenda' entry.")
     check_finite(path, tensors)

@@ -222,7 +222,15 @@ def _get(url: str) -> Iterator[Any]:
                 raise TransientError(without_secrets(status, url), answered=True)
             yield response
     except requests.exceptions.RequestException as error:
-        raise TransientError(without_secrets(error, url)) from None
+        raise TransientError(f"{urlsplit(url).hostname} does not answer: {without_secrets(_cause(error), url)}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """Return what an error comes down to, in one line: that of the system at the bottom, without what libraries wrapped around it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())
 
 
 def _from_web(url: str, output: _Bounded, folder: Path) -> None:
@@ -337,4 +345,8 @@ def hub_error(error: Exception, repo: str, url: str, token: str | None = None) -
         return RefusedError(f"{url} answered {status}: {said}", absent=True)
     if kinds & {"HFValidationError", "FileMetadataError"}:  # a malformed name; or no hub answered
         return RefusedError(f"{url}: {said}", absent=True)
-    return TransientError(f"{hub_endpoint()} cannot be reached, or is in trouble: {said}")
+    return TransientError(
+        f"{hub_endpoint()} cannot be reached: {without_secrets(_cause(error))}"
+        if status is None
+        else f"{hub_endpoint()} is in trouble: {said}"
+    )

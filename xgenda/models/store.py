@@ -160,7 +160,10 @@ def find_file(
             raise ChecksumError(f"model={text!r}: {path.absolute()} has sha256 {found}, expected {wanted}.")
         return path.absolute(), found
     if is_path or path.suffix == ".safetensors":
-        raise ModelNotFoundError(f"model={text!r}: {path.absolute()} does not exist. Pass the path of a .safetensors file.")
+        close = did_you_mean(path.stem, entries)
+        raise ModelNotFoundError(
+            f"model={text!r}: {path.absolute()} does not exist.{close} Pass the path of a .safetensors file, or a registered name."
+        )
     known = ", ".join(map(repr, entries)) or "none"
     raise ModelNotFoundError(
         f"No model is named {text!r}.{did_you_mean(text, entries)} Registered models: {known}. "
@@ -188,8 +191,8 @@ def _check_suffix(text: str) -> None:
 def _only_file(text: str, folder: Path) -> Path:
     """Return the one model file that a folder holds."""
     found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
-    if len(found) == 1:
-        return found[0]
+    if len(found) == 1 or (found and {p.stem for p in found} <= {"prior", "mean", "residual"}):
+        return found[0]  # of several parts of a training that was interrupted; reading one says so
     names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
     raise ModelNotFoundError(
         f"model={text!r} is a folder, not a file, and it holds {f'{len(found)} model files: {names}' if found else 'no model file'}. "
@@ -231,6 +234,7 @@ def fetch(entry: Entry, file: File | None = None) -> Path:
         raise failure(ModelNotFoundError, f"{url} could not be downloaded: {error}") from None
     except ValueError as error:
         raise failure(ChecksumError, error) from None
+    _check_size(entry, wanted, path)
     return path
 
 
@@ -248,7 +252,17 @@ def _beside_registry(entry: Entry, file: File, path: Path) -> Path:
             f"{path}, the file of the model {entry.name!r}, is not the registered one: "
             f"expected sha256 {file.sha256}, found {found}. {again}"
         )
+    _check_size(entry, file, path)
     return path
+
+
+def _check_size(entry: Entry, file: File, path: Path) -> None:
+    """Refuse an entry whose size is not that of its file."""
+    if (found := path.stat().st_size) != file.size:
+        raise ChecksumError(
+            f"Model {entry.name!r}: {path} has {found} bytes and the registered sha256, and {file.size} bytes are registered. "
+            f"Correct the entry: size = {found} in {entry.registry}"
+        )
 
 
 def _check_version(entry: Entry) -> None:

@@ -28,6 +28,7 @@ from xgenda.files import aside
 
 FORMAT = 1
 NETWORKS = ("prior", "mean", "residual")  # that have a file each
+CONTENT = dict.fromkeys(("ds", "target", "statics"), "the data differ") | {"start": "another model"}
 SAVE_EVERY = 10.0  # seconds, at least
 SHARE = 0.02  # of the time that saving may take
 
@@ -96,7 +97,9 @@ class Journal:
         """
         now = self.asked
         lines = [
-            f"  {k}: {before.get(k, 'not there')!r} then, {now.get(k, 'not there')!r} now"
+            f"  {k}: {CONTENT[k]}"
+            if k in CONTENT and before.get(k) and now.get(k)  # checksums, which tell nobody anything
+            else f"  {k}: {before.get(k, 'not there')!r} then, {now.get(k, 'not there')!r} now"
             for k in sorted({*before, *now})
             if before.get(k) != now.get(k)
         ]

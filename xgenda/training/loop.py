@@ -17,7 +17,16 @@ import xarray as xr
 
 from xgenda.devices import resolve_device
 from xgenda.engine import check_seed
-from xgenda.errors import CheckpointError, OptionError, OutputExistsError, check_choice, check_count, check_flag, check_pair
+from xgenda.errors import (
+    CheckpointError,
+    GendaError,
+    OptionError,
+    OutputExistsError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_pair,
+)
 from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
 from xgenda.models.diffusive import ARCHITECTURES
@@ -36,6 +45,7 @@ from xgenda.training.processes import Accelerated, Processes, Single, launched, 
 from xgenda.training.reporting import Callback
 from xgenda.training.statistics import content_of, fingerprint
 from xgenda.training.transfer import FREEZE
+from xgenda.training.tuning import check_common
 
 CLASSICAL = (
     "target",
@@ -169,8 +179,8 @@ def train(
         small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the better of the first two by
         cross-validation. None: a plain EDM denoiser; a Gaussian is then still fitted, for guidance='anchor'.
     window
-        For 'prior': number of consecutive times that the model sees together, odd. Above 1, `assimilate` solves all times of the
-        Dataset together, composed of such windows.
+        For 'prior': number of consecutive times that the model sees together, odd; they are equally spaced, or calendar months.
+        Above 1, `assimilate` solves all times of the Dataset together, composed of such windows.
     periodic
         Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
     width
@@ -333,8 +343,7 @@ def train(
         raise OptionError(
             "resume=True needs the file of the model, beside which the state of the training is: out='model.safetensors'"
         )
-    if start is not None and not isinstance(start, GenerativeModel):
-        start = load_model(start)
+    start = None if start is None else _started(start, task, adapters)
     chosen = _names(variables)
     if task == "downscale":
         if start is not None and method != "diffusion":
@@ -345,6 +354,8 @@ def train(
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     else:
         corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, bounds, progress)
+        if start is not None and start.spec.kind == "diffusion":
+            check_common(start, corpus.samples.variables, "ds")
         content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
     rate = learning_rate or (LEARNING_RATE if start is None else LEARNING_RATE / 2)
     journal = Journal()
@@ -440,6 +451,26 @@ def _check_fine_tuning(start: Any, task: str, freeze: str, adapters: int | None)
             raise OptionError(f"{argument}={given!r} belongs to fine-tuning; pass the model to start from: start='name'")
     if freeze != "none" and adapters is not None:
         raise OptionError(f"freeze={freeze!r} and adapters={adapters} exclude each other; leave out one of them.")
+
+
+def _started(start: GenerativeModel | str | os.PathLike[str], task: str, adapters: int | None) -> GenerativeModel:
+    """Return the model to start from, which must be of the same task and wide enough for the adapters."""
+    if not isinstance(start, GenerativeModel):
+        try:
+            start = load_model(start)
+        except GendaError as problem:
+            raise type(problem)(re.sub(r"\bmodel=", "start=", str(problem))) from problem
+    if task == "prior" and start.spec.task == "downscale":
+        raise OptionError(
+            f"start={start.spec.name!r} is a model for downscaling; pass task='downscale' too, with target= or factor= for the fine fields."
+        )
+    width = (start.spec.options.get("network") or {}).get("width")
+    if adapters is not None and width is not None and adapters > width:
+        raise OptionError(
+            f"adapters={adapters} is not accepted; the network of start={start.spec.name!r} is {width} channels wide; "
+            f"give a rank of 1 to {width}, for example adapters={max(1, width // 4)}."
+        )
+    return start
 
 
 def _check_validation(validation: object) -> None:

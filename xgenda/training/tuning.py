@@ -77,12 +77,16 @@ def inherited_scales(before: CorrectiveModel, pairs: Pairs) -> tuple[dict[str, s
     return transforms, offsets
 
 
-def check_common(before: CorrectiveModel, variables: Sequence[VariableSpec]) -> None:
-    """Refuse a model with none of the fine variables."""
-    if not matched(variables, before.spec.variables):
+def check_common(before: GenerativeModel, variables: Sequence[VariableSpec], argument: str = "the fine fields") -> None:
+    """Refuse a model with none of the variables to train on."""
+    theirs = before.spec.variables
+    if not matched(variables, theirs):
+        ours, name, standard = variables[0].name, theirs[0].name, theirs[0].standard_name
+        alike = "" if standard is None else f", or with the attribute standard_name = {standard!r}"
         raise OptionError(
-            f"start={before.spec.name!r} has the fine variables {[v.name for v in before.spec.variables]}, and the fine fields have "
-            f"{[v.name for v in variables]}: none in common. Leave out start to train from scratch."
+            f"start={before.spec.name!r} has the variables {[v.name for v in theirs]}, and {argument} has "
+            f"{[v.name for v in variables]}: none in common. Leave out start to train from scratch; where one is the same, name it so: "
+            f"rename({{{ours!r}: {name!r}}}){alike}."
         )
 
 

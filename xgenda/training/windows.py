@@ -24,13 +24,13 @@ __all__ = [
     "memory_of",
     "near_blocks",
     "read_samples",
-    "spacing_of",
     "split_rows",
     "time_order",
     "window_rows",
 ]
 FOLDS = 6
 HELD = FOLDS - 2  # the validation block: late, yet inside the period
+FEWEST_HELD = 5  # samples that are withheld where the user says which
 
 
 def read_samples(
@@ -98,10 +98,10 @@ def blocks(time: xr.DataArray | None, size: int, count: int, validation: Any = N
     else:
         held[order[size - max(1, round(size * float(validation))) :]] = True
     rest = order[~held[order]]
-    if not held.any() or len(rest) < max(count - 1, size // 5):
+    if held.sum() < FEWEST_HELD or len(rest) < max(count - 1, size // 5):
         raise OptionError(
-            f"validation={validation!r} withholds {int(held.sum())} of {size} samples; some must be, and a fifth must be left. Give another part, "
-            f"for example validation=0.2"
+            f"validation={validation!r} withholds {int(held.sum())} of {size} samples; at least {FEWEST_HELD} must be, and a fifth must be left. "
+            f"Give another part, for example validation={max(0.2, np.ceil(100 * FEWEST_HELD / size) / 100):g}"
         )
     others = [k for k in range(count) if k != HELD]
     for k, members in zip(others, np.array_split(rest, count - 1), strict=True):
@@ -137,31 +137,13 @@ def near_blocks(fold: np.ndarray, time: xr.DataArray | None, gap: int) -> np.nda
     return out
 
 
-def spacing_of(samples: Samples, order: np.ndarray) -> float:
-    """Return the seconds between consecutive times, which a model of windows needs to be the same throughout.
-
-    Raises
-    ------
-    StateError
-        If there is no time, or the spacing varies by more than a hundredth.
-    """
-    if samples.time is None:
-        raise StateError("window above 1 needs consecutive times, and ds has no time coordinate.")
-    steps = metadata.seconds_between(samples.time.values[order])
-    if not steps.size or steps.min() <= 0 or steps.max() > 1.01 * steps.min():
-        raise StateError(
-            f"window above 1 needs equally spaced times, and those of ds are from {steps.min():g} to {steps.max():g} seconds apart. Select "
-            f"one unbroken run, or interpolate: ds.resample(time='1D').interpolate()"
-        )
-    return float(np.median(steps))
-
-
 def window_rows(
     time: xr.DataArray | None, fold: np.ndarray, window: int, argument: str = "ds"
 ) -> tuple[np.ndarray, np.ndarray, float | None]:
     """Return windows of consecutive samples, none of which straddles a gap in time or two blocks.
 
-    The spacing is the most common one. A longer step is a gap; a shorter one is refused, because then times are not equally spaced.
+    The spacing is the most common one; calendar months count as equal. A longer step is a gap; a shorter one is refused, because then
+    times are not equally spaced.
 
     Parameters
     ----------
@@ -196,12 +178,13 @@ def window_rows(
     steps = metadata.seconds_between(time.values[order])
     values, counts = np.unique(np.round(steps, 3), return_counts=True)
     spacing = float(values[counts.argmax()]) if len(steps) else 1.0
-    if spacing <= 0 or steps.min(initial=np.inf) < 0.99 * spacing:
+    shortest, longest = metadata.equal_steps(spacing)
+    if spacing <= 0 or steps.min(initial=np.inf) < shortest:
         raise StateError(
             f"window above 1 needs equally spaced times (gaps may be left out), and those of {argument} are from {steps.min():g} to "
             f"{steps.max():g} seconds apart. Select one unbroken run, or interpolate: {argument}.resample(time='1D').interpolate()"
         )
-    broken = (steps > 1.01 * spacing) | (np.diff(fold[order]) != 0)
+    broken = (steps > longest) | (np.diff(fold[order]) != 0)
     run = np.concatenate([[0], np.cumsum(broken)])
     starts = np.flatnonzero(run[: max(0, len(run) - window + 1)] == run[window - 1 :])
     rows = order[starts[:, None] + np.arange(window)]
