@@ -296,11 +296,6 @@ def _in_units_of(corpus: Corpus, before: DiffusionModel) -> Corpus:
     """Return the fields in the units, and by the names, of the variables that the other model has too."""
     samples = corpus.samples
     names = matched(samples.variables, before.spec.variables)
-    if not names:
-        raise OptionError(
-            f"start={before.spec.name!r} has the variables {[v.name for v in before.spec.variables]}, and ds has "
-            f"{[v.name for v in samples.variables]}: none in common. Leave out start to train from scratch."
-        )
     theirs = {v.name: v for v in before.spec.variables}
     values, specs = samples.values.copy(), []
     for c, v in enumerate(samples.variables):
@@ -342,7 +337,10 @@ def _check_transforms(corpus: Corpus, before: DiffusionModel) -> None:
 
 def _check_spacing(before: DiffusionModel, found: float) -> None:
     spacing = before.spec.options.get("spacing")
-    if spacing is not None and abs(found - spacing) > 0.01 * spacing:
+    if spacing is None:
+        return
+    shortest, longest = metadata.equal_steps(spacing)
+    if not shortest <= found <= longest:
         raise StateError(
             f"start={before.spec.name!r} is of states {spacing:g} seconds apart, and those of ds are {found:g} seconds apart. "
             f"Select such times, or leave out start to train from scratch."
