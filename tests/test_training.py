@@ -168,6 +168,9 @@ def test_time_budget_ends_the_training() -> None:
 def test_saving_twice_gives_the_same_bytes(trained: xgenda.GenerativeModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
     files = [trained.save(tmp_path / f"{k}.safetensors") for k in range(4)]
     assert len({f.read_bytes() for f in files}) == 1
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert files[0].stat().st_mode == plain.stat().st_mode  # others may read it where the umask says so
 
 
 def test_a_time_budget_keeps_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:

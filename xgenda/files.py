@@ -43,6 +43,9 @@ def aside(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
+        mask = os.umask(0)  # there is no other way to read it
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)  # some writers make files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

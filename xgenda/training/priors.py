@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import numbers
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,15 +130,17 @@ def train_prior(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
         shifts=_shifts(recipe, samples),
     )  # fmt: skip
-    compare = None
-    if feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED:
-        compare = _comparison(fields, held, crossed[HELD], fitted.scaling, samples)
-    score = None if compare is None else lambda net: _scores(compare(net), samples.variables)
+    compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
+
+    def compare(net: torch.nn.Module, count: int = SCORED) -> Comparison:
+        return _comparison(net, fields, held, crossed[HELD], fitted.scaling, samples, count)
+
+    score = (lambda net: _scores(compare(net), samples.variables)) if compared else None
     report = optimiser.fit(network, objective, rows, held, 1.0, "prior", score, corpus.labels if recipe.window == 1 else None)
     thawed(network)
     report["card"] = _card(recipe.anchor, report)
-    if compare is not None and report["correction_weight"]:
-        final_comparison = compare(network)
+    if compared and report["correction_weight"]:
+        final_comparison = compare(network, 3 * SCORED)
         report["scores"] = final_comparison.describe(samples.variables)
         if final_comparison.worse:  # the denoising got better, and the ensembles did not
             network.scale_output(0.0)
@@ -194,14 +196,14 @@ def _split(
 
 
 def _comparison(
-    fields: Fields, held: torch.Tensor, anchor: Anchor, scaling: Scaling, samples: Samples
-) -> Callable[[torch.nn.Module], Comparison]:
-    """Return what compares a network with the Gaussian that it corrects, on a few states of the validation block."""
-    few = held[torch.linspace(0, len(held) - 1, min(SCORED, len(held))).round().long()]
+    network: torch.nn.Module, fields: Fields, held: torch.Tensor, anchor: Anchor, scaling: Scaling, samples: Samples, count: int
+) -> Comparison:
+    """Compare a network with the Gaussian that it corrects, on a few states of the validation block."""
+    few = held[torch.linspace(0, len(held) - 1, min(count, len(held))).round().long()]
     states = fields.read(few)
     share = min(0.05, OBSERVED / samples.grid.size)
-    return lambda network: beside_gaussian(
-        network, anchor, states, std=scaling.std, valid=samples.valid, share=share, steps=10,
+    return beside_gaussian(
+        network, anchor, states, std=scaling.std, valid=samples.valid, most=count, share=share, steps=10,
         device=next(network.parameters()).device,
     )  # fmt: skip
 

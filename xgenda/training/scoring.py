@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,8 +130,8 @@ class Comparison:
 
     @property
     def worse(self) -> bool:
-        """Whether the correction did harm."""
-        return self.gain < 0
+        """Whether the correction did harm, beyond what the few states that were scored leave open."""
+        return self.gain < (-self.error if math.isfinite(self.error) else 0.0)
 
     def describe(self, variables: Sequence[VariableSpec] = ()) -> str:
         """Return the comparison in a line; `variables` are what the channels are, for names and units."""
