@@ -102,9 +102,11 @@ def arnoldi_solve(spread: Product, target: Tensor, iterations: int, *, damped: b
     whole = torch.where(finite[:, None, None], whole, eye)
     if damped:
         square = whole[:, :count] - eye[:count]
-        values, vectors = torch.linalg.eigh(0.5 * (square + square.transpose(1, 2)))
+        # in rows of 64 bytes: what LAPACK rounds to depends on where in memory a matrix begins, and so on its place in the batch
+        symmetric = torch.nn.functional.pad(0.5 * (square + square.transpose(1, 2)), (0, -count % 8, 0, -count % 8))
+        values, vectors = torch.linalg.eigh(symmetric)
         inverse = vectors / (1 + values.clamp(min=0.0))[:, None, :] @ vectors.transpose(1, 2)
-        short = inverse @ first[:, :count]
+        short = inverse[:, :count, :count] @ first[:, :count]
     else:
         short = torch.linalg.lstsq(whole, first).solution
     residual = (first - whole @ short).norm(dim=1)[:, 0]
