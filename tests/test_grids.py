@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xgenda.errors import GridError
@@ -149,6 +149,7 @@ def test_the_advice_on_a_region_in_two_parts_works() -> None:
 
 @QUICK
 @given(regions, st.integers(-3, 3), st.floats(0, 1), st.booleans())
+@example(region=(0, 1, 152.487100447984, 1, 0.25), turns=1, place=0.0, periodic=True)
 def test_a_longitude_is_located_in_any_convention(region: tuple, turns: int, place: float, periodic: bool) -> None:
     south, ny, west, nx, step = region
     longitude = west + (np.arange(8) * 45 if periodic else step * np.arange(nx))
