@@ -127,7 +127,7 @@ def test_regression_stage_learns_and_conserves() -> None:
         {"x": (("member", "latitude", "longitude"), values)},
         coords={"latitude": np.linspace(0, 35, 8), "longitude": np.linspace(0, 35, 8)},
     )
-    model = xgenda.train(ds, task="downscale", factor=4, steps=500, width=8, learning_rate=5e-3, progress=False)
+    model = xgenda.train(ds, task="downscale", factor=4, steps=250, width=8, learning_rate=5e-3, progress=False)
     assert isinstance(model, CorrectiveModel)
     record = model.spec.training
     assert record["mean_validation_best"] < 0.6 * record["mean_validation_start"]
