@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin while they wait starve other processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models in tests are tiny: waking a second thread takes longer than their work
-# memory that is freed is kept: on Linux a training on the CPU otherwise spends up to a fifth of its time in page faults
+# Processes that are started from this one, as those of the tests are, keep the memory that they free: on Linux a training on the CPU
+# otherwise spends up to a fifth of its time in page faults.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2000000000")
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "4000000000")  # of the processes that are started from this one, as those of the tests are
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "4000000000")
 
 import matplotlib
 import numpy as np

@@ -129,7 +129,8 @@ class Grid:
         """Return `longitude` shifted by whole turns: eastward of the first column, or for a region around its middle."""
         start = self.longitude[0] if self.periodic else (self.longitude[0] + self.longitude[-1]) / 2 - 180.0
         east = (np.asarray(longitude, dtype=float) - start) % 360.0
-        return np.asarray(np.where(east > 360.0 - 1e-9, 0.0, east) + start)  # rounding of whole turns does not go around once more
+        east = np.where(east > 360.0 - 1e-9, 0.0, east)  # rounding of whole turns does not go around once more
+        return np.asarray(east + start)
 
     def same_as(self, other: object) -> bool:
         """Whether two grids have the same cells, to a thousandth of the spacing and but for whole turns."""
