@@ -3,6 +3,7 @@
 python docs/benchmarks/trainer.py --overhead [--rounds 60] [--anchor eof]
 python docs/benchmarks/trainer.py --kill 20 [--steps 120]
 python docs/benchmarks/trainer.py --processes
+python docs/benchmarks/trainer.py --allocator 5
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--kill", type=int, default=0, help="number of times")
     parser.add_argument("--processes", action="store_true")
+    parser.add_argument(
+        "--allocator", type=int, default=0, help="number of pairs of processes, for what keeping freed memory is worth"
+    )
     parser.add_argument("--rounds", type=int, default=60, help="steps of each kind that are timed")
     parser.add_argument("--grid", type=int, nargs=2, default=[64, 96], help="rows and columns, for --overhead")
     parser.add_argument("--anchor", default="eof", help="for --overhead")
@@ -46,6 +50,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if options.overhead:
         overhead(tuple(options.grid), options.anchor, options.rounds, options.device, options.width)
+    if options.allocator:
+        allocator(options.allocator, tuple(options.grid))
     with tempfile.TemporaryDirectory() as folder:
         if options.kill:
             kill(Path(folder), options.kill, options.steps, options.seed)
@@ -138,6 +144,38 @@ journal.SAVE_EVERY, journal.SHARE = 0.0, 1.0  # after every step, or nothing wou
 out, options = json.loads(sys.argv[1])
 xgenda.train(xr.open_dataset(out + ".nc"), out=out + ".safetensors", progress=False, **options)
 """
+
+
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+STEPS = """
+import sys, time, torch
+from xgenda.networks.unet import UNet
+shape = (int(sys.argv[1]), int(sys.argv[2]))
+network, batch = UNet(2, 2, width=16, shape=shape), torch.randn(16, 2, *shape)
+adam = torch.optim.AdamW(network.parameters())
+def step():
+    network(batch, torch.zeros(16), batch).square().mean().backward()
+    adam.step()
+    adam.zero_grad()
+step()
+begin = time.process_time()
+for _ in range(15):
+    step()
+print((time.process_time() - begin) / 15)
+"""
+
+
+def allocator(pairs: int, shape: tuple[int, int]) -> None:
+    """Time steps of the small U-Net in processes that give freed memory back and in such that keep it, taking turns."""
+    found: dict[str, list[float]] = {"given back": [], "kept": []}
+    for _ in range(pairs):
+        for name, more in (("given back", {}), ("kept", KEEP)):
+            command = [sys.executable, "-c", STEPS, *map(str, shape)]
+            done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=True)
+            found[name].append(float(done.stdout))
+    back, kept = (1e3 * float(np.median(v)) for v in found.values())
+    ratio = float(np.median(np.array(found["kept"]) / np.array(found["given back"])))
+    print(f"| {back:.0f} ms | {kept:.0f} ms | {ratio:.2f} |")
 
 
 def kill(folder: Path, times: int, steps: int, seed: int) -> None:
