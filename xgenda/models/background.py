@@ -31,6 +31,7 @@ from xgenda.models.conditioning import (
     Conditioning,
     nothing_observed,
     physical_moments,
+    places_of,
     plan_guided,
     without_logarithms,
 )
@@ -94,6 +95,7 @@ class BackgroundModel(CorrectiveModel):
         options, members = request.options, len(request.members)
         assert options.batch_size is not None
         count = 1 if options.stage == "mean" else members
+        places = places_of(self.grid, self.spec.options["network"].get("periodic"))
         out = torch.empty(len(request.labels), count, self.spec.channels, self.grid.size, dtype=torch.float64)
         for part in self._parts(request, max(1, options.batch_size // members)):
             centre, unit = self._affine(part)
@@ -105,17 +107,11 @@ class BackgroundModel(CorrectiveModel):
             z = Conditioning(
                 request, self.scaling, self.grid.plane, centre.flatten(1), unit.reshape(-1), [(k,) for k in range(len(part.rows))],
                 observed, functools.partial(self._given, part, request), self.denoiser.anchor,
-                (self.sigma_min, self.sigma_max), self.wraps, [request.labels[t] for t in part.rows],
+                (self.sigma_min, self.sigma_max), places, [request.labels[t] for t in part.rows],
             ).samples()  # fmt: skip
             state = centre.flatten(2)[:, None] + unit.flatten(1) * z
             out[part.rows] = without_logarithms(self.scaling, state, 2)
         return out
-
-    @property
-    def wraps(self) -> tuple[bool, bool]:
-        """Whether rows and columns wrap around."""
-        periodic = self.spec.options["network"].get("periodic", self.grid.periodic)
-        return periodic == "both", bool(periodic)
 
     def _parts(self, request: Request, size: int) -> Iterator[Part]:
         """Yield what the samples of some times share, some times after the other."""

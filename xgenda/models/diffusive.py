@@ -22,6 +22,7 @@ from xgenda.models.conditioning import (
     STEPS,
     Conditioning,
     physical_moments,
+    places_of,
     plan_guided,
     stack_evidence,
     without_logarithms,
@@ -103,10 +104,10 @@ class DiffusionModel(GenerativeModel):
             spans, observed = [tuple(range(times))], list(request.evidence[:1])
             denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size)
         covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
-        wraps = self.spec.options["network"]["periodic"]
+        places = places_of(_grid(self.spec), self.spec.options["network"]["periodic"])
         z = Conditioning(
             request, self.scaling, _grid(self.spec).plane, request.climatology.flatten(1), std, spans, observed, lambda _: denoiser,
-            covariance, (SIGMA_MIN, self.sigma_max), (wraps == "both", bool(wraps)), request.labels, trajectory=k > 0,
+            covariance, (SIGMA_MIN, self.sigma_max), places, request.labels, trajectory=k > 0,
         ).samples()  # fmt: skip
         return without_logarithms(self.scaling, z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
 
