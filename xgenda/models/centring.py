@@ -1,11 +1,11 @@
 r"""The classical mean of a background model: how the truth is expected to differ from a forecast of it, chosen for each variable.
 
-Candidates, from the simplest on; one is taken where it predicts withheld blocks of times better than those before it, so that no variable is
-made worse than the forecast:
+Candidates, from the simplest on; one is taken where it predicts withheld blocks of times better than those before it, by more than twice the
+standard error of the gain over the blocks, so that a variable is not made worse than the forecast by chance:
 
 - ``identity``: the forecast;
 - ``bias``: less its mean error, of all cells together;
-- ``regression``: and regressed on all variables in the same cell, with the same numbers everywhere;
+- ``regression``: and regressed on all variables in the same cell, with the same numbers everywhere, under a penalty;
 - ``local bias``: less its mean error in each cell, under a penalty;
 - ``local``: and regressed on all variables in each cell on its own, under a penalty;
 - ``ridge``: regressed on all variables everywhere.
@@ -25,6 +25,8 @@ from torch import Tensor
 from xgenda.models.means import LARGEST, LinearMean, Pairs, everywhere, fit_mean, too_large_for_ridge
 
 PENALTIES = (3.0, 10.0, 30.0, 100.0)
+SHARED_PENALTIES = (1e-6, 0.1, 0.5)  # times the number of values that are regressed on
+SURE = 2.0  # standard errors of a gain
 WORTH = 0.995  # what a candidate must leave less of than the simpler ones
 Fit = Callable[[Pairs, Tensor], LinearMean]
 
@@ -48,11 +50,13 @@ def fit_centre(
     final = _identity(pairs)
     slope, offset, up, down = final.slope, final.offset, None, None
     crossed = pairs.interpolated[:, :channels].double().clone()
-    losses = (crossed - pairs.fine).square().mean((0, 2, 3))
+    losses = _losses(crossed, pairs)
     assert slope is not None
     for name, fitted, predicted in _candidates(pairs, homogeneous, None if chosen is None else set(chosen)):
-        loss = (predicted - pairs.fine).square().mean((0, 2, 3))
-        better = loss < WORTH * losses if chosen is None else torch.tensor([c == name for c in chosen])
+        loss = _losses(predicted, pairs)
+        gain = losses - loss
+        sure = gain.mean(0) > (1 - WORTH) * losses.mean(0) + SURE * gain.std(0) / len(gain) ** 0.5
+        better = sure if chosen is None else torch.tensor([c == name for c in chosen])
         if not better.any():
             continue
         rows = better[:, None, None]
@@ -78,6 +82,12 @@ def fit_centre(
     return LinearMean(pairs.shape, slope, offset, up, down), crossed, names, note
 
 
+def _losses(predicted: Tensor, pairs: Pairs) -> Tensor:
+    """Return the mean squared error of each block and channel, shape (blocks, channels)."""
+    squares = (predicted - pairs.fine).square().mean((2, 3))
+    return torch.stack([squares[torch.as_tensor(pairs.fold == k)].mean(0) for k in range(int(pairs.fold.max()) + 1)])
+
+
 def _identity(pairs: Pairs) -> LinearMean:
     channels, inputs = pairs.shape[0], pairs.interpolated.shape[1]
     return LinearMean(pairs.shape, torch.eye(channels, inputs, dtype=torch.float64)[..., None, None])
@@ -85,7 +95,8 @@ def _identity(pairs: Pairs) -> LinearMean:
 
 def _candidates(pairs: Pairs, homogeneous: bool, only: set[str] | None) -> Iterator[tuple[str, LinearMean, Tensor]]:
     """Yield candidates, of all channels, with their predictions of withheld blocks."""
-    fits: dict[str, Fit] = {"bias": _bias, "regression": _regression}
+    fits: dict[str, Fit] = {"bias": _bias}
+    fits |= {f"regression, penalty {p:g}": functools.partial(_regression, penalty=p) for p in SHARED_PENALTIES}
     if not homogeneous:
         fits |= {f"local bias, penalty {p:g}": functools.partial(_local_bias, penalty=p) for p in PENALTIES}
         if int(np.prod(pairs.shape)) * pairs.interpolated.shape[1] <= LARGEST:
@@ -115,10 +126,12 @@ def _bias(pairs: Pairs, rows: Tensor) -> LinearMean:
     return LinearMean(pairs.shape, _identity(pairs).slope, left.mean((0, 2, 3))[:, None, None].expand(pairs.shape))
 
 
-def _regression(pairs: Pairs, rows: Tensor) -> LinearMean:
+def _regression(pairs: Pairs, rows: Tensor, penalty: float) -> LinearMean:
     given, left = _departures(pairs, rows)
     inner, right, size = _normal_equations(given, left)
-    found = torch.linalg.solve(inner + 1e-6 * size * torch.eye(len(inner), dtype=torch.float64), right)  # (1 + inputs, channels)
+    held = torch.full((len(inner),), penalty * size, dtype=torch.float64)
+    held[0] = 0.0  # the bias has its own candidate
+    found = torch.linalg.solve(inner + torch.diag(held), right)  # (1 + inputs, channels)
     slope = _identity(pairs).slope
     assert slope is not None
     return LinearMean(pairs.shape, slope + found[1:].T[..., None, None], found[0][:, None, None].expand(pairs.shape))

@@ -14,7 +14,7 @@ import xarray as xr
 
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import GridError, OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError, UnitsError
 from xgenda.formatting import user_level
 from xgenda.grids import Grid, factor_between
 from xgenda.models.blocks import Blocks
@@ -273,7 +273,12 @@ def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec
     """
     state = states.enter(metadata.as_dataset(ds, argument), argument)
     names = [states.match_channel(state.ds, v.name, v.standard_name, argument) for v in variables]
-    fields = {v.name: metadata.convert_units(state.ds[n], v.units) for n, v in zip(names, variables, strict=True)}
+    fields = {}
+    for n, v in zip(names, variables, strict=True):
+        try:
+            fields[v.name] = metadata.convert_units(state.ds[n], v.units)
+        except UnitsError as problem:
+            raise UnitsError(f"{argument}[{n!r}]: {problem}") from problem
     return xr.Dataset(fields, coords=state.ds.coords)
 
 
