@@ -140,6 +140,7 @@ def prepare(
     *,
     argument: str = "obs",
     any_model: bool = True,
+    task: str | None = None,
 ) -> Prepared:
     """Check the input of a call, match variables and place the observations.
 
@@ -160,7 +161,7 @@ def prepare(
         raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
     chosen = choose_model(model, ds, layout, grid, task="prior") if any_model or model is not None else None
     if chosen is not None:
-        if chosen.spec.task not in ("prior", "background"):
+        if chosen.spec.task not in (("prior", "background") if task is None else (task,)):
             raise ModelNotFoundError(
                 f"model={chosen.spec.name!r} is for {chosen.spec.task!r}; type ds.genda.{chosen.spec.task}(model=...)"
             )
