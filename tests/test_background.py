@@ -361,6 +361,27 @@ def test_trained_from_one_series(twin: Any) -> None:
         xgenda.train(days_apart, task="background", lag="48h", **FAST)
 
 
+def test_the_lead_time_and_logarithms(twin: Any) -> None:
+    forecasts, truth = twin
+    hours = ("time", np.where(np.arange(60) % 2, 24, 48), {"standard_name": "forecast_period", "units": "h"})
+    led = forecasts.assign_coords(lead=hours).assign(q=forecasts.q.clip(min=1e-5).assign_attrs(forecasts.q.attrs))
+    positive = truth.assign(q=truth.q.clip(min=1e-5).assign_attrs(truth.q.attrs))
+    model = xgenda.train(
+        led, target=positive, task="background", anchor="eof", lead_time=True, transform={"q": "log"}, offset={"q": 1e-3}, **FAST
+    )
+    assert model.spec.inputs is not None
+    assert model.spec.inputs.lead_time == 48 * 3600
+    assert "lead time" in repr(model)
+    background, values = led.isel(time=[3]), positive.isel(time=[3], latitude=[1, 4], longitude=[2, 6])
+    analysis = background.genda.assimilate(values, model=model, error=ERROR, members=4, seed=0, steps=8)
+    assert analysis.attrs["xgenda_guidance"].startswith("mmps")  # a logarithm is no linear operator
+    assert float(analysis.q.min()) >= 0.0
+    near = analysis.sel(latitude=values.latitude, longitude=values.longitude)
+    assert float(np.abs(near.t.mean("member") - values.t).max()) < 1.0
+    with pytest.raises(CoordinateError, match="ds has no lead time"):
+        forecasts.isel(time=[3]).genda.assimilate(values, model=model, error=ERROR)
+
+
 def test_each_variable_gets_the_mean_that_it_needs() -> None:
     """A forecast that is right, one with a bias, one that is worth nothing: none is made worse."""
     rng = np.random.default_rng(1)

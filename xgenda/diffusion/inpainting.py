@@ -64,7 +64,8 @@ class Inpaint(Guide):
         self.best = best
         self.inner = denoise if both is None else both()
         self._known: tuple[Tensor, Tensor] | None = None
-        self._maps: list[Tensor] = []
+        self._maps: list[list[tuple[int, Tensor, Tensor]]] = []
+        self._channels = 0
         self._event: torch.Size | None = None
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -104,16 +105,18 @@ class Inpaint(Guide):
 
     def _averaged(self, departure: Tensor) -> Tensor:
         """Return the departures averaged under the mask, times the mask."""
-        if not self._maps:
-            seen, channels = self._seen()
-            reach = float(self.options["reach"])
-            self._maps = [s.mask(channels, reach)[:, None] * s.averaging(channels, reach) for s in seen]
+        assert self._event is not None
         assert isinstance(self.evidence, LinearEvidence)
-        out = torch.empty(len(departure), len(self._maps[0])).to(departure)
-        for g, matrix in enumerate(self._maps):
-            members = self.evidence.group == g
-            out[members] = departure[members] @ matrix.T.to(departure)
-        return out
+        if not self._maps:
+            seen, self._channels = self._seen()
+            self._maps = [s.averaging(self._channels, float(self.options["reach"])) for s in seen]
+        size = int(torch.tensor(self._event).prod())
+        out = torch.zeros(len(departure), self._channels, size // self._channels).to(departure)
+        for g, maps in enumerate(self._maps):
+            members = torch.nonzero(self.evidence.group == g)[:, 0]
+            for channel, own, matrix in maps:
+                out[members, channel] = departure[members][:, own] @ matrix.T.to(departure)
+        return out.flatten(1)
 
     def _interpolated(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the interpolated observations and the mask of every group, shape (groups, n)."""

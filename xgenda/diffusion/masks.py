@@ -110,16 +110,23 @@ class Seen:
                 out[c] = torch.exp(-self.places.between(self.points[own]).amin(0).square() / (2 * reach**2))
         return out.flatten()
 
-    def averaging(self, channels: int, reach: float) -> Tensor:
-        """Return the map from departures to their mean under the mask, each observation with its own mask as weight; (channels * cells, m)."""
-        out = torch.zeros(channels, self.places.size, len(self.channel), dtype=torch.float64)
+    def averaging(self, channels: int, reach: float) -> list[tuple[int, Tensor, Tensor]]:
+        """Return the maps from departures to the mask times their mean, each observation with its own mask as weight.
+
+        Returns
+        -------
+        list
+            Channel, its observations (m_c,), and the map, shape (cells, m_c).
+        """
+        out = []
         for c in range(channels):
             own = torch.nonzero(self.channel == c)[:, 0]
             if len(own):
                 near = torch.exp(-self.places.between(self.points[own]).square() / (2 * reach**2))
                 total = near.sum(0)
-                out[c][:, own] = (near / torch.where(total > 0, total, 1.0)).T / self.unit[own]
-        return out.flatten(0, 1)
+                share = near / torch.where(total > 0, total, 1.0) * near.amax(0)
+                out.append((c, own, share.T / self.unit[own]))
+        return out
 
     def kriged(self, departure: Tensor, variance: Tensor, channels: int, length: float) -> Tensor:
         """Return simple kriging of departures (m,) with a Matern-1/2 covariance of variance one, channel by channel; (channels * cells,).

@@ -17,12 +17,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from xgenda.diffusion.denoisers import Denoiser
+from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.samplers import network_calls
 from xgenda.errors import OptionError, check_choice
 from xgenda.models.conditioning import (
@@ -37,9 +36,9 @@ from xgenda.models.conditioning import (
 )
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.generative import STAGES, Request, SamplingOptions
+from xgenda.models.means import LinearMean
 from xgenda.models.parts import Part
-
-TASKS = ("background", "forecast")
+from xgenda.models.spec import ModelSpec
 
 
 class BackgroundModel(CorrectiveModel):
@@ -52,8 +51,11 @@ class BackgroundModel(CorrectiveModel):
         standard deviation per channel. 'lag' (seconds) of ``spec.options``: where the background is the state so long before.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(
+        self, spec: ModelSpec, mean: LinearMean, regression: nn.Module | None, spread: Tensor, denoiser: EDMDenoiser,
+        statics: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, mean, regression, spread, denoiser, statics)
         if self.blocks is not None or self.calibration is not None or not self.spec.needs_background:
             raise OptionError("A background model has neither block means to keep nor a calibration, and needs a background.")
         self.denoiser.sigma_range = (self.sigma_min, self.sigma_max)

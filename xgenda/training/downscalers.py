@@ -179,8 +179,9 @@ def train_downscaler(
             if recipe.of_background:
                 weight, grown = _earned(added, left, train_rows, held)
                 spread = (spread * weight.float()[:, None, None]).contiguous()
-                added = added * weight[:, None, None]
-                optimistic = grown
+                added, optimistic = added * weight[:, None, None], grown
+                if not weight.any():
+                    regression, regression_options = None, None
             predicted = predicted + added
         else:
             regression_options = None
