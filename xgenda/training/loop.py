@@ -490,7 +490,7 @@ def _started(start: GenerativeModel | str | os.PathLike[str], task: str, adapter
             start = load_model(start)
         except GendaError as problem:
             raise type(problem)(re.sub(r"\bmodel=", "start=", str(problem))) from problem
-    if task in ("background", "forecast") or start.spec.needs_background:
+    if {"background", "forecast"} & {task, start.spec.task}:
         raise OptionError(
             f"start={start.spec.name!r} is for {start.spec.task!r} and task={task!r}: models of a background are trained from scratch. Leave out "
             f"start."
