@@ -29,6 +29,7 @@ from xgenda.models.generative import SamplingOptions
 from xgenda.models.means import LinearMean, Pairs
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import Scaling
+from xgenda.training.downscalers import _earned
 
 NY, NX = 6, 8
 LATITUDE, LONGITUDE = np.linspace(40.0, 45.0, NY), np.linspace(0.0, 7.0, NX)
@@ -404,6 +405,21 @@ def test_each_variable_gets_the_mean_that_it_needs() -> None:
     again, _, same, _ = fit_centre(pairs.less(4), chosen=kinds)
     assert same == kinds
     assert again.slope is not None
+
+
+def test_a_regression_counts_for_what_it_is_worth_in_each_variable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(8, 3, 4, 5, generator=generator, dtype=torch.float64)
+    added = torch.stack([2 * left[:, 0], -left[:, 1], torch.zeros_like(left[:, 2])], 1)
+    added[:6, 1] = left[:6, 1]  # learned by heart: perfect where it was trained, harmful elsewhere
+    weight, grown = _earned(added, left, torch.arange(6), torch.arange(6, 8))
+    np.testing.assert_allclose(weight, [0.5, 0.0, 0.0], atol=1e-12)
+    assert (grown >= 1).all()
+    half = added.clone()
+    half[6:, 0] = left[6:, 0] + torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    weight, grown = _earned(half, left, torch.arange(6), torch.arange(6, 8))
+    assert 0.2 < float(weight[0]) < 0.8
+    assert float(grown[0]) > 0.5
 
 
 # -- levels ---------------------------------------------------------------------------------------------------------------------

@@ -166,8 +166,8 @@ def tuned(forecasts: np.ndarray, truth: np.ndarray, levels: dict[str, np.ndarray
     out = {}
     for name, error in levels.items():
         scores = {}
-        for inflation in (0.7, 1.0, 1.4):
-            for factor in (0.7, 1.0, 1.5, 3.0):
+        for inflation in (0.5, 0.7, 1.0, 1.4, 2.0, 3.0):
+            for factor in (0.3, 1.0, 2.0, 3.0):
                 way = replace(fitted, inflation=inflation, error_factor=factor)
                 total = 0.0
                 for k in range(0, len(forecasts[-1]), 12):
