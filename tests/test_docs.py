@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/grids.md", "docs/observations.md", "docs/downscaling.md", "docs/models.md", "docs/training.md")
+PAGES = (
+    "README.md",
+    "docs/grids.md",
+    "docs/observations.md",
+    "docs/downscaling.md",
+    "docs/models.md",
+    "docs/training.md",
+    "docs/methods.md",
+)
 
 
 @pytest.mark.slow

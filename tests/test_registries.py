@@ -82,7 +82,7 @@ FAULTS = {
     "file beside the description": ('region = "Europe"', 'region = "Europe"\nurl = "https://a.b/c"', r"line 10: .*unknown key 'url'"),
     "a link for a DOI": ("10.5281", "https://doi.org/10.5281", r"line 10: .*'doi' must be the identifier alone, as in 10.5281"),
     "no range": ('">=0.0.1"', '"new"', r"line 12: .*'xgenda' must be a range of versions, as in \">=0.1,<2\", found 'new'"),
-    "another task": ('"prior"', '"forecast"', r"line 4: .*'task' must be 'prior' or 'downscale', found 'forecast'"),
+    "another task": ('"prior"', '"nowcast"', r"line 4: .*'task' must be 'prior' or 'downscale' or 'background' or 'forecast', found 'nowcast'"),
     "unknown key of a file": ("size = 8", "length = 8", r"line 22: \[models.tiny\]: file 2: unknown key 'length'"),
     "missing key of a file": ("size = 8", "", r"line 19: \[models.tiny\]: file 2: the key 'size' is missing"),
     "wrong hash": (f'"{SHA}"', '"00"', r"line 16: \[models.tiny\]: file 1: 'sha256' must be 64"),

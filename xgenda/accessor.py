@@ -161,6 +161,28 @@ class GendaAccessor:
             batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
+    def forecast(
+        self,
+        *,
+        model: ModelLike = None,
+        members: int | None = None,
+        seed: int | None = None,
+        sampler: str = "auto",
+        sampler_options: Mapping[str, Any] | None = None,
+        schedule: str = "auto",
+        steps: int | None = None,
+        batch_size: int | None = None,
+        device: str = "auto",
+        progress: bool | None = None,
+    ) -> xr.Dataset:
+        """Return what these states become; see `xgenda.forecast`."""
+        from xgenda.forecasting import forecast
+
+        return forecast(
+            self._obj, model=model, members=members, seed=seed, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
+            steps=steps, batch_size=batch_size, device=device, progress=progress,
+        )  # fmt: skip
+
     def regrid(
         self,
         target: xr.Dataset | xr.DataArray,

@@ -49,8 +49,8 @@ def assimilate(
 ) -> xr.Dataset:
     """Return an ensemble of the states that fit the observations.
 
-    Reads the grid, times and variables of `ds`; its values are the background where the model needs one (a covariance function,
-    or ``gaussian_prior(..., mean='background')``) and are not read otherwise. Each time is analysed on its own, unless the model was
+    Reads the grid, times and variables of `ds`; its values are the background where the model needs one (of task 'background', a covariance
+    function, or ``gaussian_prior(..., mean='background')``) and are not read otherwise. Each time is analysed on its own, unless the model was
     trained on windows of states: then all times are one trajectory, solved together. Chunked input (dask, along time) gives a
     lazy result, unchunked input an eager one, with the same numbers; a trajectory must be one chunk.
 
@@ -77,7 +77,8 @@ def assimilate(
         methods page. 'auto' is 'anchor' where the model has a Gaussian and all operators are linear, else 'mmps'; the result
         records which.
     guidance_options
-        Such as ``{"gamma": 0.1}`` for 'sda' or ``{"iterations": 8, "solver": "gmres"}`` for 'mmps'.
+        Such as ``{"gamma": 0.1}`` for 'sda', ``{"iterations": 8, "solver": "gmres"}`` for 'mmps', or ``{"preset": "published"}`` for
+        'inpaint': the soft mask of DiffDA in its 2,910 calls of the network ('soft': the same in 48).
     likelihood
         Of the observation errors: 'gaussian', or for suspect data 'student-t' or 'huber', for diffusion models.
     sampler
@@ -136,6 +137,7 @@ def assimilate(
     References
     ----------
     Rozet, F. and Louppe, G. (2023), Score-based data assimilation, arXiv:2306.10574, eq. 6 and 13.
+    Huang, L. et al. (2024), DiffDA: a diffusion model for weather-scale data assimilation, arXiv:2401.05932, for models of task 'background'.
 
     Examples
     --------
@@ -170,7 +172,7 @@ def assimilate(
     }
     call = f"assimilate(model={setup.model.spec.name!r}, members={members}, seed={drawn_seed}, guidance={options.guidance!r})"
     member = xr.DataArray(np.array(member_numbers), dims="member", attrs=metadata.MEMBER_ATTRS)
-    return _analysed(setup, job, ds, member, asked_for, call)
+    return analysed(setup, job, ds, member, asked_for, call)
 
 
 def posterior_moments(
@@ -230,13 +232,34 @@ def posterior_moments(
     moment = xr.DataArray(["mean", "std"], dims="moment", attrs={"long_name": "moment of the posterior"})
     given = _what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess)
     call = f"posterior_moments(model={setup.model.spec.name!r})"
-    return _analysed(setup, dataclasses.replace(job, moments=True), ds, moment, given, call)
+    return analysed(setup, dataclasses.replace(job, moments=True), ds, moment, given, call)
 
 
-def _analysed(
-    setup: Prepared, job: engine.Job, ds: xr.Dataset, lead: xr.DataArray, asked_for: Mapping[str, object], call: str
+def analysed(
+    setup: Prepared,
+    job: engine.Job,
+    ds: xr.Dataset,
+    lead: xr.DataArray,
+    asked_for: Mapping[str, object],
+    call: str,
+    *,
+    observed: bool = True,
 ) -> xr.Dataset:
-    """Compute, or lay out, what `job` says and describe it; `lead` is the coordinate of the leading dimension."""
+    """Compute, or lay out, what `job` says and describe it.
+
+    Parameters
+    ----------
+    lead
+        The coordinate of the leading dimension.
+    asked_for, call
+        For the attributes and the history of the result.
+    observed
+        Whether observations belong to such a call, so that their absence and their departures are told of.
+    """
+    if not observed:
+        values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
+        given = {"model": setup.model.spec.name, "model_sha256": setup.model.sha256, **asked_for}
+        return _described_as(setup, values, ds, lead, call, given)
     if setup.located is None or not (setup.located.table.code == Quality.USED).any():
         count = 0 if setup.located is None else len(setup.located.table)
         warnings.warn(
@@ -249,7 +272,6 @@ def _analysed(
         codes, chi2 = _final_codes(setup, job)
         counts = json.dumps(count_codes(codes))
         warn_of_departures(codes, chi2, setup.model.spec.needs_background)
-    result = setup.state.leave(_wrap(setup, values, lead))
     provenance = {
         "model": setup.model.spec.name,
         "model_sha256": setup.model.sha256,
@@ -258,6 +280,14 @@ def _analysed(
         "departure_chi2": chi2,
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
     }
+    return _described_as(setup, values, ds, lead, call, provenance)
+
+
+def _described_as(
+    setup: Prepared, values: Any, ds: xr.Dataset, lead: xr.DataArray, call: str, provenance: Mapping[str, object]
+) -> xr.Dataset:
+    """Return values as a Dataset like `ds`."""
+    result = setup.state.leave(_wrap(setup, values, lead))
     return metadata.carry_metadata(result, ds, setup.state.variables(setup.variables.values()), call=call, provenance=provenance)
 
 

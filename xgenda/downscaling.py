@@ -140,6 +140,9 @@ def downscale(
             f"error={error!r} belongs to unconditional priors; model={chosen.spec.name!r} was trained on coarse fields."
         )
     spec, inputs = chosen.spec, chosen.spec.inputs
+    if spec.task in ("background", "forecast"):
+        what = "assimilate(obs, model=...)" if spec.task == "background" else "forecast(model=...)"
+        raise ModelNotFoundError(f"model={spec.name!r} is for {spec.task!r}; type ds.genda.{what}")
     if spec.task != "downscale" or spec.grid is None or inputs is None:
         raise ModelNotFoundError(
             f"model={spec.name!r} is for {spec.task!r}; train one for this: xgenda.train(fine, task='downscale', factor=4)"

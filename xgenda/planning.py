@@ -111,7 +111,7 @@ def plan(
     """
     state = states.enter(metadata.as_dataset(ds))
     chosen = choose_model(model, state.ds, state.layout, state.grid, task="downscale")
-    if not isinstance(chosen, CorrectiveModel):
+    if not isinstance(chosen, CorrectiveModel) or chosen.spec.task != "downscale":
         raise OptionError(f"model={chosen.spec.name!r} is no diffusion model for downscaling; there is nothing to plan.")
     given = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     options = chosen.plan(

@@ -19,8 +19,9 @@ from xgenda import chunking, engine, metadata, states
 from xgenda.appropriate import move_to_analysis_times
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of
-from xgenda.errors import GridError, ModelNotFoundError, OptionError, check_choice
+from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_choice
 from xgenda.grids import ground_of
+from xgenda.models.conditions import lead_times, planes_of
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import choose_model
 from xgenda.observations.columns import ERROR_SUFFIXES, FLAG_SUFFIXES
@@ -68,6 +69,8 @@ class Prepared:
         operators make.
     shift
         What was taken from the values of `located` to move them to the analysis time.
+    conditions
+        What a background model takes beside the fields.
     """
 
     state: State
@@ -83,6 +86,7 @@ class Prepared:
     operators: tuple[tuple[Operator, tuple[int, ...]], ...]
     observable: list[Wanted]
     shift: np.ndarray
+    conditions: engine.InputTimes | None = None
 
     @property
     def linear(self) -> bool:
@@ -101,7 +105,7 @@ class Prepared:
             names=tuple(self.variables.values()), labels=self.labels, basis=cycle_basis(time, cycle, len(self.labels)),
             located=self.located, threshold=self.threshold, quality=self.quality, operators=self.operators,
             members=members, seed=seed, options=options, device=device,
-            output=self.state.orientation, check=spec.needs_background, progress=progress, threads=None,
+            output=self.state.orientation, check=spec.needs_background, progress=progress, threads=None, conditions=self.conditions,
         )  # fmt: skip
 
 
@@ -116,7 +120,9 @@ def observed_state(setup: Prepared, fields: Sequence[np.ndarray]) -> np.ndarray:
 
 def at_times(job: engine.Job, times: np.ndarray) -> engine.Job:
     """Return the job of some of its times, without observations."""
-    return dataclasses.replace(job, labels=job.labels[times], basis=job.basis[times], located=None)
+    given = job.conditions
+    conditions = None if given is None else engine.InputTimes(given.basis[times], given.planes[times])
+    return dataclasses.replace(job, labels=job.labels[times], basis=job.basis[times], located=None, conditions=conditions)
 
 
 def prepare(
@@ -134,6 +140,7 @@ def prepare(
     *,
     argument: str = "obs",
     any_model: bool = True,
+    task: str | None = None,
 ) -> Prepared:
     """Check the input of a call, match variables and place the observations.
 
@@ -154,7 +161,7 @@ def prepare(
         raise GridError(f"ds: dimension {time!r} is empty; there is nothing to do.")
     chosen = choose_model(model, ds, layout, grid, task="prior") if any_model or model is not None else None
     if chosen is not None:
-        if chosen.spec.task != "prior":
+        if chosen.spec.task not in (("prior", "background") if task is None else (task,)):
             raise ModelNotFoundError(
                 f"model={chosen.spec.name!r} is for {chosen.spec.task!r}; type ds.genda.{chosen.spec.task}(model=...)"
             )
@@ -198,8 +205,33 @@ def prepare(
                 [w.units for w in wanted], made,
             )  # fmt: skip
     threshold = _threshold(check, chosen)
+    conditions = None if chosen is None else conditions_of(chosen, ds, layout.time, times, len(labels))
     return Prepared(state, time, chosen, variables, arrays, factors, labels, located if len(located.table) else None,
-                  threshold, control, made, observable, shift)  # fmt: skip
+                  threshold, control, made, observable, shift, conditions)  # fmt: skip
+
+
+def conditions_of(
+    model: GenerativeModel, ds: xr.Dataset, time: str | None, times: xr.DataArray | None, size: int
+) -> engine.InputTimes | None:
+    """Return what a background model takes beside the fields, or None for other models.
+
+    Raises
+    ------
+    CoordinateError
+        If season, hour or lead time are not there.
+    """
+    inputs = model.spec.inputs
+    if inputs is None:
+        return None
+    cycles = (inputs.cycle, inputs.scaling.cycle)
+    if times is None and any(c != "none" for c in cycles):
+        raise CoordinateError(
+            f"model={model.spec.name!r} takes the season or the hour, and ds has no time. Assign it: "
+            f"ds.assign_coords(time=numpy.datetime64('2020-01-01T12:00'))"
+        )
+    lead = None if inputs.lead_time is None else lead_times(ds, time, size)
+    basis = cycle_basis(times, inputs.scaling.cycle, size)[:, None]
+    return engine.InputTimes(basis, planes_of(times, inputs.cycle, lead, inputs.lead_time, size))
 
 
 def _on_single_level(wanted: Wanted, ds: xr.Dataset) -> Wanted:

@@ -27,6 +27,7 @@ samples: losses, norms and the iterations of the solvers are per sample.
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,8 +37,11 @@ from torch import Tensor
 
 from xgenda.diffusion.anchors import Anchor, Observable
 from xgenda.diffusion.denoisers import Denoiser
-from xgenda.diffusion.evidence import Evidence, LinearEvidence, Tangent, reweighted
+from xgenda.diffusion.evidence import Evidence, LinearEvidence
 from xgenda.diffusion.gaussian import factor_of
+from xgenda.diffusion.guides import Guide
+from xgenda.diffusion.inpainting import INTERPOLATIONS, Inpaint
+from xgenda.diffusion.masks import Places
 from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
 from xgenda.errors import OptionError, check_choice, check_count, check_flag, check_option
 
@@ -52,7 +56,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "pigdm": {"iterations": 30},
     "dps": {"zeta": 1.0},
     "diffpir": {"lambda": 1.0, "iterations": 30},
-    "inpaint": {"reach": 0.0},
+    "inpaint": {"reach": 0.0, "interpolation": "mask", "length": 6.0, "also": None},
 }
 
 
@@ -75,6 +79,11 @@ def guidance_options(kind: str, given: Mapping[str, Any] | None = None) -> dict[
             check_count(where, value)
         elif name == "detach":
             check_flag(where, value)
+        elif name == "interpolation":
+            check_choice(where, value, INTERPOLATIONS)
+        elif name == "also":
+            if value is not None:
+                check_choice(where, value, tuple(k for k in GUIDANCES if k != "inpaint"))
         elif (
             isinstance(value, bool)
             or not isinstance(value, numbers.Real)
@@ -94,7 +103,7 @@ def guide(
     anchor: Anchor | None = None,
     likelihood: str = "gaussian",
     likelihood_scale: float | None = None,
-    wraps: tuple[bool, bool] = (False, False),
+    places: Places | None = None,
     **options: Any,
 ) -> Denoiser:
     """Return the posterior denoiser.
@@ -113,8 +122,8 @@ def guide(
         'gaussian', or for suspect data 'student-t' or 'huber': see `xgenda.diffusion.evidence.reweighted`.
     likelihood_scale
         Degrees of freedom of Student's t (4), or Huber's threshold in standard deviations (1.345).
-    wraps
-        Whether the last two axes of the state, rows and columns, are periodic; 'inpaint' measures distances along them.
+    places
+        Where the cells are, for the distances of 'inpaint'; by default on a plane with the last two axes of the state.
     **options
         See `OPTIONS`.
 
@@ -132,72 +141,16 @@ def guide(
     if evidence.value.shape[1] == 0:
         return denoise
     scale = LIKELIHOODS[likelihood] if likelihood_scale is None else float(likelihood_scale)
-    return _KINDS[kind](denoise, evidence, known, anchor, (likelihood, scale), wraps)
+    heavy = likelihood, scale
+    if kind == "inpaint":
+        also = known["also"]
+        both = None if also is None else functools.partial(guide, denoise, evidence, also, anchor=anchor, likelihood=likelihood)
+        best = functools.partial(_Anchor, denoise, evidence, OPTIONS["anchor"], anchor, ("gaussian", 0.0))
+        return Inpaint(denoise, evidence, known, anchor, heavy, places, both, best)
+    return _KINDS[kind](denoise, evidence, known, anchor, heavy, places)
 
 
-class _Guide:
-    """What all guidances share: the departure, the error variance, the derivative of the operator."""
-
-    def __init__(
-        self,
-        denoise: Denoiser,
-        evidence: Evidence,
-        options: Mapping[str, Any],
-        anchor: Anchor | None,
-        likelihood: tuple[str, float],
-        wraps: tuple[bool, bool] = (False, False),
-    ) -> None:
-        self.denoise, self.evidence, self.options, self.anchor, self.likelihood = denoise, evidence, options, anchor, likelihood
-        self.wraps = wraps
-        self.value, self.error = evidence.value, evidence.variance
-        self.sigma_range = getattr(denoise, "sigma_range", None)
-        self._guess: Tensor | None = None
-
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        with torch.no_grad():
-            clean = self.denoise(x, sigma)
-            return clean + self.update(clean.flatten(1), sigma).reshape(x.shape)
-
-    def update(self, clean: Tensor, sigma: float) -> Tensor:
-        """Return what to add to the flat denoised state."""
-        raise NotImplementedError
-
-    def departure(self, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """Return y - A(xhat) and R, reweighted where the likelihood is heavy-tailed."""
-        departure = self.value.to(clean) - self.evidence.observe(clean)
-        error = self.error.to(clean)
-        if self.likelihood[0] != "gaussian":
-            expected = error + self.evidence.gain(clean) * sigma**2 / (1 + sigma**2)
-            error = reweighted(self.likelihood[0], departure, error, expected, self.likelihood[1])
-        return departure, error
-
-    def proximal(
-        self,
-        clean: Tensor,
-        sigma: float,
-        spread: Callable[[Tensor], Tensor],
-        scale: float,
-        iterations: int,
-        tolerance: float = 1e-6,
-    ) -> Tensor:
-        """Return A'^T (A' C A'^T + R)^-1 (y - A xhat) for C = `spread`, solved in observation space.
-
-        Scaled by R^-1/2 on both sides; `scale`, the size of C's diagonal, is for preconditioning.
-        """
-        departure, error = self.departure(clean, sigma)
-        tangent, root = self.evidence.tangent(clean), error.sqrt()
-        diagonal = 1 + self.evidence.gain(clean).to(clean) * scale / error
-        # the solution changes little from one noise level to the next
-        guess = self._guess if self._guess is not None and self._guess.shape == departure.shape else None
-        solved = conjugate_gradients(
-            lambda v: v + tangent.forth(spread(tangent.back(v / root))) / root,
-            departure / root, iterations, tolerance=tolerance, preconditioner=1 / diagonal, guess=guess,
-        )  # fmt: skip
-        self._guess = solved
-        return tangent.back(solved / root)
-
-
-class _ThroughNetwork(_Guide):
+class _ThroughNetwork(Guide):
     """Guidances that need the gradient of the denoiser."""
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -246,7 +199,7 @@ class _Sda(_ThroughNetwork):
         return through(self.evidence.tangent(clean).back(departure / total), False)
 
 
-class _W2c(_Guide):
+class _W2c(Guide):
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         departure, error = self.departure(clean, sigma)
         share = sigma**2 / (1 + sigma**2)
@@ -260,7 +213,7 @@ class _Pigdm(_ThroughNetwork):
         return through(self.proximal(clean, sigma, lambda v: share * v, share, self.options["iterations"]), False)
 
 
-class _Diffpir(_Guide):
+class _Diffpir(Guide):
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         share = sigma**2 / float(self.options["lambda"])
         return share * self.proximal(clean, sigma, lambda v: share * v, share, self.options["iterations"])
@@ -303,7 +256,7 @@ def direct_limit(anchor: Anchor | None) -> int:
     return int(given.direct_limit) if isinstance(given, Observable) else 0
 
 
-class _Anchor(_Guide):
+class _Anchor(Guide):
     """x + C A^T (A C A^T + R)^-1 (y - A x): no backpropagation, a linear solve in observation space per noise level."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -347,75 +300,6 @@ class _Anchor(_Guide):
         return self._factors[sigma]
 
 
-class _Inpaint(_Guide):
-    """Replace what is observed: xhat + M A^T (A A^T)^-1 (y - A xhat); `reach` spreads the replacement under a soft mask.
-
-    The soft mask is that of Huang et al. (2024): exp(-d^2 / (2 reach^2)) at d cells from the nearest observation, on a plane with the
-    last two dimensions of the state as its axes, which may wrap; the replaced value is the average of the departures with those weights.
-    With or without mask an observation with an error counts for what it is worth at this noise level: V / (V + R).
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._soft: tuple[Tensor, Tensor] | None = None
-        self._event: torch.Size | None = None
-
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        self._event = x.shape[1:]
-        return super().__call__(x, sigma)
-
-    def update(self, clean: Tensor, sigma: float) -> Tensor:
-        departure, error = self.departure(clean, sigma)
-        tangent = self.evidence.tangent(clean)
-        share = sigma**2 / (1 + sigma**2)
-        worth = share * self.evidence.gain(clean).to(clean)
-        if not self.options["reach"]:
-            solved = conjugate_gradients(
-                lambda v: tangent.forth(tangent.back(v)) + error / max(share, 1e-30) * v, departure, 50,
-                preconditioner=share / (worth + error),
-            )  # fmt: skip
-            return tangent.back(solved)
-        weights, mask = self._weights(tangent, departure)
-        counts = worth / (worth + error).clamp(min=1e-30)
-        return mask * torch.einsum("bnm,bm->bn", weights, counts * departure)
-
-    def _weights(self, tangent: Tangent, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return normalised weights (b, n, m) and mask (b, n); b is 1 where all samples have the same observations."""
-        if self._soft is None:
-            assert self._event is not None
-            one = isinstance(self.evidence, LinearEvidence) and len(self.evidence.indices) == 1
-            batch = like[:1] if one else like
-            n, (ny, nx) = int(torch.tensor(self._event).prod()), self._event[-2:]
-            eye = torch.eye(like.shape[1]).to(like)
-            rows = torch.stack([tangent.back(e.expand_as(like))[: len(batch)].abs() for e in eye], 1)  # (b, m, n)
-            total = rows.sum(-1, keepdim=True)
-            rows = rows / torch.where(total > 0, total, 1.0)
-            cell = torch.arange(n)
-            place = torch.stack([cell // nx % ny, cell % nx, cell // (ny * nx)], -1).to(like)
-            # the centre of each observation is found around its heaviest cell, so that one across the seam stays there
-            heaviest = place[rows.argmax(-1)]
-            at = heaviest + (rows[..., None] * self._apart(place - heaviest[:, :, None], ny, nx)).sum(-2)
-            apart = self._apart(place[None, :, None] - at[:, None], ny, nx)
-            near = torch.exp(-apart[..., :2].square().sum(-1) / (2 * self.options["reach"] ** 2))
-            same = apart[..., 2].abs() < 0.5
-            near = torch.where(same & (total > 0)[..., 0][:, None], near, 0.0)
-            unit = (
-                rows.new_tensor(1.0) / torch.where(total > 0, total, 1.0)[..., 0]
-            )  # from the observation's units to the state's
-            norm = near.sum(-1, keepdim=True)
-            self._soft = (near / torch.where(norm > 0, norm, 1.0) * unit[:, None], near.amax(-1))
-        return self._soft
-
-    def _apart(self, step: Tensor, ny: int, nx: int) -> Tensor:
-        """Return differences of (row, column, channel), the shorter way around periodic axes."""
-        for axis, size in enumerate((ny, nx)):
-            if self.wraps[axis]:
-                along = (step[..., axis] + size / 2) % size - size / 2
-                step = torch.cat([step[..., :axis], along[..., None], step[..., axis + 1 :]], -1)
-        return step
-
-
-_KINDS: Mapping[str, type[_Guide]] = {
+_KINDS: Mapping[str, type[Guide]] = {
     "anchor": _Anchor, "mmps": _Mmps, "sda": _Sda, "w2c": _W2c, "pigdm": _Pigdm, "dps": _Dps, "diffpir": _Diffpir,
-    "inpaint": _Inpaint,
 }  # fmt: skip

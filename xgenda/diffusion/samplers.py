@@ -18,13 +18,12 @@ pc          n + (n - 1) C     ddim, then C = `corrections` Langevin steps at the
                               variance by 1 + tau / 2; with `unbiased` the noise is scaled so that it does not
 =========== ================= ==========================================================================================
 
-With `resample` = r every step of any sampler is taken r times, with the noise put back in between (RePaint, Lugmayr et al. 2022,
-arXiv 2201.09865, algorithm 1, with a jump of one level).
+With `resample` = r every step of any sampler is taken r times, with fresh noise put back in between (RePaint, Lugmayr et al. 2022,
+arXiv 2201.09865, algorithm 1, with a jump of one level). With `jump` = j above 1 it is blocks of j steps, all but the first.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -39,7 +38,7 @@ from xgenda.diffusion.schedules import check_levels
 from xgenda.errors import OptionError, StateError, check_choice, check_count, check_flag, check_option
 
 SAMPLERS = ("heun", "ddim", "ancestral", "dpm++", "adams", "pc")
-#: Options of each sampler with their defaults; `resample` belongs to all.
+#: Options of each sampler with their defaults; `resample` and `jump` belong to all.
 OPTIONS: Mapping[str, Mapping[str, float]] = {
     "heun": {"churn": 0.0, "churn_min": 0.0, "churn_max": math.inf, "churn_noise": 1.0},
     "ddim": {"eta": 0.0},
@@ -50,7 +49,7 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
 }
 DIVERGED = 1e3  # standard deviations, on the way
 IMPLAUSIBLE = 50.0  # standard deviations of a state without noise
-_WHOLE = ("order", "corrections", "resample")
+_WHOLE = ("order", "corrections", "resample", "jump")
 
 
 class Noise(Protocol):
@@ -70,7 +69,7 @@ def sampler_options(sampler: str, given: Mapping[str, Any] | None = None) -> dic
         If the sampler or an option is not known, or a value is out of its range.
     """
     check_choice("sampler", sampler, SAMPLERS)
-    known = {**OPTIONS[sampler], "resample": 1}
+    known = {**OPTIONS[sampler], "resample": 1, "jump": 1}
     for name, value in (given or {}).items():
         where = f"sampler_options[{name!r}]"
         check_option("sampler_options", sampler, name, known)
@@ -96,8 +95,17 @@ def sampler_options(sampler: str, given: Mapping[str, Any] | None = None) -> dic
 def network_calls(sampler: str, steps: int, options: Mapping[str, Any] | None = None) -> int:
     """Return the number of denoiser evaluations of one sample."""
     known = sampler_options(sampler, options)
-    once = {"heun": 2 * steps - 1, "pc": steps + (steps - 1) * int(known.get("corrections", 0))}.get(sampler, steps)
-    return once * int(known["resample"])
+    each = {"heun": 2, "pc": 1 + int(known.get("corrections", 0))}.get(sampler, 1)  # of a step that does not end without noise
+    total = 0
+    for begin, end, times in resampled_blocks(steps, known):
+        total += times * (each * (end - begin) - (each - 1) * (end == steps))
+    return total
+
+
+def resampled_blocks(steps: int, options: Mapping[str, float]) -> list[tuple[int, int, int]]:
+    """Return first step, end and number of repetitions of each block of steps."""
+    jump, times = int(options["jump"]), int(options["resample"])
+    return [(k, min(k + jump, steps), 1 if jump > 1 and k == 0 else times) for k in range(0, steps, jump)]
 
 
 def is_stochastic(sampler: str, options: Mapping[str, Any] | None = None) -> bool:
@@ -154,15 +162,16 @@ def integrate(
         check_levels(levels, trained)
     stepper = _STEPPERS[sampler](denoise, levels, _source(noise, start), known)
     x = start
-    for i, (sigma, following) in enumerate(itertools.pairwise(levels)):
-        for attempt in range(int(known["resample"])):
+    for begin, end, times in resampled_blocks(len(levels) - 1, known):
+        for attempt in range(times):
             if attempt:
                 stepper.memory = []  # earlier slopes belong to the path before its noise was put back
-                x = x + math.sqrt(sigma**2 - following**2) * stepper.noise()
-            x = stepper.step(i, x, sigma, following)
-        _check_finite(x, i, sigma, following)
-        if progress is not None:
-            progress()
+                x = x + math.sqrt(levels[begin] ** 2 - levels[end] ** 2) * stepper.noise()
+            for i in range(begin, end):
+                x = stepper.step(i, x, levels[i], levels[i + 1])
+                _check_finite(x, i, levels[i], levels[i + 1])
+                if progress is not None and attempt == times - 1:
+                    progress()
     return x
 
 

@@ -36,6 +36,8 @@ UNTOLD = ("ds", "target", "statics", "task", "start", "memory")  # sums of data 
 CALLS = {
     "prior": ("analysis = ds.genda.assimilate(obs, model=model, members=16, seed=0)", "data-assimilation"),
     "downscale": ("fine = coarse.genda.downscale(model=model, members=16, seed=0)", "downscaling"),
+    "background": ("analysis = forecast.genda.assimilate(obs, model=model, members=16, seed=0)", "data-assimilation"),
+    "forecast": ("later = ds.genda.forecast(model=model, members=16, seed=0)", "forecasting"),
 }
 
 

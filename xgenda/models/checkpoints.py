@@ -125,6 +125,8 @@ def _reader(spec: ModelSpec) -> Any:
         from xgenda.models.gaussian import GaussianModel as reader
     elif spec.kind != "diffusion":
         from xgenda.models.classical import ClassicalModel as reader  # type: ignore[assignment]
+    elif spec.needs_background:
+        from xgenda.models.background import BackgroundModel as reader  # type: ignore[assignment]
     elif spec.task == "downscale":
         from xgenda.models.corrective import CorrectiveModel as reader  # type: ignore[assignment]
     else:

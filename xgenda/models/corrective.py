@@ -66,7 +66,8 @@ class CorrectiveModel(GenerativeModel):
     ----------
     spec
         With grid, scaling and inputs. ``options``: 'network' and 'regression' (arguments, or None), 'sigma_min', 'sigma_max', 'sigma_data',
-        'unit' (standard deviation of the residual in standardised units), 'mean_condition' (whether the diffusion gets the mean),
+        'unit' (standard deviation of the residual in standardised units, of all channels or of each), 'mean_condition' (whether the diffusion
+        gets the mean),
         'conserve' and 'calibration' (None, or what `Conserved` and `Calibration` take), 'tile' and 'overlap' (rows and columns, where
         the model was trained on parts of its grid), 'halo' (cells around a part that is sampled on its own).
     mean
@@ -93,7 +94,12 @@ class CorrectiveModel(GenerativeModel):
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.features = Features(spec.inputs, spec.grid, statics, spec.wraps)
         options = spec.options
-        self.sigma_min, self.sigma_max, self.unit = (float(options[k]) for k in ("sigma_min", "sigma_max", "unit"))
+        self.sigma_min, self.sigma_max = float(options["sigma_min"]), float(options["sigma_max"])
+        # one number, or one per channel
+        unit = options["unit"]
+        self.unit: float | Tensor = (
+            torch.tensor(unit, dtype=torch.float64)[:, None, None] if isinstance(unit, (list, tuple)) else float(unit)
+        )
         self.mean_condition = bool(options["mean_condition"])
         given = options["calibration"]
         self.calibration = None if given is None else Calibration(tuple(given["widths"]), tuple(map(tuple, given["factors"])))

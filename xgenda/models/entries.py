@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from xgenda.errors import CheckpointError, did_you_mean
 
 SCHEMA = 2
-TASKS = ("prior", "downscale")
+TASKS = ("prior", "downscale", "background", "forecast")
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".joblib")
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "sftp", "ssh", "hdfs", "webhdfs", "smb", "memory", "file")
 

@@ -96,6 +96,8 @@ def choose_model(
         raise ModelNotFoundError(f"Several registered models fit: {', '.join(names)}. Choose one: model={names[0]!r}")
     if task == "prior":
         advice = "Use a prior that needs no training: model=xgenda.gaussian_prior(ds, length_scale=300e3, std=2.0)"
+    elif task == "forecast":
+        advice = "Train one: model=xgenda.train(series, task='forecast', lag='48h')"
     else:
         advice = "Train one: model=xgenda.train(fine_ds, task='downscale', factor=4)"
     raise ModelNotFoundError(

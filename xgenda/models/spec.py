@@ -14,7 +14,7 @@ from xgenda.scaling import Scaling
 
 __all__ = ["ModelSpec", "VariableSpec"]
 
-TASKS = ("prior", "downscale")
+TASKS = ("prior", "downscale", "background", "forecast")
 KINDS = ("gaussian", "diffusion", "bilinear", "bcsd", "ridge")
 
 
@@ -27,7 +27,7 @@ class ModelSpec:
     name
         Registered name, or a description of an unsaved model.
     task
-        'prior' (for `assimilate`) or 'downscale'.
+        'prior' and 'background' (for `assimilate`), 'downscale' or 'forecast'.
     kind
         'gaussian' or 'diffusion'; for 'downscale' also one of the classical methods, 'bilinear', 'bcsd' or 'ridge'.
     variables
@@ -39,7 +39,7 @@ class ModelSpec:
     factor
         Cells per coarse cell along each axis, for 'downscale' where the coarse cells are blocks of fine ones.
     inputs
-        For 'downscale': what the model takes.
+        For 'downscale', 'background' and 'forecast': what the model takes.
     needs_background
         Whether the values of the Dataset given to `assimilate` are the prior mean.
     options

@@ -53,7 +53,7 @@ def calibrate(
         If the model is no diffusion model for downscaling, or the data are not on its grids or lack one of its variables.
     """
     model = model if isinstance(model, GenerativeModel) else load_model(model)
-    if not isinstance(model, CorrectiveModel):
+    if not isinstance(model, CorrectiveModel) or model.spec.task != "downscale":
         raise OptionError(
             f"model={model.spec.name!r} is no diffusion model for downscaling; train one: xgenda.train(fine, task='downscale', factor=4)"
         )

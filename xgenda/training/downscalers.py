@@ -18,6 +18,8 @@ from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.tiles import TiledNetwork, Tiling, decorrelation_length, suggest_tile
 from xgenda.errors import OptionError
 from xgenda.models import means
+from xgenda.models.background import BackgroundModel
+from xgenda.models.centring import fit_centre
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
 from xgenda.models.generative import GenerativeModel
@@ -69,6 +71,18 @@ class Recipe:
     validation: Any = None
     freeze: str = "none"
     adapters: int | None = None
+    task: str = "downscale"
+    lag: float | None = None
+
+    @property
+    def of_background(self) -> bool:
+        """Whether the inputs are forecasts of the fields themselves, on their grid."""
+        return self.task != "downscale"
+
+    @property
+    def gaussian(self) -> str | None:
+        """Which Gaussian is fitted: of the errors of forecasts on a doubly periodic box, where all places are alike, a spectrum."""
+        return "spectral" if self.anchor == "auto" and self.of_background and self.periodic == "both" else self.anchor
 
 
 def train_downscaler(
@@ -79,14 +93,19 @@ def train_downscaler(
     name: str | None,
     licence: str,
 ) -> CorrectiveModel:
-    """Train the fine fields behind coarse ones."""
+    """Train the fine fields behind coarse ones, or the truth behind a forecast of it."""
     before = None if start is None else starting_downscaler(start)
     if before is not None:
         recipe = _continued(recipe, before, pairs)
-    known = name or ("trained-downscaler" if before is None else f"{before.spec.name}-tuned")
+    known = name or (
+        f"trained-{'downscaler' if recipe.task == 'downscale' else recipe.task}"
+        if before is None
+        else f"{before.spec.name}-tuned"
+    )
     ready = prepare_pairs(
         pairs, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.cycle, known, "diffusion",
         licence, recipe.periodic == "both", recipe.validation, None if before is None else before.inputs.lead_time,
+        recipe.task, recipe.lag,
     )  # fmt: skip
     assert ready.spec.scaling is not None
     inherited = None
@@ -97,7 +116,11 @@ def train_downscaler(
     channels, plane = ready.shape[0], (ready.shape[1], ready.shape[2])
     fold = torch.as_tensor(ready.fold)
     train_rows, held = ready.split()
-    if recipe.stages == "single":
+    kinds: list[str] | None = None
+    if recipe.of_background:
+        linear, predicted, kinds, note = fit_centre(ready.for_mean(), recipe.periodic == "both")
+        kind = "background"
+    elif recipe.stages == "single":
         linear, predicted, kind, note = means.LinearMean(ready.shape), torch.zeros_like(ready.fine), "none", "none"
     else:
         linear, predicted, kind, note = means.fit_mean(ready.for_mean())
@@ -116,12 +139,14 @@ def train_downscaler(
     arguments = _arguments(recipe, pairs)
     spread = left.square().mean(0).sqrt().clamp(min=1e-3).float()
     shifts = 0
-    if ready.spec.wraps and ready.spec.factor and pairs.statics is None and recipe.tile is None:
-        shifts = ready.spec.factor  # all blocks are alike
+    alike = ready.spec.factor if ready.spec.wraps else int(recipe.of_background and recipe.periodic == "both")
+    if alike and pairs.statics is None and recipe.tile is None:
+        shifts = alike  # all blocks, or all cells, are alike
         spread = spread.square().mean((1, 2), keepdim=True).sqrt().expand_as(spread).contiguous()
     if before is not None and kept is not None:  # the unit in which its network corrects its mean
         spread = before.spread.expand_as(spread).contiguous()
     regression, regression_options = None, None
+    optimistic = torch.ones(channels, dtype=torch.float64)
     first: dict[str, Any] = {"best_step": 0}
     if recipe.stages == "both":
         condition = given if linear.is_zero else torch.cat([given, predicted.float()], 1)
@@ -150,19 +175,27 @@ def train_downscaler(
                 )
             with torch.no_grad():
                 found = [whole(torch.zeros(len(c), *ready.shape), torch.zeros(len(c)), c) for c in condition.split(16)]
-            predicted = predicted + torch.cat(found).double() * spread
+            added = torch.cat(found).double() * spread
+            if recipe.of_background:
+                weight, grown = _earned(added, left, train_rows, held)
+                spread = (spread * weight.float()[:, None, None]).contiguous()
+                added, optimistic = added * weight[:, None, None], grown
+                if not weight.any():
+                    regression, regression_options = None, None
+            predicted = predicted + added
         else:
             regression_options = None
     if conserve is not None:
         predicted = _with_means(ready, pairs, predicted, conserve["channels"])
-    linear_unit = float(left.square().mean().sqrt())
+    linear_unit = _unit(left, recipe)
     left = ready.fine - predicted
-    unit = float(left.square().mean().sqrt())
-    states = (left / unit).float()
+    left[fold != HELD] *= optimistic[:, None, None]  # what a network has seen it predicts too well
+    unit = _unit(left, recipe)
+    states = (left / torch.tensor(unit, dtype=torch.float64).reshape(-1, 1, 1)).float()
     final, crossed, anchor_note = None, None, "none"
-    if recipe.anchor is not None and states[0].numel() <= LARGEST_ANCHOR:
+    if recipe.gaussian is not None and states[0].numel() <= LARGEST_ANCHOR:
         flat = states.double().flatten(1).numpy()
-        final, crossed, anchor_note = fit_anchors(flat, pairs.fine, ready.fold, recipe.anchor, progress=optimiser.progress)
+        final, crossed, anchor_note = fit_anchors(flat, pairs.fine, ready.fold, recipe.gaussian, progress=optimiser.progress)
     condition = torch.cat([predicted.float(), given], 1) if recipe.mean_condition else given
     network_options = arguments(channels, condition.shape[1], None if before is None else before.spec.options["network"])
     network = build_network(network_options)
@@ -179,12 +212,14 @@ def train_downscaler(
     # what is scored or calibrated must not have seen the times of the validation: neither its mean nor its Gaussian
     scored = int(np.prod(ready.shape)) <= LARGEST_SAMPLED
     apart, without = linear, None if crossed is None else crossed[HELD]
-    if kind != "none" and (recipe.calibrate or scored):
+    if kinds is not None:
+        apart = fit_centre(ready.for_mean().less(HELD), recipe.periodic == "both", kinds)[0]
+    elif kind != "none" and (recipe.calibrate or scored):
         apart = means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
 
     def in_training(network: nn.Module, corrected: bool) -> CorrectiveModel:
         own = options if corrected else {**options, "regression": None, "unit": linear_unit}
-        return CorrectiveModel(
+        return (BackgroundModel if recipe.of_background else CorrectiveModel)(
             dataclasses.replace(ready.spec, options=own), apart, copy.deepcopy(regression) if corrected else None, spread,
             EDMDenoiser(network, without), ready.features.statics,
         )  # fmt: skip
@@ -216,12 +251,48 @@ def train_downscaler(
     second["history"] = {**first.get("history", {}), **second["history"]}
     spec = dataclasses.replace(
         ready.spec, options=options, training=record_of(len(pairs.fine.values), pairs.fine.dimension, pairs.fine.period, optimiser, extra, second),
-        description="Regression of the mean and diffusion of the residual" + ("" if conserve is None else ", block means kept"),
+        description=_description(recipe, conserve is not None),
     )  # fmt: skip
-    built = CorrectiveModel(spec, linear, regression, spread, EDMDenoiser(network, final), ready.features.statics)
+    built = (BackgroundModel if recipe.of_background else CorrectiveModel)(
+        spec, linear, regression, spread, EDMDenoiser(network, final), ready.features.statics
+    )
     if not recipe.calibrate:
         return built
     return with_calibration(built, fitted_calibration(in_training(network, True), ready, pairs, held))
+
+
+def _description(recipe: Recipe, conserved: bool) -> str:
+    if recipe.of_background:
+        return "Diffusion of the error of a forecast" if recipe.lag is None else "Diffusion of what a state becomes"
+    return "Regression of the mean and diffusion of the residual" + (", block means kept" if conserved else "")
+
+
+def _unit(left: Tensor, recipe: Recipe) -> float | list[float]:
+    """Return the standard deviation of residuals: one for all channels, or of the error of a forecast that of each."""
+    if not recipe.of_background:
+        return float(left.square().mean().sqrt())
+    found: list[float] = left.square().mean((0, 2, 3)).sqrt().clamp(min=1e-6).tolist()
+    return found
+
+
+def _earned(added: Tensor, left: Tensor, train: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a regression is worth, channel by channel, so that none is made worse than without it.
+
+    Returns
+    -------
+    Tensor, Tensor
+        The weight of each channel that predicts the validation block best, 0 to 1; and how much larger the error is there, relative to that
+        without the network, than on what it was trained on.
+    """
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((0, 2, 3))
+
+    power = total(added[held], added[held])
+    weight = torch.where(power > 0, total(added[held], left[held]) / power.clamp(min=1e-300), 0.0).clamp(0.0, 1.0)
+    kept = left - weight[:, None, None] * added
+    share = [total(kept[r], kept[r]) / total(left[r], left[r]).clamp(min=1e-300) for r in (held, train)]
+    return weight, (share[0] / share[1].clamp(min=1e-300)).sqrt().clamp(min=1.0)
 
 
 def _continued(recipe: Recipe, before: CorrectiveModel, pairs: Pairs) -> Recipe:

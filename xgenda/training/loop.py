@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 
@@ -39,7 +40,7 @@ from xgenda.training.corpus import open_corpus
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
 from xgenda.training.journal import Journal
 from xgenda.training.optimiser import Effort, Optimiser
-from xgenda.training.pairs import read_pairs
+from xgenda.training.pairs import read_background_pairs, read_pairs
 from xgenda.training.priors import PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
@@ -53,6 +54,17 @@ CLASSICAL = (
     "method",
     "calibrate",
 )  # what methods in closed form take of what belongs to task 'downscale', or do without
+TASKS = ("prior", "downscale", "background", "forecast")
+OF_BACKGROUND = ("target", "lag", "stages", "statics", "time_features", "lead_time", "mean_condition", "architecture")
+#: Which of the options that belong to a task each one has.
+OF_TASK: Mapping[str, tuple[str, ...]] = {
+    "downscale": (
+        "target", "factor", "method", "stages", "statics", "neighbours", "time_features", "lead_time", "conserve", "calibrate",
+        "mean_condition", "tile", "architecture",
+    ),
+    "background": OF_BACKGROUND,
+    "forecast": tuple(n for n in OF_BACKGROUND if n not in ("target", "lead_time")),
+}  # fmt: skip
 LEARNING_RATE = 2e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,6 +74,7 @@ def train(
     *,
     task: str = "prior",
     target: xr.Dataset | xr.DataArray | None = None,
+    lag: str | pd.Timedelta | None = None,
     factor: int | None = None,
     method: str = "diffusion",
     stages: str = "both",
@@ -121,11 +134,15 @@ def train(
     ds
         Training fields along ``time`` or ``member``, at least 20, in memory or chunked. Fields that are NaN everywhere
         are left out; cells that are NaN at all times, land in an ocean, are masked. For 'downscale' the coarse fields, or
-        without `target` the fine ones.
+        without `target` the fine ones. For 'background' forecasts at the times that they are for, or with `lag` the truth.
     task
         'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind coarse ones, for `downscale`.
+        'background': the truth given a forecast of it, for `assimilate` around that forecast. 'forecast': the state `lag` later, for `forecast`.
     target
-        For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`.
+        For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`. For
+        'background': the truth, at times of `ds` and on its grid; the model is of its variables, and others of `ds` are not used.
+    lag
+        For 'background' without `target`: the background of a time is the state so long before, such as '48h'. For 'forecast': how far ahead.
     factor
         For 'downscale' without `target`: the fine fields are those of `ds`, the coarse ones their means over blocks of so many cells along
         each axis.
@@ -133,23 +150,24 @@ def train(
         For 'downscale': 'diffusion', or a classical method to compare with: 'bilinear' (interpolation of the coarse values), 'bcsd'
         (quantile mapping and spatial disaggregation) or 'ridge' (regression on all coarse fields), each with its own past errors as members.
     stages
-        For 'downscale': 'both', a linear mean chosen by cross-validation, a network that regresses what it leaves, and a diffusion
-        of the residual; 'residual', without the network for the mean; 'single', diffusion of the fine fields themselves.
+        For 'downscale' and 'background': 'both', a linear mean chosen by cross-validation, a network that regresses what it leaves, and a diffusion
+        of the residual; 'residual', without the network for the mean; 'single' (for 'downscale'), diffusion of the fine fields themselves.
     statics
-        For 'downscale': fields on the fine grid that never change, such as orography and land-sea mask. Stored with the model.
+        For 'downscale' and 'background': fields on the fine grid that never change, such as orography and land-sea mask. Stored with the model.
     neighbours
         For 'downscale': which times the model sees, in steps of the times of `ds`, such as (-1, 0, 1).
     time_features
-        For 'downscale': harmonics that the networks see: 'none', 'dayofyear', 'hour', 'dayofyear+hour', or 'auto', those that the times of
-        the training go through.
+        For 'downscale' and 'background': harmonics that the networks see: 'none', 'dayofyear', 'hour', 'dayofyear+hour', or 'auto', those that
+        the times of the training go through.
     lead_time
-        For 'downscale': whether the networks see the lead time of forecasts, a coordinate of `ds` with standard_name ``forecast_period``.
+        For 'downscale' and 'background': whether the networks see the lead time of forecasts, a coordinate of `ds` with standard_name
+        ``forecast_period``.
     conserve
         For 'downscale': whether every member keeps the coarse values as means of its blocks. 'auto': where they are these in training.
     calibrate
         For 'downscale': whether the spread of the members is corrected by scale, on the validation block. Stored with the model.
     mean_condition
-        For 'downscale': whether the diffusion sees the mean.
+        For 'downscale' and 'background': whether the diffusion sees the mean.
     tile
         For 'downscale': rows and columns of the random parts of the fine grid that networks are trained on, for grids that are too large;
         `downscale` then samples in such tiles. Without an anchor. 'auto': twice the distance at which the residuals of the linear mean are
@@ -257,7 +275,7 @@ def train(
     >>> model.spec.task
     'prior'
     """
-    check_choice("task", task, ("prior", "downscale"))
+    check_choice("task", task, TASKS)
     if anchor is not None:
         check_choice("anchor", anchor, ("auto", *ANCHORS))
     if periodic is not None and periodic not in (True, False, "both"):
@@ -275,7 +293,7 @@ def train(
             f"neighbours={neighbours!r} is not accepted; give whole steps with 0 among them: neighbours=(-1, 0, 1)."
         )
     own = {
-        "target": (target, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
+        "target": (target, None), "lag": (lag, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
         "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
         "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
@@ -285,7 +303,10 @@ def train(
             continue
         shown = "..." if argument in ("target", "statics") else repr(given)
         if task == "prior":
-            raise OptionError(f"{argument}={shown} belongs to task='downscale'; pass it too: task='downscale'")
+            of = "background" if argument == "lag" else "downscale"
+            raise OptionError(f"{argument}={shown} belongs to task={of!r}; pass it too: task={of!r}")
+        if argument not in OF_TASK[task] or (task != "downscale" and (argument, given) == ("stages", "single")):
+            raise OptionError(f"{argument}={shown} has no effect with task={task!r}. Leave it out.")
         if method in METHODS and argument not in CLASSICAL and not (argument, method) == ("neighbours", "ridge"):
             raise OptionError(f"{argument}={shown} has no effect with method={method!r}, which has a closed form. Leave it out.")
     check_choice("method", method, ("diffusion", *METHODS))
@@ -312,7 +333,7 @@ def train(
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
-    if task == "downscale" and augment != "auto":
+    if task != "prior" and augment != "auto":
         raise OptionError(f"augment={augment!r} belongs to task='prior'; leave it out.")
     check_flag("resume", resume)
     texts: tuple[object, ...] = (licence, "model" if name is None else name)
@@ -352,6 +373,13 @@ def train(
             check_count("factor", factor, 2)
         pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
+    elif task != "prior":
+        if task == "forecast" and lag is None:
+            raise OptionError(
+                "task='forecast' needs lag, how far ahead the state is: xgenda.train(series, task='forecast', lag='48h')"
+            )
+        pairs, seconds = read_background_pairs(ds, target, lag, task=task, variables=chosen, statics=statics, lead_time=lead_time)
+        content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     else:
         corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, bounds, progress)
         if start is not None and start.spec.kind == "diffusion":
@@ -361,14 +389,15 @@ def train(
     journal = Journal()
     if target_file is not None:
         asked: dict[str, Any] = {
-            **content, "task": task, "factor": factor, "method": method, "stages": stages, "neighbours": list(neighbours),
+            **content, "task": task, "lag": None if lag is None else str(lag),
+            "factor": factor, "method": method, "stages": stages, "neighbours": list(neighbours),
             "statics": None if statics is None else content_of(pairs.statics),
             "time_features": time_features, "lead_time": lead_time, "conserve": conserve, "calibrate": calibrate,
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
             "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
             "architecture": architecture, "freeze": freeze, "adapters": adapters, "augment": augment, "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
-            "memory": None if task == "downscale" or corpus.source is None else parse_memory(memory),
+            "memory": None if task != "prior" or corpus.source is None else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
         }  # fmt: skip
         journal = Journal(target_file.with_suffix(".training"), asked)
@@ -391,7 +420,8 @@ def train(
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,
-                architecture, stages, mean_condition, conserve, calibrate, time_features, lead_time, _tile(tile), validation, freeze, adapters,
+                architecture, stages, mean_condition, conserve, calibrate and task == "downscale", time_features, lead_time, _tile(tile),
+                validation, freeze, adapters, task, None if task in ("prior", "downscale") else seconds,
             )  # fmt: skip
             model = (
                 train_downscaler(pairs, recipe, start, optimiser, name, licence)
@@ -460,6 +490,11 @@ def _started(start: GenerativeModel | str | os.PathLike[str], task: str, adapter
             start = load_model(start)
         except GendaError as problem:
             raise type(problem)(re.sub(r"\bmodel=", "start=", str(problem))) from problem
+    if {"background", "forecast"} & {task, start.spec.task}:
+        raise OptionError(
+            f"start={start.spec.name!r} is for {start.spec.task!r} and task={task!r}: models of a background are trained from scratch. Leave out "
+            f"start."
+        )
     if task == "prior" and start.spec.task == "downscale":
         raise OptionError(
             f"start={start.spec.name!r} is a model for downscaling; pass task='downscale' too, with target= or factor= for the fine fields."

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import GridError, OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError, UnitsError
 from xgenda.formatting import user_level
 from xgenda.grids import Grid, factor_between
 from xgenda.models.blocks import Blocks
@@ -111,7 +112,7 @@ def read_pairs(
             )
         fine = read_samples(ds, variables, fewest=fewest)
         if fine.valid is not None:
-            raise StateError(_MASKED.format("ds"))
+            raise StateError(_MASKED.format("ds", "downscale"))
         coarse = _block_means(fine, factor, weights)
         source = metadata.as_dataset(ds)
     else:
@@ -121,7 +122,7 @@ def read_pairs(
         coarse = read_samples(ds, fewest=fewest)
         for name, samples in (("target", fine), ("ds", coarse)):
             if samples.valid is not None:
-                raise StateError(_MASKED.format(name))
+                raise StateError(_MASKED.format(name, "downscale"))
         factor = factor_between(fine.grid, coarse.grid)
         coarse = _in_units_of(coarse, fine)
         source = metadata.as_dataset(target, "target")
@@ -150,6 +151,118 @@ def read_pairs(
     return Pairs(fine, coarse, places, order, spacing, factor, lead, fields, static_names, names)
 
 
+def read_background_pairs(
+    ds: xr.Dataset | xr.DataArray,
+    target: xr.Dataset | xr.DataArray | None,
+    lag: str | pd.Timedelta | None,
+    *,
+    task: str,
+    variables: Sequence[str] | None,
+    statics: xr.Dataset | xr.DataArray | None,
+    lead_time: bool,
+    fewest: int = FEWEST,
+) -> tuple[Pairs, float | None]:
+    """Read pairs of a forecast and the truth on the same grid into memory and check them.
+
+    Parameters
+    ----------
+    ds
+        Forecasts at the times that they are for; with `lag` the truth.
+    target
+        The truth at some of these times; its variables are those of the model.
+    lag
+        Without `target`: the background of a time is the state so long before.
+    task
+        Which `xgenda.train` was asked for, for messages.
+
+    Returns
+    -------
+    Pairs, float or None
+        The pairs, whose coarse fields are the backgrounds with the variables and the units of the truth; and the lag in seconds.
+
+    Raises
+    ------
+    OptionError, GridError, StateError, UnitsError
+    """
+    if target is not None and lag is not None:
+        raise OptionError(f"lag={lag!r} has no effect with target, whose forecasts are given. Leave it out.")
+    if lag is not None and lead_time:
+        raise OptionError("lead_time=True has no effect with lag, which is the lead time of all. Leave it out.")
+    if target is not None:
+        fine = read_samples(metadata.as_dataset(target, "target"), variables, "target", fewest)
+        given = states.enter(metadata.as_dataset(ds))
+        if not given.grid.same_as(fine.grid):
+            raise GridError(
+                f"The forecasts are on the grid {given.grid.describe()}, and target on {fine.grid.describe()}; for task={task!r} they must be "
+                f"the same. Bring them there: ds.genda.regrid(target), or for other grids: task='downscale'"
+            )
+        coarse = read_samples(as_described(ds, fine.variables), [v.name for v in fine.variables], fewest=fewest)
+        seconds = None
+    elif lag is not None:
+        fine = read_samples(ds, variables, fewest=fewest)
+        seconds = lag_in_seconds(lag)
+        coarse = _later(fine, seconds, lag)
+    else:
+        raise OptionError(
+            f"task={task!r} needs pairs: xgenda.train(forecasts, target=truth, task={task!r}), or of a single series the time from a background "
+            f"to the state that it is one of: xgenda.train(series, task={task!r}, lag='48h')"
+        )
+    for name, samples in (("target", fine), ("ds", coarse)):
+        if samples.valid is not None:
+            raise StateError(_MASKED.format(name if target is not None else "ds", task))
+    places, kept = _match(fine, coarse, (0,), None)
+    if len(kept) < fewest:
+        raise StateError(f"Of {len(fine.values)} states {len(kept)} have a background; at least {fewest} are needed.")
+    if target is not None and len(kept) < len(fine.values) * (1 - FEW_LOST):
+        warnings.warn(
+            f"{len(fine.values) - len(kept)} of {len(fine.values)} states have no background, and are left out.",
+            stacklevel=user_level(),
+        )
+    lead = None
+    if lead_time:
+        given_leads = metadata.as_dataset(ds)
+        lead = lead_times(given_leads, coarse.dimension, len(coarse.values))[places[:, 0]]
+    if len(kept) < len(fine.values):
+        time = None if fine.time is None else fine.time.isel({fine.dimension: kept})
+        fine = dataclasses.replace(fine, values=fine.values[kept], time=time)
+    names = remembered_axes(states.enter(metadata.as_dataset(ds if target is None else target)))
+    fields, static_names = read_statics(statics, fine.grid)
+    return Pairs(fine, coarse, places, (0,), None, None, lead, fields, static_names, names), seconds
+
+
+def lag_in_seconds(lag: Any) -> float:
+    """Return a positive time span in seconds."""
+    try:
+        seconds = 0.0 if isinstance(lag, (int, float)) else float(pd.Timedelta(lag).total_seconds())
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if not seconds > 0:
+        raise OptionError(f"lag={lag!r} is not accepted; give a time span as pandas reads it, for example lag='48h'.")
+    return seconds
+
+
+def _later(samples: Samples, seconds: float, lag: Any) -> Samples:
+    """Return the states as backgrounds of the times so much later."""
+    time = samples.time
+    if time is None:
+        raise OptionError(f"lag={lag!r} needs a time coordinate, and ds has none; give pairs: target=")
+    if len(np.unique(metadata.time_labels(time))) < len(time):
+        raise OptionError(
+            f"lag={lag!r} needs times that are there once, and ds holds some more than once, as runs one after the other do; give pairs: target="
+        )
+    step = (
+        np.timedelta64(round(seconds * 1e9), "ns") if time.dtype.kind == "M" else pd.Timedelta(seconds=seconds).to_pytimedelta()
+    )
+    moved = time.copy(data=time.values + step)
+    if not np.isin(metadata.time_labels(moved), metadata.time_labels(time)).any():
+        steps = np.sort(metadata.seconds_between(np.sort(time.values)))
+        raise OptionError(
+            f"lag={lag!r}: no two times of ds are so far apart; neighbours are {steps[0] / 3600:g} to {steps[-1] / 3600:g} h apart. Give a "
+            f"multiple of that, for example lag='{np.median(steps) / 3600:g}h'"
+        )
+    return dataclasses.replace(samples, time=moved)
+
+
 def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec], argument: str = "ds") -> xr.Dataset:
     """Return the variables that a model knows, with its names, in its order and in its units; levels are variables of their own.
 
@@ -160,12 +273,19 @@ def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec
     """
     state = states.enter(metadata.as_dataset(ds, argument), argument)
     names = [states.match_channel(state.ds, v.name, v.standard_name, argument) for v in variables]
-    fields = {v.name: metadata.convert_units(state.ds[n], v.units) for n, v in zip(names, variables, strict=True)}
+    fields = {}
+    for n, v in zip(names, variables, strict=True):
+        try:
+            fields[v.name] = metadata.convert_units(state.ds[n], v.units)
+        except UnitsError as problem:
+            raise UnitsError(f"{argument}[{n!r}]: {problem}") from problem
     return xr.Dataset(fields, coords=state.ds.coords)
 
 
 FEW_LOST = 0.02  # of the fine fields may lack coarse ones without a word
-_MASKED = "{0} holds cells that are NaN at all times, and task='downscale' has no mask. Fill them or crop: {0}.fillna(...), {0}.isel(...)"
+_MASKED = (
+    "{0} holds cells that are NaN at all times, and task={1!r} has no mask. Fill them or crop: {0}.fillna(...), {0}.isel(...)"
+)
 
 
 def _block_means(fine: Samples, factor: int, weights: str) -> Samples:

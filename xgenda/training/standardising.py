@@ -1,4 +1,4 @@
-"""Training pairs of a downscaler, standardised and on its fine grid."""
+"""Training pairs of a downscaler or a background model, standardised and on the grid of the result."""
 
 from __future__ import annotations
 
@@ -81,9 +81,12 @@ class Prepared:
 
 def prepare_pairs(
     pairs: Pairs, climatology: str, transform: Any, offset: Any, bounds: Any, cycle: str, name: str, kind: str, licence: str,
-    homogeneous: bool = False, validation: Any = None, lead_unit: float | None = None,
+    homogeneous: bool = False, validation: Any = None, lead_unit: float | None = None, task: str = "downscale", lag: float | None = None,
 ) -> Prepared:  # fmt: skip
-    """Fit the standardisation of both sides, and put everything on the fine grid."""
+    """Fit the standardisation of both sides, and put everything on the fine grid.
+
+    A background is standardised as the truth is: where it says nothing else, it is the truth.
+    """
     time = pairs.fine.time
     fine_names, coarse_names = ([v.name for v in s.variables] for s in (pairs.fine, pairs.coarse))
     check_named(transform, offset, bounds, fine_names + coarse_names)
@@ -94,7 +97,8 @@ def prepare_pairs(
             values, time, names, cycle=climatology, transform=transform, offset=offset, bounds=limits, homogeneous=homogeneous
         )
 
-    scaling, input_scaling = fit(pairs.fine.values, fine_names), fit(pairs.inputs(0), coarse_names)
+    scaling = fit(pairs.fine.values, fine_names)
+    input_scaling = fit(pairs.inputs(0), coarse_names) if task == "downscale" else scaling
     unit = None
     if pairs.lead is not None:
         unit = lead_unit or float(max(np.abs(pairs.lead).max(), 1.0))
@@ -110,8 +114,12 @@ def prepare_pairs(
     )
     statics = None if pairs.statics is None else torch.as_tensor(pairs.statics).float()
     spec = ModelSpec(
-        name, "downscale", kind, pairs.fine.variables, pairs.fine.grid, scaling, pairs.factor, inputs=conditions, licence=licence,
-        options={"target": dict(pairs.target), **({"wraps": True} if homogeneous and pairs.factor is not None else {})},
+        name, task, kind, pairs.fine.variables, pairs.fine.grid, scaling, pairs.factor, inputs=conditions, licence=licence,
+        needs_background=task != "downscale",
+        options={
+            "target": dict(pairs.target), **({"wraps": True} if homogeneous and pairs.factor is not None else {}),
+            **({} if lag is None else {"lag": lag}),
+        },
     )  # fmt: skip
     return standardised_pairs(pairs, spec, Features(conditions, pairs.fine.grid, statics, spec.wraps), validation)
 
