@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xgenda.assimilation import assimilate, posterior_moments
     from xgenda.departures import fit_covariance, innovation_statistics, innovations
     from xgenda.downscaling import downscale
+    from xgenda.filters import LETKF
     from xgenda.models.gaussian import gaussian_prior
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.loading import load_model
@@ -43,6 +44,7 @@ _WHERE = {
     "plan": "xgenda.planning",
     "calibrate": "xgenda.training.calibrating",
     "downscale": "xgenda.downscaling",
+    "LETKF": "xgenda.filters",
     "train": "xgenda.training.loop",
     "Progress": "xgenda.training.reporting",
     "TensorBoard": "xgenda.training.reporting",
@@ -60,6 +62,7 @@ _WHERE = {
 _MODULES = ("errors", "observations", "ocean", "operators", "plotting", "tutorial", "twins")
 
 __all__ = [
+    "LETKF",
     "ErrorCovariance",
     "GenerativeModel",
     "Progress",
