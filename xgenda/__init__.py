@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from xgenda import accessor as _accessor  # registers .genda
 
 if TYPE_CHECKING:
-    from xgenda import errors, operators, tutorial
+    from xgenda import errors, forecasts, operators, tutorial
     from xgenda.assimilation import assimilate, posterior_moments
+    from xgenda.cycling import cycle
     from xgenda.departures import fit_covariance, innovation_statistics, innovations
+    from xgenda.divergence import DivergenceGuard
     from xgenda.downscaling import downscale
     from xgenda.filters import LETKF
     from xgenda.models.gaussian import gaussian_prior
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from xgenda.observations.quality import QualityControl, quality_report
     from xgenda.planning import plan
     from xgenda.regridding import Regridder, regrid
+    from xgenda.storage import open_cycles
     from xgenda.training.calibrating import calibrate
     from xgenda.training.loop import train
     from xgenda.training.reporting import Progress, TensorBoard
@@ -43,6 +46,9 @@ _WHERE = {
     "innovation_statistics": "xgenda.departures",
     "plan": "xgenda.planning",
     "calibrate": "xgenda.training.calibrating",
+    "cycle": "xgenda.cycling",
+    "open_cycles": "xgenda.storage",
+    "DivergenceGuard": "xgenda.divergence",
     "downscale": "xgenda.downscaling",
     "LETKF": "xgenda.filters",
     "train": "xgenda.training.loop",
@@ -59,10 +65,11 @@ _WHERE = {
     "regrid": "xgenda.regridding",
     "Regridder": "xgenda.regridding",
 }
-_MODULES = ("errors", "observations", "ocean", "operators", "plotting", "tutorial", "twins")
+_MODULES = ("errors", "forecasts", "observations", "ocean", "operators", "plotting", "tutorial", "twins")
 
 __all__ = [
     "LETKF",
+    "DivergenceGuard",
     "ErrorCovariance",
     "GenerativeModel",
     "Progress",
@@ -72,14 +79,17 @@ __all__ = [
     "__version__",
     "assimilate",
     "calibrate",
+    "cycle",
     "downscale",
     "errors",
     "fit_covariance",
+    "forecasts",
     "gaussian_prior",
     "innovation_statistics",
     "innovations",
     "list_models",
     "load_model",
+    "open_cycles",
     "operators",
     "plan",
     "posterior_moments",

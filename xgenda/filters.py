@@ -149,6 +149,9 @@ class LETKF:
         if self.wraps and self.localization is None:
             raise OptionError("wraps=True has no effect without localization; leave it out, or give localization in metres.")
         _ = self.relaxation
+        for field in ("localization", "inflation", "rtpp", "rtps"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, None if value is None else float(value))
 
     @property
     def relaxation(self) -> Inflation:
