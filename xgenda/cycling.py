@@ -175,12 +175,12 @@ def cycle(
 
     Examples
     --------
-    >>> import pandas as pd, xgenda
+    >>> import xgenda
     >>> from xgenda.forecasts import persistence
     >>> background = xgenda.tutorial.open_dataset("europe-t2m-forecast").isel(latitude=slice(None, None, 8), longitude=slice(None, None, 8))
     >>> stations = xgenda.tutorial.open_dataset("europe-synop")[["t2m"]].isel(obs=slice(0, 200))
     >>> run = xgenda.cycle(
-    ...     background.isel(time=0), stations, forecast=persistence("6h"), error=1.0, members=4, seed=0,
+    ...     background.isel(time=0), stations, forecast=persistence("6h"), error=1.0, lapse_rate=0.0065, members=4, seed=0,
     ...     model=xgenda.gaussian_prior(background, length_scale=200e3, std=1.9), times=background.time,
     ... )
     >>> dict(run.t2m.sizes)
