@@ -73,7 +73,7 @@ def cycle(
     inflation: float = 1.0,
     rtpp: float = 0.0,
     rtps: float = 0.0,
-    guard: DivergenceGuard | None = DivergenceGuard(),  # noqa: B008  (frozen)
+    guard: DivergenceGuard | str | None = "default",
     guidance: str = "auto",
     guidance_options: Mapping[str, Any] | None = None,
     likelihood: str = "gaussian",
@@ -128,11 +128,12 @@ def cycle(
     background
         For a `GenerativeModel`, what it conditions on. 'control': one forecast from the mean of the analysis; all members of the background are
         this one. 'mean': the mean of forecasts from all members. 'members': each member its own forecast, which counts the error
-        of the forecast twice, in their spread and in the model, unless the model is made for that.
+        of the forecast twice, in their spread and in the model, unless the model is made for that. With the first two the
+        members of a Gaussian analysis are moved so that their mean is the exact one.
     inflation, rtpp, rtps
         For a `GenerativeModel` with 'mean' (relaxation only) or 'members'; as in `LETKF`, which has its own.
     guard
-        When the run counts as diverged, and what is done then; None never. See `DivergenceGuard`.
+        When the run counts as diverged, and what is done then: a `DivergenceGuard`, 'default' for its defaults; None never.
     background_check
         As in `assimilate`; 'auto' is 5 for a filter.
     quality, representativeness, lapse_rate, operators
@@ -197,8 +198,10 @@ def cycle(
             f"forecast is a {type(forecast).__name__}; a function from a Dataset to a Dataset a step later is needed, for example "
             f"xgenda.forecasts.persistence('6h')"
         )
+    if guard == "default":
+        guard = DivergenceGuard()
     if guard is not None and not isinstance(guard, DivergenceGuard):
-        raise OptionError(f"guard={guard!r} is not accepted; give xgenda.DivergenceGuard(...), or None.")
+        raise OptionError(f"guard={guard!r} is not accepted; give xgenda.DivergenceGuard(...), 'default' or None.")
     resolve_device(device)
     relaxation = Inflation(inflation, rtpp, rtps)
     path = None if store is None else storage.check_path(store)
