@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/grids.md", "docs/observations.md", "docs/downscaling.md", "docs/models.md", "docs/training.md")
+PAGES = ("README.md", "docs/grids.md", "docs/observations.md", "docs/cycling.md", "docs/downscaling.md", "docs/models.md", "docs/training.md")
 
 
 @pytest.mark.slow

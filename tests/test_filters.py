@@ -316,7 +316,7 @@ def test_backgrounds_are_refused(ensemble: xr.Dataset, table: xr.Dataset) -> Non
         xgenda.assimilate(ensemble.chunk(member=1), table, model=xgenda.LETKF())
     broken = ensemble.copy(deep=True)
     broken.t2m[3, 1, 1] = np.nan
-    with pytest.raises(StateError, match="in 1 of 12 members where others have values, first in member 3"):
+    with pytest.raises(StateError, match="in 1 of 12 members where others, or other times, have values, first in member 3"):
         xgenda.assimilate(broken, table, model=xgenda.LETKF())
     with pytest.raises(GridError, match="wraps=True"):
         find_neighbours(PointSet(np.arange(3.0), np.arange(3.0)), np.zeros(1), np.zeros(1), 1e5, wraps=True)

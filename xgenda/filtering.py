@@ -200,16 +200,19 @@ def prepare_ensemble(
     for name in setup.variables.values():
         if member not in ensemble.ds[name].dims:
             raise StateError(f"ds[{name!r}] has no dimension {member!r}, and others have; drop it: ds.drop_vars({name!r})")
-        _check_members(ensemble.ds[name].values, ensemble.ds[name].get_axis_num(member), name)
+        lead = [d for d in (setup.time, member) if d in ensemble.ds[name].dims]
+        values = ensemble.ds[name].transpose(*lead, ...).values
+        _check_members(values.reshape(-1, *values.shape[len(lead) :]), ds.sizes[member], name)
     return setup, ensemble, member, ensemble_threshold(check)
 
 
-def _check_members(values: np.ndarray, axis: int, name: str) -> None:
-    """Refuse infinity, and NaN that not all members share."""
-    there = np.moveaxis(np.isfinite(values), axis, 0)
-    odd = (np.isinf(np.moveaxis(values, axis, 0)) | (there != there.any(0))).reshape(len(there), -1).any(1)
+def _check_members(values: np.ndarray, members: int, name: str) -> None:
+    """Refuse infinity, and NaN that not all members share at all times; values are (times * members, ...)."""
+    there = np.isfinite(values)
+    odd = (np.isinf(values) | (there != there.any(0))).reshape(len(there), -1).any(1)
     if odd.any():
+        found = np.unique(np.flatnonzero(odd) % members)
         raise StateError(
-            f"ds[{name!r}] holds NaN or infinity in {int(odd.sum())} of {len(odd)} members where others have values, first in member "
-            f"{int(odd.argmax())}. Drop those members, or fill them: ds.fillna(...)"
+            f"ds[{name!r}] holds NaN or infinity in {len(found)} of {members} members where others, or other times, have values, first in "
+            f"member {found[0]}. Drop those members, or fill them: ds.fillna(...)"
         )

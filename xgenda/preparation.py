@@ -138,7 +138,7 @@ def prepare(
 ) -> Prepared:
     """Check the input of a call, match variables and place the observations.
 
-    With `masked` and no model, cells where `ds` is NaN at any time hold no state; its values are read.
+    With `masked` and no model, cells where `ds` is NaN at its first time, which is read, hold no state.
 
     Raises
     ------
@@ -207,9 +207,10 @@ def prepare(
 
 
 def _filled(arrays: Sequence[xr.DataArray], layout: metadata.Layout, orientation: Orientation) -> np.ndarray | None:
-    """Return which cells of each channel hold values at all times, in model order; None where all do."""
-    found = [~np.isnan(a.transpose(..., *layout.dims).values.astype(float)) for a in arrays]
-    valid = np.stack([orientation.to_model(f.reshape(-1, *f.shape[-2:]).all(0)) for f in found])
+    """Return which cells of each channel hold values at the first time, in model order; None where all do."""
+    first = {d: 0 for a in arrays for d in a.dims if d not in layout.dims}
+    found = [~np.isnan(a.isel(first, missing_dims="ignore").transpose(*layout.dims).values.astype(float)) for a in arrays]
+    valid = np.stack([orientation.to_model(f) for f in found])
     return None if valid.all() else valid
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from xgenda.errors import OptionError
 from xgenda.observations.operators import Located
 from xgenda.preparation import Prepared
 
+#: Bytes of a result in memory of which a user is told.
+LARGE = 2**33
 STAGES = ("background", "analysis")
 #: Bits of the variable `notice`.
 EMPTY, RESTARTED, SUSPECT = 1, 2, 4
@@ -99,6 +102,12 @@ class Memory(Kept):
     def __init__(self, outline: Outline) -> None:
         self.outline, self.done, self.chi2, self.notices = outline, 0, [], []
         self.arrays: dict[str, np.ndarray] = {}
+        frame = outline.frame
+        size = 2 * len(outline.times) * len(frame.numbers) * sum(frame.template[n].nbytes for n in frame.names)
+        if size > LARGE:
+            warnings.warn(
+                f"The result takes {size / 2**30:.0f} GiB of memory. Write it to a disk instead: store='run.zarr'", stacklevel=3
+            )
 
     def keep(self, t: int, state: Arrays, step: Step, notice: int) -> None:
         """Add a cycle."""
