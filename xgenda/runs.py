@@ -226,7 +226,7 @@ def laid_out(outline: Outline, arrays: Mapping[str, np.ndarray] | None, size: in
         if arrays is None:
             import dask.array
 
-            values = dask.array.zeros(shape, dtype=kinds.get(name, np.float64), chunks=(1, *shape[1:]))
+            values = dask.array.zeros(shape, dtype=kinds.get(name, np.float64), chunks=shape)
         else:
             values = arrays.get(name, np.zeros(shape, dtype=kinds.get(name, np.float64)))
         attrs = dict(template[name].attrs) if name in frame.names else {"long_name": DIAGNOSTICS[name]}

@@ -1,8 +1,8 @@
 """The Zarr store of a cycle: what a run leaves on disk, whole up to its last cycle whatever happens, so that it can go on.
 
-A store is a folder, a Zarr group of format 2 (which all versions of zarr read), with all times laid out from the start. Nothing that was
-written is touched again: each cycle adds its own chunks, and then ``cycle.json`` in the folder, renamed into its place, says that it is
-whole. Chunks behind that are those of a cycle that was interrupted, and are written again.
+A store is a folder, a Zarr group of format 2 (which all versions of zarr read) without compression, with all times laid out from the start.
+Nothing that was written is touched again: each cycle adds its own chunks, and then ``cycle.json`` in the folder, renamed into its place,
+says that it is whole. Chunks behind that are those of a cycle that was interrupted, and are written again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class CycleStore:
 
     path: Path
     record: dict[str, Any]
+    _headers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -52,11 +53,20 @@ class CycleStore:
 
     def write(self, cycle: int, values: Mapping[str, np.ndarray], observations: str) -> None:
         """Write the next cycle, and then that it is whole."""
-        group = self._group("r+")
         for name, array in values.items():
-            group[name][cycle] = array
+            self._write(name, cycle, array)
         self.record |= {"done": cycle + 1, "observations": observations}
         _write_record(self.path, self.record)
+
+    def _write(self, name: str, cycle: int, values: np.ndarray) -> None:
+        """Write the chunks of one cycle of an array, which without compression are its bytes."""
+        if name not in self._headers:
+            self._headers[name] = json.loads((self.path / name / ".zarray").read_text(encoding="utf-8"))
+        chunks, kind = self._headers[name]["chunks"][1:], np.dtype(self._headers[name]["dtype"])
+        for place in np.ndindex(*(n // c for n, c in zip(values.shape, chunks, strict=True))):
+            block = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunks, strict=True))]
+            with aside(self.path / name / ".".join(map(str, (cycle, *place)))) as partial:
+                partial.write_bytes(np.ascontiguousarray(block, dtype=kind).tobytes())
 
     def read(self, name: str, cycle: int) -> np.ndarray:
         """Return what was written of one cycle, as it was."""
@@ -152,6 +162,8 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
     OutputExistsError
         If there is one.
     """
+    import zarr
+
     if path.exists():
         if not (path / RECORD).is_file():
             raise OutputExistsError(f"{path} exists and is no store of a cycle. Choose another name, or remove it yourself.")
@@ -161,8 +173,11 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
             )
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
+    plain = "compressors" if int(zarr.__version__.split(".")[0]) > 2 else "compressor"
     try:
-        encoding = {str(n): {"chunks": _chunks(v)} for n, v in layout.variables.items() if "time" in v.dims and n != "time"}
+        encoding = {
+            str(n): {"chunks": _chunks(v), plain: None} for n, v in layout.variables.items() if "time" in v.dims and n != "time"
+        }
         layout["time"].encoding = {
             "units": f"microseconds since {str(layout['time'].values[0])[:19]}",
             "dtype": np.dtype(np.int64),
@@ -183,7 +198,7 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
 def reopen(path: Path) -> CycleStore:
     """Return a store to go on with."""
     store = CycleStore(path, read_record(path))
-    for left in (*path.glob(f".{RECORD}.partial-*"), *path.glob("*/*.partial")):  # by processes that were killed
+    for left in (*path.glob(f".{RECORD}.partial-*"), *path.glob("*/.*.partial-*")):  # by processes that were killed
         left.unlink(missing_ok=True)
     return store
 
@@ -284,7 +299,7 @@ def _held(lock: Path, advice: str) -> OutputExistsError:
 
 
 def _chunks(variable: xr.Variable) -> tuple[int, ...]:
-    """Return chunks of one time, cut from the front until they are small enough."""
+    """Return chunks of one time, cut from the front until they are small enough; each axis is whole or in pieces of one."""
     shape = [1, *variable.shape[1:]]
     for axis in range(1, len(shape)):
         if np.prod(shape) * variable.dtype.itemsize <= LARGEST_CHUNK:

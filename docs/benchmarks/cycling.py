@@ -61,7 +61,7 @@ def twin(cycles: int, members: int, seed: int, network: str, climate: xr.Dataset
     return start, truth.isel(time=slice(1, None)), pd.concat(parts, ignore_index=True)
 
 
-def letkf(climate: xr.Dataset, localization: float = 300e3, inflation: float = 1.0, rtps: float = 0.6) -> dict[str, Any]:
+def letkf(climate: xr.Dataset, localization: float = 180e3, inflation: float = 1.0, rtps: float = 0.3) -> dict[str, Any]:
     """Return the settings of the local filter."""
     return {"model": xgenda.LETKF(localization=localization, inflation=inflation, rtps=rtps, wraps=True)}
 
@@ -75,7 +75,8 @@ def variational(climate: xr.Dataset, length_scale: float = 80e3, std: float = 0.
 
 def interpolation(climate: xr.Dataset, radius: float = 300e3, scale: float = 0.3) -> dict[str, Any]:
     """Return the settings of ensemble optimal interpolation: the localised covariance of the climate, scaled, of all variables together."""
-    sample = (scale * (climate - climate.mean("time"))).map(lambda a: a.assign_attrs(climate[a.name].attrs))
+    mean = climate.mean("time")
+    sample = (mean + scale * (climate - mean)).map(lambda a: a.assign_attrs(climate[a.name].attrs))
     model = xgenda.gaussian_prior(
         sample, covariance="localized", radius=radius, inflation=1.0, climatology="none", mean="background"
     )
