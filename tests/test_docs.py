@@ -13,6 +13,7 @@ PAGES = (
     "README.md",
     "docs/grids.md",
     "docs/observations.md",
+    "docs/cycling.md",
     "docs/downscaling.md",
     "docs/models.md",
     "docs/training.md",

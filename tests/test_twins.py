@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+import xgenda
 from xgenda import tutorial
-from xgenda.errors import OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError
 from xgenda.metadata import unit_factors
 from xgenda.ocean import geostrophic_velocity
 from xgenda.twins import OCEAN_VARIABLES, Tracer, TwoLayerQG, simulate_ocean
@@ -331,3 +332,34 @@ def test_options_that_are_not_accepted(keywords: dict, message: str) -> None:
 
 def test_no_spin_up() -> None:
     assert float(small(spinup="0D").temperature.isel(time=0).std()) == 0.0
+
+
+def test_a_forecast_is_the_simulation() -> None:
+    run = xgenda.tutorial.simulate_ocean(3, size=16, spinup="60D", seed=3, lower=True)
+    forecast = xgenda.tutorial.ocean_forecast("1D")
+    members = run.isel(time=[0, 1]).drop_vars("time").rename(time="member").assign_coords(time=run.time[0])
+    found = forecast(members)
+    assert found.time == run.time[1]
+    for name in run.data_vars:  # but for the first steps, which know of none before
+        change = float(abs(run[name][1] - run[name][0]).max())
+        np.testing.assert_allclose(found[name], run[name].isel(time=[1, 2]), rtol=0, atol=0.01 * change, err_msg=name)
+        assert found[name].dtype == np.float32
+    alone = forecast(run.isel(time=1))
+    xr.testing.assert_allclose(alone.drop_vars("time"), found.isel(member=1).drop_vars("time"), rtol=1e-5)
+    turned = forecast(members.transpose("longitude", "member", "latitude")[["lower", "ssh", "temperature", "salinity"]])
+    np.testing.assert_array_equal(turned.ssh.transpose(*found.ssh.dims), found.ssh)
+    wrong = xgenda.tutorial.ocean_forecast("1D", rd=30e3)(members)
+    assert float(abs(wrong.ssh - found.ssh).max()) > 0.05 * float(abs(found.ssh - members.ssh).max())
+
+
+def test_forecasts_that_are_refused() -> None:
+    run = xgenda.tutorial.simulate_ocean(1, size=16, spinup="2D", lower=True).isel(time=0)
+    forecast = xgenda.tutorial.ocean_forecast("12h")
+    with pytest.raises(StateError, match=r"lacks 'lower'; .*lower=True"):
+        forecast(run.drop_vars("lower"))
+    with pytest.raises(GridError, match="8 x 16 cells"):
+        forecast(run.isel(latitude=slice(8)))
+    with pytest.raises(GridError, match="16 x 16 cells of -15 x 15 km"):
+        forecast(run.isel(latitude=slice(None, None, -1)))
+    with pytest.raises(OptionError, match="rd=0 is not accepted"):
+        xgenda.tutorial.ocean_forecast("1D", rd=0)

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 from xgenda import accessor as _accessor  # registers .genda
 
 if TYPE_CHECKING:
-    from xgenda import errors, operators, tutorial
+    from xgenda import errors, forecasts, operators, tutorial
     from xgenda.assimilation import assimilate, posterior_moments
+    from xgenda.cycling import cycle
     from xgenda.departures import fit_covariance, innovation_statistics, innovations
+    from xgenda.divergence import DivergenceGuard
     from xgenda.downscaling import downscale
     from xgenda.forecasting import forecast
+    from xgenda.filters import LETKF
     from xgenda.models.gaussian import gaussian_prior
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.loading import load_model
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from xgenda.observations.quality import QualityControl, quality_report
     from xgenda.planning import plan
     from xgenda.regridding import Regridder, regrid
+    from xgenda.storage import open_cycles
     from xgenda.training.calibrating import calibrate
     from xgenda.training.loop import train
     from xgenda.training.reporting import Progress, TensorBoard
@@ -43,8 +47,12 @@ _WHERE = {
     "innovation_statistics": "xgenda.departures",
     "plan": "xgenda.planning",
     "calibrate": "xgenda.training.calibrating",
+    "cycle": "xgenda.cycling",
+    "open_cycles": "xgenda.storage",
+    "DivergenceGuard": "xgenda.divergence",
     "downscale": "xgenda.downscaling",
     "forecast": "xgenda.forecasting",
+    "LETKF": "xgenda.filters",
     "train": "xgenda.training.loop",
     "Progress": "xgenda.training.reporting",
     "TensorBoard": "xgenda.training.reporting",
@@ -59,9 +67,11 @@ _WHERE = {
     "regrid": "xgenda.regridding",
     "Regridder": "xgenda.regridding",
 }
-_MODULES = ("errors", "observations", "ocean", "operators", "plotting", "tutorial", "twins")
+_MODULES = ("errors", "forecasts", "observations", "ocean", "operators", "plotting", "tutorial", "twins")
 
 __all__ = [
+    "LETKF",
+    "DivergenceGuard",
     "ErrorCovariance",
     "GenerativeModel",
     "Progress",
@@ -71,15 +81,18 @@ __all__ = [
     "__version__",
     "assimilate",
     "calibrate",
+    "cycle",
     "downscale",
     "errors",
     "fit_covariance",
     "forecast",
+    "forecasts",
     "gaussian_prior",
     "innovation_statistics",
     "innovations",
     "list_models",
     "load_model",
+    "open_cycles",
     "operators",
     "plan",
     "posterior_moments",

@@ -8,11 +8,13 @@ import xarray as xr
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import pandas as pd
 
+    from xgenda.divergence import DivergenceGuard
     from xgenda.downscaling import Pair
+    from xgenda.filters import LETKF
     from xgenda.models.generative import GenerativeModel
     from xgenda.observations.containers import ErrorLike, Observations
     from xgenda.observations.quality import QualityControl
@@ -36,7 +38,7 @@ class GendaAccessor:
         self,
         obs: Observations,
         *,
-        model: ModelLike = None,
+        model: ModelLike | LETKF = None,
         error: ErrorLike = None,
         members: int = 16,
         seed: int | None = None,
@@ -67,6 +69,52 @@ class GendaAccessor:
             steps=steps, window=window, background_check=background_check, quality=quality,
             representativeness=representativeness, lapse_rate=lapse_rate,
             operators=operators, first_guess=first_guess, batch_size=batch_size, device=device, progress=progress,
+        )  # fmt: skip
+
+    def cycle(
+        self,
+        obs: Observations,
+        *,
+        forecast: Callable[[xr.Dataset], xr.Dataset],
+        model: ModelLike | LETKF,
+        window: Any = None,
+        times: Any = None,
+        store: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        error: ErrorLike = None,
+        members: int | None = None,
+        seed: int | None = None,
+        background: str = "control",
+        inflation: float = 1.0,
+        rtpp: float = 0.0,
+        rtps: float = 0.0,
+        guard: DivergenceGuard | str | None = "default",
+        guidance: str = "auto",
+        guidance_options: Mapping[str, Any] | None = None,
+        likelihood: str = "gaussian",
+        sampler: str = "auto",
+        sampler_options: Mapping[str, Any] | None = None,
+        schedule: str = "auto",
+        steps: int | None = None,
+        background_check: float | str | None = "auto",
+        quality: QualityControl | None = None,
+        representativeness: float | Mapping[str, float] | None = None,
+        lapse_rate: float | Mapping[str, float] | None = None,
+        operators: Mapping[str, AnyOperator] | None = None,
+        batch_size: int | None = None,
+        device: str = "auto",
+        progress: bool | None = None,
+    ) -> xr.Dataset:
+        """Return analyses at many times, each with the forecast from the one before as background; see `xgenda.cycle`."""
+        from xgenda.cycling import cycle
+
+        return cycle(
+            self._obj, obs, forecast=forecast, model=model, window=window, times=times, store=store, resume=resume, overwrite=overwrite,
+            error=error, members=members, seed=seed, background=background, inflation=inflation, rtpp=rtpp, rtps=rtps, guard=guard,
+            guidance=guidance, guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options,
+            schedule=schedule, steps=steps, background_check=background_check, quality=quality, representativeness=representativeness,
+            lapse_rate=lapse_rate, operators=operators, batch_size=batch_size, device=device, progress=progress,
         )  # fmt: skip
 
     def posterior_moments(

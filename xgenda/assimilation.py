@@ -14,6 +14,8 @@ import xarray as xr
 from xgenda import chunking, engine, metadata
 from xgenda.devices import resolve_device
 from xgenda.errors import OptionError
+from xgenda.filtering import analyse, check_filter, prepare_ensemble
+from xgenda.filters import LETKF
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
@@ -25,7 +27,7 @@ def assimilate(
     ds: xr.Dataset | xr.DataArray,
     obs: Observations,
     *,
-    model: ModelLike = None,
+    model: ModelLike | LETKF = None,
     error: ErrorLike = None,
     members: int = 16,
     seed: int | None = None,
@@ -64,12 +66,13 @@ def assimilate(
         a gridded Dataset with NaN where nothing was observed, or a list of these. Empty or None gives the prior, with a
         notice. Read into memory when called.
     model
-        A `GenerativeModel`, a registered name, or a path. None takes the one registered model that fits.
+        A `GenerativeModel`, a registered name, or a path. None takes the one registered model that fits. Or a filter, `LETKF`: `ds` is then
+        the background ensemble, with ``member``, in memory, and all of its variables are analysed.
     error
         Standard deviation of the observation error in the units of the observation, instrument and representativeness together:
         a number, an `ErrorCovariance`, or a mapping per variable (one of these, or one per row). None where `obs` carries ``<name>_error``.
     members
-        Ensemble size. Member k does not depend on it.
+        Ensemble size. Member k does not depend on it. A filter has the members of `ds`.
     seed
         Key of the random numbers; None draws one and records it in the result.
     guidance
@@ -152,6 +155,13 @@ def assimilate(
     ds = metadata.as_dataset(ds)
     member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
     resolve_device(device)
+    if isinstance(model, LETKF):
+        asked = SamplingOptions(
+            guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
+        )
+        asked.refuse_all_but((), "a filter draws nothing")
+        given = (error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess)
+        return _filtered(ds, obs, model, members, drawn_seed, *given)
     setup = prepare(
         ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess
     )
@@ -289,6 +299,71 @@ def _described_as(
     """Return values as a Dataset like `ds`."""
     result = setup.state.leave(_wrap(setup, values, lead))
     return metadata.carry_metadata(result, ds, setup.state.variables(setup.variables.values()), call=call, provenance=provenance)
+
+
+def _filtered(
+    ds: xr.Dataset,
+    obs: Observations,
+    filter: LETKF,
+    members: int,
+    seed: int,
+    error: ErrorLike,
+    window: Any,
+    check: float | str | None,
+    quality: QualityControl | None,
+    representativeness: float | Mapping[str, float] | None,
+    lapse_rate: float | Mapping[str, float] | None,
+    operators: Mapping[str, AnyOperator] | None,
+    first_guess: xr.Dataset | xr.DataArray | None,
+) -> xr.Dataset:
+    """Return the analysis of an ensemble by a filter, on the coordinates of `ds`."""
+    setup, ensemble, dim, threshold = prepare_ensemble(
+        ds, obs, error, window, check, quality, representativeness, lapse_rate, operators, first_guess
+    )
+    count = ds.sizes[dim]
+    if members not in (16, count):
+        raise OptionError(f"members={members} is not accepted: a filter has the {count} members of ds. Leave it out.")
+    check_filter(setup, filter, count)
+    lead = [setup.time] if setup.time else []
+    names = list(setup.variables.values())
+    fields = [ensemble.ds[n].transpose(*lead, dim, *ensemble.layout.dims) for n in names]
+    values = [np.array(f.values, dtype=np.result_type(np.float32, f.dtype)) for f in fields]
+    departures = []
+    for t, label in enumerate(setup.labels):
+        located = None if setup.located is None else setup.located.at(t)
+        at = (t,) if setup.time else ()
+        analysis, found = analyse(setup, located, filter, [v[at] for v in values], threshold, seed, str(label))
+        for v, a in zip(values, analysis, strict=True):
+            v[at] = a
+        departures.append(found)
+    codes = np.concatenate([d.code for d in departures])
+    outside = 0 if setup.located is None else int((setup.located.time_index < 0).sum())
+    if not (codes == Quality.USED).any():
+        warnings.warn(
+            f"No observation can be used ({len(codes) + outside} given); the result is the background. See xgenda.innovations(ds, obs, ...) "
+            f"for the reasons.",
+            stacklevel=3,
+        )
+    innovation, sigma, spread = (np.concatenate([getattr(d, n) for d in departures]) for n in ("innovation", "error", "spread"))
+    chi2 = departure_chi2(innovation, sigma, spread, codes)
+    warn_of_departures(codes, chi2, around_background=True)
+    if outside and setup.located is not None:
+        codes = np.concatenate([codes, setup.located.table.code[setup.located.time_index < 0]])
+    analysed = ensemble.ds.assign(
+        {n: f.copy(data=v).transpose(*ensemble.ds[n].dims) for n, f, v in zip(names, fields, values, strict=True)}
+    )
+    result = ensemble.leave(analysed)
+    result = result.transpose(dim, ...)
+    provenance = {
+        "model": repr(filter),
+        "seed": seed,
+        **_what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess),
+        "background_check": "off" if threshold is None else threshold,
+        "departure_chi2": chi2,
+        "observation_counts": json.dumps(count_codes(codes)),
+    }
+    call = f"assimilate(model={filter!r}, seed={seed})"
+    return metadata.carry_metadata(result, ds, ensemble.variables(names), call=call, provenance=provenance)
 
 
 def _what_was_given(

@@ -57,8 +57,8 @@ class Job:
         See `Request`.
     output
         Orientation and shape of the result.
-    moments
-        Whether mean and standard deviation are asked for, instead of members.
+    moments, spread
+        Whether mean and standard deviation are asked for, instead of members; and whether the latter is needed.
     conditions
         For downscaling: what the inputs need beside their values.
     outputs
@@ -85,6 +85,7 @@ class Job:
     progress: bool | None
     threads: int | None
     moments: bool = False
+    spread: bool = True
     dtype: Any = np.float32
     quality: QualityControl = dataclasses.field(default_factory=QualityControl)
     operators: tuple[tuple[Operator, tuple[int, ...]], ...] = ()
@@ -128,7 +129,7 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
                     located = _recheck(job, request, located)
                 request = dataclasses.replace(request, evidence=_evidence(located, len(index)))
             if job.moments:
-                values = torch.stack(model.moments(request), 1)
+                values = torch.stack(model.moments(request, spread=job.spread), 1)
                 advance(total)
             else:
                 values = model.posterior(request)

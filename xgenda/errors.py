@@ -9,6 +9,7 @@
     +-- StateError             (ValueError)   the fields hold values that cannot be used
     +-- ChunkingError          (ValueError)   dask chunks need another layout
     +-- ObservationError       (ValueError)   the observations cannot be used as they are
+    +-- DivergenceError        (RuntimeError) a cycle of forecasts and analyses has lost the truth
     +-- OptionError            (ValueError)   a keyword has a value that is not accepted
     +-- ModelNotFoundError     (KeyError)     no model of that name, or none that fits
     +-- ChecksumError          (ValueError)   a file is not the one that was registered
@@ -54,6 +55,22 @@ class ChunkingError(GendaError, ValueError):
 
 class ObservationError(GendaError, ValueError):
     """The observations cannot be used as they are."""
+
+
+class DivergenceError(GendaError, RuntimeError):
+    """A cycle of forecasts and analyses has lost the truth, or its forecast has failed.
+
+    Attributes
+    ----------
+    cycle : int
+        Which one, counted from 0.
+    result : xarray.Dataset or None
+        What `xgenda.cycle` would have returned of the cycles before it.
+    """
+
+    def __init__(self, message: str, cycle: int = -1, result: object = None) -> None:
+        super().__init__(message)
+        self.cycle, self.result = cycle, result
 
 
 class OptionError(GendaError, ValueError):

@@ -20,7 +20,7 @@ from xgenda.appropriate import move_to_analysis_times
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of
 from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_choice
-from xgenda.grids import ground_of
+from xgenda.grids import Orientation, ground_of
 from xgenda.models.conditions import lead_times, planes_of
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import choose_model
@@ -141,8 +141,11 @@ def prepare(
     argument: str = "obs",
     any_model: bool = True,
     task: str | None = None,
+    masked: bool = False,
 ) -> Prepared:
     """Check the input of a call, match variables and place the observations.
+
+    With `masked` and no model, cells where `ds` is NaN at its first time, which is read, hold no state.
 
     Raises
     ------
@@ -188,10 +191,11 @@ def prepare(
     trajectory = chosen is not None and int(chosen.spec.options.get("window", 1)) > 1
     made, derived = _operators(operators, wanted, variables, grid, trajectory)
     observable = [*(_on_single_level(w, ds) for w in columned(wanted)), *derived]
+    valid = _filled(arrays, layout, orientation) if chosen is None and masked else None if chosen is None else chosen.valid
     located = locate_observations(
         renamed, observable, grid, times, error=_rename_error(error, names), window=window, quality=control,
         representativeness=_renamed(representativeness, names), ground=ground_of(ds, layout, orientation),
-        lapse_rate=_renamed(lapse_rate, names), valid=None if chosen is None else chosen.valid, trajectory=trajectory, argument=argument,
+        lapse_rate=_renamed(lapse_rate, names), valid=valid, trajectory=trajectory, argument=argument,
     )  # fmt: skip
     shift = np.zeros(len(located.table))
     if first_guess is not None:
@@ -232,6 +236,14 @@ def conditions_of(
     lead = None if inputs.lead_time is None else lead_times(ds, time, size)
     basis = cycle_basis(times, inputs.scaling.cycle, size)[:, None]
     return engine.InputTimes(basis, planes_of(times, inputs.cycle, lead, inputs.lead_time, size))
+
+
+def _filled(arrays: Sequence[xr.DataArray], layout: metadata.Layout, orientation: Orientation) -> np.ndarray | None:
+    """Return which cells of each channel hold values at the first time, in model order; None where all do."""
+    first = {d: 0 for a in arrays for d in a.dims if d not in layout.dims}
+    found = [~np.isnan(a.isel(first, missing_dims="ignore").transpose(*layout.dims).values.astype(float)) for a in arrays]
+    valid = np.stack([orientation.to_model(f) for f in found])
+    return None if valid.all() else valid
 
 
 def _on_single_level(wanted: Wanted, ds: xr.Dataset) -> Wanted:

@@ -15,7 +15,7 @@ e1-north-america     the same for scenario E1; until 1999 the two are the same
 Sources and licences are in the attributes of each data set.
 
 `simulate_ocean` makes sea surface height, temperature, salinity and currents of an eddying ocean, as many days as are wanted: the
-truth of a twin experiment, or data to train a model on.
+truth of a twin experiment, or data to train a model on. `ocean_forecast` takes such states to later times, for `xgenda.cycle`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pathlib import Path
 import xarray as xr
 
 from xgenda.errors import check_choice
+from xgenda.twin_forecasts import ocean_forecast
 from xgenda.twins import simulate_ocean
 
-__all__ = ["list_datasets", "open_dataset", "simulate_ocean"]
+__all__ = ["list_datasets", "ocean_forecast", "open_dataset", "simulate_ocean"]
 
 _FILES = {
     "europe-t2m-forecast": "europe_t2m_forecast.nc",

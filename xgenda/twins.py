@@ -256,7 +256,9 @@ class TwoLayerQG:
         return np.stack([a * q1 + b * q2, c * q1 + d * q2])
 
     def _tendency(self, spectrum: np.ndarray) -> np.ndarray:
+        """Return the time derivative of spectra, shape (2 + tracers, ..., n, n // 2 + 1); further states lie between rows and waves."""
         k, l = self.wavenumbers  # noqa: E741
+        inner = (slice(None), *(None,) * (spectrum.ndim - 3))
         rows = len(spectrum)
         psi = self._invert(spectrum)
         work = np.empty((rows + 4, *spectrum.shape[1:]), dtype=complex)
@@ -267,7 +269,7 @@ class TwoLayerQG:
         fields, u, v = grid[:rows], grid[rows : rows + 2], grid[rows + 2 :]
         u[0] += self.U1
         u[1] += self.U2
-        flux = np.empty((2, rows, self.nx, self.nx))
+        flux = np.empty((2, rows, *spectrum.shape[1:-2], self.nx, self.nx))
         for velocity, out in ((u, flux[0]), (v, flux[1])):
             np.multiply(velocity[0], fields[0], out=out[0])
             np.multiply(velocity[1], fields[1], out=out[1])
@@ -275,8 +277,8 @@ class TwoLayerQG:
         along = scipy.fft.rfft2(flux, overwrite_x=True)
         change: np.ndarray = -1j * k * along[0]
         change -= (1j * l) * along[1]
-        change[:2] += self._linear[:2] * psi
-        change[2:] += self._linear[2:] * psi[0] - self._decay * spectrum[2:]
+        change[:2] += self._linear[:2][inner] * psi
+        change[2:] += self._linear[2:][inner] * psi[0] - self._decay[inner] * spectrum[2:]
         return change
 
 
@@ -286,7 +288,7 @@ OCEAN_TRACERS = (
     Tracer(gradient_x=-1.4e-6, gradient_y=-1.2e-6, relaxation=90 * 86400.0, diffusivity=100.0),
 )
 MEAN_TEMPERATURE, MEAN_SALINITY = 18.0, 35.5  # degC and psu: 1e-3, the CF spelling, is no unit to pint
-#: Variables of `simulate_ocean`, in the order of `_surface`.
+#: Variables of `simulate_ocean`, in the order of `ocean_surface`.
 OCEAN_VARIABLES = {
     "ssh": {"standard_name": "sea_surface_height_above_geoid", "long_name": "sea surface height", "units": "m"},
     "temperature": {"standard_name": "sea_surface_temperature", "long_name": "sea surface temperature", "units": "degC"},
@@ -294,6 +296,21 @@ OCEAN_VARIABLES = {
     "u": {"standard_name": "eastward_sea_water_velocity", "long_name": "eastward velocity", "units": "m s-1"},
     "v": {"standard_name": "northward_sea_water_velocity", "long_name": "northward velocity", "units": "m s-1"},
 }
+
+
+#: What makes a state complete, beside height, temperature and salinity.
+LOWER_LAYER = {"lower": {"long_name": "streamfunction of the lower layer as a height", "units": "m"}}
+
+
+def ocean_model(
+    size: int, spacing: float, latitude: float, *, dt: float, rd: float = 25e3, U1: float = 0.1, rek: float = 1e-6
+) -> TwoLayerQG:
+    """Return the model of `simulate_ocean`, see `TwoLayerQG`."""
+    return TwoLayerQG(
+        nx=size, length=size * spacing, beta=2 * ROTATION * math.cos(math.radians(latitude)) / EARTH_RADIUS, rd=rd, delta=0.25,
+        U1=U1, U2=0.0, rek=rek, filterfac=18.4, dt=dt,
+        tracers=tuple(replace(t, gradient_y=math.copysign(1, latitude) * t.gradient_y) for t in OCEAN_TRACERS),
+    )  # fmt: skip
 
 
 def simulate_ocean(
@@ -308,6 +325,7 @@ def simulate_ocean(
     latitude: float = 38.0,
     longitude: float = -55.0,
     cyclogeostrophic: bool = True,
+    lower: bool = False,
 ) -> xr.Dataset:
     """Simulate the surface of an eddying ocean, as the truth of a twin experiment or to train a model on.
 
@@ -335,12 +353,15 @@ def simulate_ocean(
     cyclogeostrophic
         Whether `u` and `v` have the centrifugal force of curved flow added to their balance, to first order in the Rossby number.
         Otherwise they are geostrophic.
+    lower
+        Whether the flow of the lower layer is returned, too: with it a state is complete, and `ocean_forecast` can go on from it.
 
     Returns
     -------
     xarray.Dataset
         ``ssh`` (m), ``temperature`` (degC), ``salinity`` (psu), ``u`` and ``v`` (m s-1) in single precision on
-        (time, latitude, longitude). Mean slope, mean current and mean gradients are left out: the statistics are the same
+        (time, latitude, longitude), with `lower` also ``lower`` (m), the streamfunction of the lower layer as a
+        height. Mean slope, mean current and mean gradients are left out: the statistics are the same
         everywhere.
 
     Raises
@@ -380,18 +401,17 @@ def simulate_ocean(
 
     coriolis = 2 * ROTATION * math.sin(math.radians(latitude))
     longest = 2400.0 * spacing / 15e3  # stable up to 2 m s-1
-    model = TwoLayerQG(
-        nx=size, length=size * spacing, beta=2 * ROTATION * math.cos(math.radians(latitude)) / EARTH_RADIUS, rd=25e3, delta=0.25,
-        U1=0.1, U2=0.0, rek=1e-6, filterfac=18.4, dt=interval / math.ceil(interval / longest),
-        tracers=tuple(replace(t, gradient_y=math.copysign(1, latitude) * t.gradient_y) for t in OCEAN_TRACERS),
-    )  # fmt: skip
+    model = ocean_model(size, spacing, latitude, dt=interval / math.ceil(interval / longest))
     per_output = round(interval / model.dt)
     state = model.advance(_random_flow(model, seed), round(before / model.dt))
-    fields = np.empty((len(OCEAN_VARIABLES), times, size, size), dtype=np.float32)
+    variables = OCEAN_VARIABLES | (LOWER_LAYER if lower else {})
+    fields = np.empty((len(variables), times, size, size), dtype=np.float32)
     for t in range(times):
         if t:
             state = model.advance(state, per_output)
-        fields[:, t] = _surface(model, state, coriolis, cyclogeostrophic)
+        fields[: len(OCEAN_VARIABLES), t] = ocean_surface(model, state, coriolis, cyclogeostrophic)
+        if lower:
+            fields[-1, t] = model.streamfunction(state)[1] * (coriolis / GRAVITY)
 
     offset = (np.arange(size) - (size - 1) / 2) * spacing
     degree = math.radians(EARTH_RADIUS)
@@ -403,7 +423,7 @@ def simulate_ocean(
     return xr.Dataset(
         {
             name: (("time", "latitude", "longitude"), field, dict(attrs))
-            for (name, attrs), field in zip(OCEAN_VARIABLES.items(), fields, strict=True)
+            for (name, attrs), field in zip(variables.items(), fields, strict=True)
         },
         coords={
             "time": ("time", labels, {"standard_name": "time", "long_name": "time"}),
@@ -471,8 +491,8 @@ def _random_flow(model: TwoLayerQG, seed: int) -> QGState:
     return model.start(fields * math.sqrt(4 * (model.U1 - model.U2) ** 2 / energy))
 
 
-def _surface(model: TwoLayerQG, state: QGState, coriolis: float, cyclogeostrophic: bool) -> np.ndarray:
-    """Return the fields of `OCEAN_VARIABLES`, shape (5, n, n)."""
+def ocean_surface(model: TwoLayerQG, state: QGState, coriolis: float, cyclogeostrophic: bool) -> np.ndarray:
+    """Return the fields of `OCEAN_VARIABLES`, shape (5, ..., n, n)."""
     k, l = model.wavenumbers  # noqa: E741
     psi = scipy.fft.rfft2(model.streamfunction(state)[0])
     derivatives = np.stack([psi, -1j * l * psi, 1j * k * psi, l**2 * psi, k**2 * psi, k * l * psi])

@@ -152,16 +152,17 @@ class GaussianModel(GenerativeModel):
                 request.advance(1)
         return out.reshape(len(request.labels), len(request.members), self.spec.channels, -1)
 
-    def moments(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Return posterior mean and standard deviation in closed form, each shape (t, channels, cells)."""
+    def moments(self, request: Request, *, spread: bool = True) -> tuple[Tensor, Tensor]:
+        """Return posterior mean and standard deviation in closed form, each shape (t, channels, cells); zero without `spread`."""
         covariance, std = self.covariance(request.grid), self._std(request.grid).reshape(-1)
         mean = self._mean(request).flatten(1)
-        means, deviations = mean.clone(), torch.empty_like(mean)
+        means, deviations = mean.clone(), torch.zeros_like(mean)
         for times in _same_network(request.evidence):
             solver = self._condition(covariance, request.evidence[times[0]], std)
-            variance = covariance.diagonal() if solver is None else solver.variance()
+            if spread:
+                variance = covariance.diagonal() if solver is None else solver.variance()
+                deviations[times] = std * variance.clamp(min=0).sqrt()
             for t in times:
-                deviations[t] = std * variance.clamp(min=0).sqrt()
                 if solver is not None:
                     value = request.evidence[t].value.double() - _observe(request.evidence[t], mean[t])
                     means[t] += std * solver.mean(torch.zeros(covariance.size, dtype=torch.float64), value)

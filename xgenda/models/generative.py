@@ -191,8 +191,11 @@ class GenerativeModel(ABC):
         """Return the number of units of work that `posterior` reports."""
         return times
 
-    def moments(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the posterior, each shape (t, channels, cells), where they have a closed form."""
+    def moments(self, request: Request, *, spread: bool = True) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the posterior, each shape (t, channels, cells), where they have a closed form.
+
+        Without `spread` the latter, which takes longer, is zero.
+        """
         raise NotImplementedError
 
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:

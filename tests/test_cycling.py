@@ -1,0 +1,617 @@
+"""Cycles of forecasts and analyses: what they equal, what is kept, what stops them, and how they go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from scipy.integrate import solve_ivp
+
+import xgenda
+from xgenda.errors import (
+    CheckpointError,
+    CoordinateError,
+    DivergenceError,
+    GridError,
+    ObservationError,
+    OptionError,
+    OutputExistsError,
+    StateError,
+)
+from xgenda.forecasts import by_member, persistence
+
+PROGRAMS = Path(__file__).parents[1] / "docs" / "benchmarks"
+STEP = np.timedelta64(6, "h")
+PLAIN: dict[str, Any] = {"background_check": None, "quality": xgenda.QualityControl(buddy=None)}
+
+
+@pytest.fixture(scope="module")
+def lorenz() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_lorenz96", PROGRAMS / "lorenz96.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def later(ds: xr.Dataset) -> xr.Dataset:
+    return ds.assign_coords(time=ds.time + STEP)
+
+
+def drift(ds: xr.Dataset) -> xr.Dataset:
+    """A forecast with something to see: everything relaxes to 280 K and moves by one cell."""
+    out = ds.assign({n: 280 + 0.9 * (v.roll(longitude=1) - 280) for n, v in ds.data_vars.items() if "longitude" in v.dims})
+    return later(out)
+
+
+@pytest.fixture
+def initial() -> xr.Dataset:
+    """Six members of temperature on 4 x 5 cells, and the height of the ground."""
+    rng = np.random.default_rng(0)
+    return xr.Dataset(
+        {
+            "t2m": (("member", "latitude", "longitude"), 280 + rng.normal(size=(6, 4, 5)).cumsum(-1), {"units": "K"}),
+            "orography": (("latitude", "longitude"), np.full((4, 5), 20.0), {"standard_name": "surface_altitude", "units": "m"}),
+        },
+        coords={
+            "time": np.datetime64("2020-01-01T00", "ns"), "member": np.arange(6), "latitude": [53.0, 52.0, 51.0, 50.0],
+            "longitude": [0.0, 1.0, 2.0, 3.0, 4.0],
+        },
+        attrs={"title": "a test"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def obs() -> pd.DataFrame:
+    """Two temperatures at each of five times, six hours apart, from the time of `initial`."""
+    rng = np.random.default_rng(1)
+    return pd.DataFrame(
+        {
+            "time": np.repeat(pd.date_range("2020-01-01", periods=5, freq="6h"), 2),
+            "latitude": rng.uniform(50, 53, 10), "longitude": rng.uniform(0, 4, 10), "t2m": 280 + rng.normal(size=10),
+        }
+    ).assign(t2m_error=0.5)  # fmt: skip
+
+
+def test_lorenz96(lorenz: ModuleType) -> None:
+    # published for long runs: 0.22 and 0.18; 160 cycles scatter by about 0.03
+    for name, bound in (("LETKF", 0.28), ("square-root EnKF", 0.25)):
+        members, model, _ = lorenz.METHODS[name]
+        initial, truth, obs = lorenz.twin(160, members, 1)
+        run = xgenda.cycle(
+            initial, obs, forecast=lorenz.forecast, model=model, times=truth.time, error=1.0, seed=0, progress=False, **PLAIN
+        )
+        found = lorenz.scores(run, truth)
+        assert found["rmse"] < bound, name
+        assert found["rmse"] < found["rmse of the background"]
+        assert found["spread"] == pytest.approx(found["rmse"], rel=0.3)
+        assert found["chi2"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_lorenz96_forecast(lorenz: ModuleType) -> None:
+    x = lorenz.twin(1, 2, 0)[1].x.values.ravel()
+    exact = solve_ivp(lambda _, y: lorenz.tendency(y), (0, 0.05), x, rtol=1e-12, atol=1e-12).y[:, -1]
+    np.testing.assert_allclose(lorenz.advance(x), exact, rtol=0, atol=2e-3)
+
+
+def test_a_cycle_is_analyses_and_forecasts_one_after_the_other(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    model = xgenda.LETKF(localization=400e3, inflation=1.05, rtps=0.2, rotation=True)
+    run = xgenda.cycle(initial, obs, forecast=drift, model=model, window="6h", seed=3)
+    assert run.t2m.dims == ("time", "stage", "member", "latitude", "longitude")
+    state = initial
+    for t in range(5):
+        xr.testing.assert_equal(run.t2m.isel(time=t).sel(stage="background", drop=True), state.t2m)
+        now = obs[obs.time == state.time.values]
+        state = xgenda.assimilate(state, now, model=model, seed=3)
+        xr.testing.assert_equal(run.t2m.isel(time=t).sel(stage="analysis", drop=True), state.t2m)
+        seen = xgenda.innovations(run.isel(time=t, stage=0)[["t2m"]].mean("member"), now)
+        assert float(run.innovation_rms[t, 0]) == pytest.approx(float(np.sqrt((seen.innovation**2).mean())))
+        assert float(run.innovation_mean[t, 0]) == pytest.approx(float(seen.innovation.mean()))
+        assert float(run.chi2[t]) == pytest.approx(state.attrs["xgenda_departure_chi2"])
+        state = drift(state)
+    assert run.observations_used.values.tolist() == run.observations_given.values.tolist() == [2] * 5
+    assert not (run.notice & 3).any()
+    assert run.attrs["title"] == "a test"
+    assert "cycle(model=" in run.attrs["history"]
+    assert run.orography.dims == ("latitude", "longitude")
+    weight = np.cos(np.radians(initial.latitude))
+    spread = np.sqrt(run.t2m.var("member", ddof=1).weighted(weight).mean(("latitude", "longitude")))
+    np.testing.assert_allclose(run.spread.isel(field=0), spread, rtol=1e-3)  # areas between parallels
+    xr.testing.assert_identical(
+        run, xgenda.cycle(initial, obs, forecast=drift, model=model, window="6h", seed=3).assign_attrs(run.attrs)
+    )
+
+
+@pytest.mark.parametrize("background", ["control", "mean", "members"])
+def test_a_cycle_with_a_covariance_function(initial: xr.Dataset, obs: pd.DataFrame, background: str) -> None:
+    model = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=1.0)
+    run = xgenda.cycle(initial, obs, forecast=drift, model=model, window="6h", seed=3, background=background, **PLAIN)
+    state = initial.t2m
+    for t in range(5):
+        now = obs[obs.time == run.time.values[t]]
+        mean = state.mean("member")
+        before, after = (run.t2m.isel(time=t).sel(stage=k, drop=True) for k in ("background", "analysis"))
+        options = {"model": model, "seed": 3, "members": 6, **PLAIN}
+        if background == "members":
+            found = xr.concat(
+                [
+                    xgenda.assimilate(state.isel(member=k, drop=True).to_dataset(name="t2m"), now, **options).t2m.isel(member=k)
+                    for k in range(6)
+                ],
+                "member",
+            )
+        else:
+            found = xgenda.assimilate(mean.to_dataset(name="t2m").assign_coords(time=run.time[t]), now, **options).t2m
+        if background != "members":
+            exact = xgenda.posterior_moments(
+                mean.to_dataset(name="t2m").assign_coords(time=run.time[t]), now, model=model, **PLAIN
+            )
+            found = found - found.mean("member") + exact.t2m.sel(moment="mean", drop=True)
+        xr.testing.assert_allclose(before, mean.broadcast_like(before) if background == "control" else state, atol=1e-12)
+        xr.testing.assert_allclose(after, found, atol=1e-12)
+        state = found.assign_coords(time=run.time[t])
+        given = state.mean("member").expand_dims(member=6) if background == "control" else state
+        state = drift(given.to_dataset(name="t2m")).t2m
+    assert bool((run.spread.isel(stage=0) < 1e-10).all()) == (background == "control")
+    assert (run.spread.isel(stage=1) > 0).all()
+
+
+def test_control_is_one_forecast(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    sizes = []
+
+    def counted(ds: xr.Dataset) -> xr.Dataset:
+        sizes.append(ds.sizes["member"])
+        return drift(ds)
+
+    model = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=1.0)
+    xgenda.cycle(initial, obs, forecast=counted, model=model, window="6h", seed=3)
+    assert sizes == [1] * 4
+    single = initial.isel(member=0, drop=True)
+    run = xgenda.cycle(single, obs, forecast=counted, model=model, window="6h", seed=3)
+    assert run.sizes["member"] == 16
+    assert xgenda.cycle(single, obs, forecast=counted, model=model, window="6h", seed=3, members=3).sizes["member"] == 3
+
+
+def test_relaxation_of_a_model(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    model = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=0.3)
+    given = {"forecast": drift, "model": model, "times": initial.time.values, "seed": 3, "background": "mean"}
+    plain, relaxed = (xgenda.cycle(initial, obs.iloc[:2], rtps=r, **given) for r in (0.0, 0.5))
+    prior = initial.t2m.std("member")
+    expected = 0.5 * (plain.t2m.isel(time=0, stage=1).std("member") + prior)
+    np.testing.assert_allclose(relaxed.t2m.isel(time=0, stage=1).std("member"), expected, rtol=1e-6)
+    assert float(relaxed.inflation[0]) > 1.5
+
+
+def test_forecasts_in_several_steps_and_before_the_first_analysis(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    times = pd.to_datetime(["2020-01-01T12", "2020-01-02T00"])
+    calls = []
+
+    def counted(ds: xr.Dataset) -> xr.Dataset:
+        calls.append(ds.time.values)
+        return drift(ds)
+
+    run = xgenda.cycle(initial, obs, forecast=counted, model=xgenda.LETKF(), times=times, window="1h", seed=0)
+    assert calls == [np.datetime64("2020-01-01T00"), *pd.date_range("2020-01-01T06", periods=3, freq="6h").values]
+    xr.testing.assert_allclose(run.t2m.isel(time=0, stage=0, drop=True), drift(drift(initial)).t2m.drop_vars("time"))
+    many = pd.concat([obs] * 2).assign(latitude=np.linspace(50, 53, 20))
+    with pytest.warns(UserWarning, match="12 of 20 observations fall in no window of the 2 analysis times"):
+        xgenda.cycle(initial, many, forecast=drift, model=xgenda.LETKF(), times=times, window="1h", seed=0)
+
+
+def test_windows_without_observations(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    for bad in (obs.drop(index=[4, 5]), obs.assign(t2m_error=[0.5] * 4 + [np.inf] * 2 + [0.5] * 4)):
+        with pytest.warns(UserWarning, match="In 1 of 5 cycles no observation could be used, first at 2020-01-01T12:00"):
+            run = xgenda.cycle(initial, bad, forecast=drift, model=xgenda.LETKF(inflation=1.2), window="6h", seed=0)
+        assert run.notice.values.tolist() == [0, 0, 1, 0, 0]
+        np.testing.assert_array_equal(run.t2m.isel(time=2, stage=0), run.t2m.isel(time=2, stage=1))
+        assert run.inflation.values.tolist() == [1.2, 1.2, 1.0, 1.2, 1.2]
+        assert np.isnan(run.innovation_rms.values[2, 0])
+        assert run.notice.attrs["flag_meanings"].split()[0] == "no_observation_used"
+    with pytest.warns(UserWarning, match="In 5 of 5 cycles"):
+        xgenda.cycle(initial, None, forecast=drift, model=xgenda.LETKF(), times=pd.unique(obs.time), seed=0)
+
+
+def test_levels_land_and_calendars() -> None:
+    rng = np.random.default_rng(2)
+    times = xr.date_range("2000-02-28", periods=3, freq="1D", calendar="noleap", use_cftime=True)
+    ds = xr.Dataset(
+        {"t": (("latitude", "level", "longitude", "member"), rng.normal(270, 2, (3, 2, 4, 5)).astype("float32"), {"units": "K"})},
+        coords={
+            "time": times[0], "level": ("level", [500.0, 850.0], {"units": "hPa"}), "latitude": [50.0, 51.0, 52.0],
+            "longitude": [0.0, 1.0, 2.0, 3.0],
+        },
+    )  # fmt: skip
+    ds["t"] = ds.t.where((ds.latitude > 50) | (ds.longitude > 0))
+    table = xr.Dataset(
+        {"t": ("obs", [271.0, 272.0, 269.0]), "level": ("obs", [850.0, 500.0, 600.0], {"units": "hPa"})},
+        coords={"time": ("obs", times), "latitude": ("obs", [51.0, 51.5, 52.0]), "longitude": ("obs", [1.0, 1.5, 3.0])},
+    )
+
+    def forecast(x: xr.Dataset) -> xr.Dataset:
+        return x.assign_coords(time=x.time.values[()] + (times[1] - times[0]))
+
+    run = xgenda.cycle(ds, table, forecast=forecast, model=xgenda.LETKF(500e3), times=times, error=0.5, seed=0)
+    assert run.t.dims == ("time", "stage", "member", "level", "latitude", "longitude")
+    assert run.t.dtype == np.float32
+    assert int(np.isnan(run.t).sum()) == 3 * 2 * 5 * 2
+    assert run.observations_used.values.tolist() == [1, 1, 1]
+    state = ds
+    for t in range(3):
+        xr.testing.assert_equal(
+            run.t.isel(time=t, stage=0).transpose(*state.t.dims).drop_vars(["time", "stage", "member"]), state.t.drop_vars("time")
+        )
+        state = xgenda.assimilate(state, table.isel(obs=[t]), model=xgenda.LETKF(500e3), error=0.5, seed=0).transpose(*ds.t.dims)
+        state = forecast(state)
+
+
+def test_by_member_and_persistence(initial: xr.Dataset) -> None:
+    seen = []
+
+    def one(ds: xr.Dataset) -> xr.Dataset:
+        seen.append(ds.t2m.dims)
+        return drift(ds)
+
+    xr.testing.assert_equal(by_member(one)(initial), drift(initial))
+    assert seen == [("latitude", "longitude")] * 6
+    xr.testing.assert_identical(persistence("6h")(initial), later(initial))
+    single = initial.isel(member=0)
+    xr.testing.assert_identical(by_member(persistence("6h"))(single), later(single))
+    with pytest.raises(OptionError, match="step='6 apples' is no time span"):
+        persistence("6 apples")
+    with pytest.raises(OptionError, match="forecast is a int"):
+        by_member(3)
+
+
+def options_of(initial: xr.Dataset, obs: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "initial": initial,
+        "obs": obs,
+        "forecast": drift,
+        "model": xgenda.LETKF(400e3, rotation=True),
+        "window": "6h",
+        "seed": 1,
+    }
+
+
+def test_a_store_is_what_memory_holds(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given = options_of(initial, obs)
+    run = xgenda.cycle(**given)
+    stored = xgenda.cycle(**given, store=tmp_path / "run.zarr")
+    assert stored.t2m.chunks is not None
+    xr.testing.assert_identical(stored.compute().drop_attrs(), run.drop_attrs())
+    assert stored.t2m.attrs == run.t2m.attrs
+    with xr.open_zarr(tmp_path / "run.zarr") as plain:
+        xr.testing.assert_identical(plain.compute(), stored.compute())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.zarr"]
+    with pytest.raises(OutputExistsError, match="holds a cycle of 5 analyses. Go on with it: resume=True"):
+        xgenda.cycle(**given, store=tmp_path / "run.zarr")
+    again = xgenda.cycle(**given, store=tmp_path / "run.zarr", overwrite=True)
+    xr.testing.assert_identical(again.compute().drop_attrs(), run.drop_attrs())
+    finished = xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True)
+    xr.testing.assert_identical(finished.compute().drop_attrs(), run.drop_attrs())
+
+
+def test_a_forecast_that_fails_leaves_a_store_to_go_on_with(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    whole = xgenda.cycle(**given)
+
+    def fails(ds: xr.Dataset) -> xr.Dataset:
+        if ds.time.values >= np.datetime64("2020-01-01T12"):
+            raise RuntimeError("no more")
+        return drift(ds)
+
+    with pytest.raises(RuntimeError, match="no more") as found:
+        xgenda.cycle(**given | {"forecast": fails}, store=path)
+    assert "Cycle 3 of 5" in found.value.__notes__[0]
+    so_far = xgenda.open_cycles(path)
+    xr.testing.assert_identical(so_far.compute().drop_attrs(), whole.isel(time=slice(0, 3)).drop_attrs())
+    resumed = xgenda.cycle(**given, store=path, resume=True)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), whole.drop_attrs())
+
+
+def test_a_full_disk(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(ds: xr.Dataset) -> xr.Dataset:
+        if ds.time.values == np.datetime64("2020-01-01T12"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # bytes of a file
+        return drift(ds)
+
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            xgenda.cycle(**given | {"forecast": fills}, store=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "is whole up to cycle 3; go on from there with resume=True" in found.value.__notes__[-1]
+    whole = xgenda.cycle(**given)
+    xr.testing.assert_identical(xgenda.open_cycles(path).compute().drop_attrs(), whole.isel(time=slice(0, 3)).drop_attrs())
+    resumed = xgenda.cycle(**given, store=path, resume=True)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), whole.drop_attrs())
+
+
+def test_a_run_is_extended(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    whole = xgenda.cycle(**given)
+    xgenda.cycle(**given | {"obs": obs.iloc[:4]}, store=path)
+    assert xgenda.open_cycles(path).sizes["time"] == 2
+    longer = xgenda.cycle(**given | {"seed": None}, store=path, resume=True)
+    xr.testing.assert_identical(longer.compute().drop_attrs(), whole.drop_attrs())
+    with pytest.raises(OptionError, match="holds 5 from 2020-01-01T00:00:00 to 2020-01-02T00:00:00; times has 2 from"):
+        xgenda.cycle(**given | {"obs": obs.iloc[:4]}, store=path, resume=True)
+
+
+def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given, store=path)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"model": xgenda.LETKF(500e3)}, "model: {'filter': 'LETKF(localization=400000.0, rotation=True)'} then"),
+        ({"seed": 2}, "seed: 1 then, 2 now"),
+        ({"window": "5h", "times": pd.unique(obs.time)}, "window: '6h' then, '5h' now"),
+        ({"background_check": 4.0}, "background_check: 5.0 then, 4.0 now"),
+        ({"initial": initial + 1e-9 * initial}, "initial: the data differ"),
+        ({"obs": obs.assign(t2m=obs.t2m + 1e-9)}, "resume=True goes on with the same observations"),
+        ({"guard": None}, "guard: {'chi2': 4.0"),
+    ]
+    for change, message in changes:
+        with pytest.raises(OptionError, match=re.escape(message)):
+            xgenda.cycle(**{**given, **change}, store=path, resume=True)
+    record = json.loads((path / "cycle.json").read_text())
+    assert record["done"] == 5
+    (path / "cycle.json").write_text(json.dumps(record | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this one reads 1"):
+        xgenda.open_cycles(path)
+
+
+def test_what_is_no_store_is_left_alone(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given = options_of(initial, obs)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(OutputExistsError, match="is no store of a cycle"):
+        xgenda.cycle(**given, store=tmp_path / "mine", overwrite=True)
+    with pytest.raises(CheckpointError, match="is no store of a cycle"):
+        xgenda.cycle(**given | {"seed": None}, store=tmp_path / "mine", resume=True)
+    with pytest.raises(CheckpointError, match="is no store of a cycle"):
+        xgenda.open_cycles(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    with pytest.raises(OptionError, match="a store lies on a local disk"):
+        xgenda.cycle(**given, store="s3://bucket/run.zarr")
+    with pytest.raises(OptionError, match="mkdir -p"):
+        xgenda.cycle(**given, store=tmp_path / "not" / "there.zarr")
+
+
+def test_two_writers(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    messages = []
+
+    def meddles(ds: xr.Dataset) -> xr.Dataset:
+        try:
+            xgenda.cycle(**given, store=path, resume=True)
+        except OutputExistsError as error:
+            messages.append(str(error))
+        return drift(ds)
+
+    xgenda.cycle(**given | {"forecast": meddles}, store=path)
+    assert len(messages) == 4
+    assert f"run.zarr is being written by process {os.getpid()} on " in messages[0]
+
+
+PROGRAM = """
+import importlib.util, sys
+import xgenda
+spec = importlib.util.spec_from_file_location("lorenz", sys.argv[1])
+lorenz = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lorenz)
+initial, truth, obs = lorenz.twin(100, 7, 0)
+xgenda.cycle(
+    initial, obs, forecast=lorenz.forecast, model=lorenz.METHODS["LETKF"][1], times=truth.time, error=1.0, seed=5, store=sys.argv[2],
+    progress=False,
+)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_bit(lorenz: ModuleType, tmp_path: Path) -> None:
+    path, program = tmp_path / "run.zarr", tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(PROGRAMS / "lorenz96.py"), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not path.exists() or json.loads((path / "cycle.json").read_text())["done"] < 5:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(np.random.default_rng().uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    so_far = xgenda.open_cycles(path).compute()  # readable whatever the moment
+    assert np.isfinite(so_far.x).all()
+    assert 5 <= so_far.sizes["time"] < 100
+    initial, truth, obs = lorenz.twin(100, 7, 0)
+    given = {"forecast": lorenz.forecast, "model": lorenz.METHODS["LETKF"][1], "times": truth.time, "error": 1.0, "seed": 5}
+    resumed = xgenda.cycle(initial, obs, **given, store=path, resume=True)
+    whole = xgenda.cycle(initial, obs, **given)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), whole.drop_attrs())
+    xr.testing.assert_identical(so_far.drop_attrs(), whole.isel(time=slice(0, so_far.sizes["time"])).drop_attrs())
+    assert not list(path.rglob("*.partial*"))
+
+
+def test_the_guard_stops_a_run_that_diverges(lorenz: ModuleType, tmp_path: Path) -> None:
+    # seven members without inflation and localisation
+    initial, truth, obs = lorenz.twin(200, 7, 0)
+    given = {"forecast": lorenz.forecast, "model": xgenda.LETKF(), "times": truth.time, "error": 1.0, "seed": 0}
+    with pytest.raises(DivergenceError, match="the run has diverged: squared innovations were") as found:
+        xgenda.cycle(initial, obs, **given, store=tmp_path / "run.zarr")
+    result = found.value.result
+    assert result.sizes["time"] == found.value.cycle + 1 < 200
+    last = result.isel(time=slice(-5, None)).compute()
+    assert (last.chi2 > 4).all()
+    assert (last.notice == 4).all()
+    assert result.chi2[-6] <= 4
+    error = last.x.sel(stage="analysis").mean("member") - truth.x.sel(time=last.time)
+    assert float((error**2).mean()) > 4 * float((last.spread.sel(stage="analysis") ** 2).mean())  # sure of itself
+
+
+def test_the_guard_goes_on_from_other_states(lorenz: ModuleType) -> None:
+    initial, truth, obs = lorenz.twin(120, 28, 0)
+    rng = np.random.default_rng(0)
+    climate = (
+        lorenz.twin(2000, 2, 9)[1].rename(time="member").isel(member=slice(None, None, 10)).assign_coords(member=np.arange(200))
+    )
+    far = initial + 4.0 * rng.standard_normal(initial.x.shape[-1])  # lost from the start, and sure of itself
+    guard = xgenda.DivergenceGuard(restart=climate, cycles=3)
+    with pytest.warns(UserWarning, match=r"Cycle \d+ of 120 .* It goes on from states of DivergenceGuard"):
+        run = xgenda.cycle(
+            far, obs, forecast=lorenz.forecast, model=xgenda.LETKF(inflation=1.05, rotation=True), times=truth.time, error=1.0, seed=0,
+            guard=guard, **PLAIN,
+        )  # fmt: skip
+    restarted = np.flatnonzero(run.notice.values & 2)
+    assert 1 <= len(restarted) <= 3
+    assert lorenz.scores(run, truth)["rmse"] < 0.3
+
+
+def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    given = options_of(initial, obs)
+
+    def breaks(ds: xr.Dataset) -> xr.Dataset:
+        out = drift(ds)
+        return out.assign(t2m=out.t2m.where((out.member != 3) | (out.time < np.datetime64("2020-01-01T12"))))
+
+    with pytest.raises(
+        DivergenceError, match=r"Cycle 2 of 5 .*'t2m' is not finite in 1 of 6 members, first in member 3"
+    ) as found:
+        xgenda.cycle(**given | {"forecast": breaks})
+    assert found.value.cycle == 2
+    assert found.value.result.sizes["time"] == 2
+    with pytest.raises(DivergenceError, match="Cycle 0 of 5 .* the forecast is broken: 't2m' reaches 27"):
+        xgenda.cycle(**given, guard=xgenda.DivergenceGuard(limits={"t2m": (279.9, 300)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda ds: ds, StateError, "returned the time 2020-01-01T00:00:00.000000000; it must be later"),
+        (lambda ds: ds.assign_coords(time=ds.time + 2 * STEP), StateError, "and not beyond the next analysis at 2020-01-01T06"),
+        (lambda ds: ds.drop_vars("time"), StateError, "returned the time none"),
+        (
+            lambda ds: later(ds).drop_vars("t2m"),
+            StateError,
+            "What forecast returned lacks the variable 't2m' of the state; it has 'orography'",
+        ),
+        (lambda ds: later(ds).mean("member"), StateError, "xgenda.forecasts.by_member(forecast)"),
+        (
+            lambda ds: later(ds).isel(member=slice(0, 3)),
+            GridError,
+            "has shape (3, 4, 5) along ('member', 'latitude', 'longitude'); (6, 4, 5)",
+        ),
+        (
+            lambda ds: later(ds).isel(latitude=slice(None, None, -1)),
+            GridError,
+            "its 'latitude' goes from 50 to 53, and that of initial from 53",
+        ),
+        (lambda ds: later(ds).t2m, OptionError, "What forecast returned is a xarray.core.dataarray.DataArray"),
+        (
+            lambda ds: later(ds).expand_dims(step=2),
+            StateError,
+            "('step', 'member', 'latitude', 'longitude'); ('member', 'latitude', 'longitude')",
+        ),
+    ],
+)
+def test_forecasts_that_return_no_state(initial: xr.Dataset, obs: pd.DataFrame, change: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        xgenda.cycle(**options_of(initial, obs) | {"forecast": change})
+
+
+def test_initial_states_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    given = options_of(initial, obs)
+    cases: list[tuple[xr.Dataset, type, str]] = [
+        (initial.drop_vars("time"), CoordinateError, "initial has no time; say of when it is"),
+(xr.concat([initial, later(initial)], "time"), CoordinateError, "initial has 2 times, and a cycle starts from one"),
+        (initial.isel(member=0), OptionError, "A filter needs an ensemble to begin with"),
+        (initial.isel(member=[0]), OptionError, "ds has 1 member"),
+        (initial.astype("int32"), StateError, "initial has no variable of real numbers"),
+        (initial.where(initial.member != 2), StateError, "NaN or infinity in some members"),
+        (initial.rename(t2m="chi2"), OptionError, "initial has a variable 'chi2'"),
+        (initial.expand_dims("sea"), CoordinateError, "extra dimension 'sea'"),
+    ]  # fmt: skip
+    for bad, error, message in cases:
+        with pytest.raises(error, match=re.escape(message)):
+            xgenda.cycle(**given | {"initial": bad})
+
+
+def test_options_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tiny_prior: Any) -> None:
+    given = options_of(initial, obs)
+    gaussian = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=1.0)
+    cases: list[tuple[dict[str, Any], type, str]] = [
+        ({"window": None}, OptionError, "times or window is needed"),
+        ({"window": "soon"}, OptionError, "window='soon' is no time span"),
+        ({"times": ["2019-12-31"]}, OptionError, "before initial"),
+        ({"times": ["2020-01-02", "2020-01-01"]}, OptionError, "times must ascend"),
+        ({"times": [3, 4]}, OptionError, "times=[3, 4] is not accepted"),
+        ({"times": ["x"]}, OptionError, "times=['x'] is not accepted"),
+        ({"obs": None}, OptionError, "times is needed where obs has none"),
+        ({"obs": obs.assign(time=obs.time - pd.Timedelta("30D"))}, OptionError, "before the first analysis time"),
+        ({"obs": obs.rename(columns={"t2m": "rain", "t2m_error": "rain_error"})}, ObservationError, "which is not in the state"),
+        ({"forecast": "persistence"}, OptionError, "forecast is a str; a function from a Dataset"),
+        ({"members": 7}, OptionError, "members=7 is not accepted: initial has 6"),
+        ({"inflation": 1.1}, OptionError, "A filter has its own inflation: model=xgenda.LETKF(inflation=1.1"),
+        ({"background": "mean"}, OptionError, "a filter has its ensemble"),
+        ({"guidance": "mmps"}, OptionError, "a filter draws nothing"),
+        ({"guard": 3}, OptionError, "guard=3 is not accepted"),
+        ({"resume": True}, OptionError, "resume=True needs a store"),
+        ({"resume": True, "overwrite": True, "store": "x.zarr"}, OptionError, "exclude each other"),
+        ({"resume": 1}, OptionError, "resume=1 is not accepted"),
+        ({"model": gaussian, "inflation": 1.1}, OptionError, "inflation=1.1 has no effect with background='control'"),
+        ({"model": gaussian, "rtps": 0.5}, OptionError, "rtpp and rtps need forecasts of all members"),
+        ({"model": gaussian, "background": "best"}, OptionError, "background='best' is not accepted"),
+        ({"model": tiny_prior}, GridError, "model='tiny-prior' works on the grid 8 x 12"),
+        ({"guard": xgenda.DivergenceGuard(limits={"q": (0, 1)})}, OptionError, "limits names 'q'"),
+        ({"guard": xgenda.DivergenceGuard(restart=initial.isel(member=slice(0, 3)))}, OptionError, "restart has 3 states"),
+        ({"guard": xgenda.DivergenceGuard(restart=initial.isel(member=0, drop=True))}, OptionError, "neither a dimension 'member' nor 'time'"),
+    ]  # fmt: skip
+    for change, error, message in cases:
+        with pytest.raises(error, match=re.escape(message)):
+            xgenda.cycle(**given | change)
+    for wrong, message in (
+        ({"chi2": 0.5}, "chi2=0.5 is not accepted"), ({"cycles": 0}, "cycles=0"), ({"limits": {"t": (2, 1)}}, "limits['t']=(2, 1)"),
+        ({"restart": 3}, "restart is a int"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=re.escape(message)):
+            xgenda.DivergenceGuard(**wrong)
+
+
+def test_a_model_that_forgets_is_named(climate: xr.Dataset, tiny_prior: Any) -> None:
+    name, times = next(iter(climate.data_vars)), climate.time.values[:2]
+    places = {"latitude": ("obs", climate.latitude.values[3:4]), "longitude": ("obs", climate.longitude.values[4:5])}
+    table = xr.Dataset({name: ("obs", [float(climate[name].mean())])}, coords={**places, "time": ("obs", times[1:])})
+    given = {"error": 5.0, "members": 3, "seed": 0}
+    for model in (xgenda.gaussian_prior(climate, covariance="eof", rank=3), tiny_prior):
+        with pytest.warns(UserWarning, match="does not read its background"):
+            run = xgenda.cycle(
+                climate.isel(time=0), table, forecast=persistence(times[1] - times[0]), model=model, times=times[1:], **given
+            )
+        alone = xgenda.assimilate(climate.isel(time=1), table, model=model, **given)[name]
+        np.testing.assert_allclose(run[name].values[0, 1].std(0), alone.std("member").values, rtol=1e-5)
+
+
+def test_the_guard_is_told_by_the_last_cycles() -> None:
+    guard = xgenda.DivergenceGuard(chi2=4.0, cycles=3)
+    nan = float("nan")
+    assert guard.lost([9, 9]) is None
+    assert guard.lost([9, 9, 9, 1]) is None
+    assert guard.lost([9, 9, 1, 9]) is None
+    assert "9.0 to 10.0 times" in str(guard.lost([1, 9, nan, 10, nan, 9]))
+    assert dataclasses.replace(guard, cycles=1).lost([nan]) is None

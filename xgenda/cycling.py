@@ -1,0 +1,500 @@
+"""`cycle`: forecast, assimilate, forecast again, for as long as one likes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from xgenda import engine, metadata, storage
+from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, summary_of
+from xgenda.devices import resolve_device
+from xgenda.diffusion.noise import seed_for
+from xgenda.divergence import DivergenceGuard
+from xgenda.ensembles import Arrays, Frame, read_initial
+from xgenda.errors import CoordinateError, DivergenceError, OptionError, StateError, check_choice, check_flag
+from xgenda.filtering import check_filter, ensemble_threshold
+from xgenda.filters import LETKF, Inflation
+from xgenda.models.generative import SamplingOptions
+from xgenda.observations.containers import ErrorLike, Observations
+from xgenda.observations.quality import Quality, QualityControl
+from xgenda.observations.shapes import decoded, open_container
+from xgenda.observations.times import parse_window
+from xgenda.operators import AnyOperator
+from xgenda.preparation import MANY, REJECTED, ModelLike, Prepared, prepare
+from xgenda.runs import DIAGNOSTICS, EMPTY, RESTARTED, SUSPECT, Memory, Outline, Stored
+
+#: Names of the result that no variable of a state may have.
+RESERVED = (*DIAGNOSTICS, "stage", "field", "observed")
+#: Ensemble size where nothing says it.
+MEMBERS = 16
+#: Of chi2, where no guard says it.
+SUSPICIOUS = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """All that one call of `cycle` is about."""
+
+    frame: Frame
+    setup: Prepared
+    analyst: Analyst
+    forecast: Callable[[xr.Dataset], xr.Dataset]
+    times: np.ndarray
+    seed: int
+    guard: DivergenceGuard | None
+    restart: Arrays | None
+
+
+def cycle(
+    initial: xr.Dataset | xr.DataArray,
+    obs: Observations,
+    *,
+    forecast: Callable[[xr.Dataset], xr.Dataset],
+    model: ModelLike | LETKF,
+    window: Any = None,
+    times: Any = None,
+    store: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    error: ErrorLike = None,
+    members: int | None = None,
+    seed: int | None = None,
+    background: str = "control",
+    inflation: float = 1.0,
+    rtpp: float = 0.0,
+    rtps: float = 0.0,
+    guard: DivergenceGuard | str | None = "default",
+    guidance: str = "auto",
+    guidance_options: Mapping[str, Any] | None = None,
+    likelihood: str = "gaussian",
+    sampler: str = "auto",
+    sampler_options: Mapping[str, Any] | None = None,
+    schedule: str = "auto",
+    steps: int | None = None,
+    background_check: float | str | None = "auto",
+    quality: QualityControl | None = None,
+    representativeness: float | Mapping[str, float] | None = None,
+    lapse_rate: float | Mapping[str, float] | None = None,
+    operators: Mapping[str, AnyOperator] | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Assimilate, forecast, and assimilate again: analyses at many times, each with the forecast from the one before as background.
+
+    Parameters
+    ----------
+    initial
+        The state to begin with, at one time, with or without ``member``. It is the background of the first analysis where that is
+        at its time, else it is forecast to it. Variables that are no real numbers on the grid, or in an ensemble have no members, stay as
+        they are and are handed to every forecast.
+    obs
+        Observations of all times, as in `assimilate`. Read into memory, checked and put in place before the first forecast.
+    forecast
+        A function from a Dataset of one time (the scalar coordinate time) with all members along ``member`` (the one of the control) to
+        the same at a later time; called until the next analysis time is reached. See `xgenda.forecasts` for one of a single state
+        (`by_member`), and for `persistence`. Its result must depend on what it gets alone.
+    model
+        A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
+        std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.
+    window
+        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that windows tile.
+    times
+        Analysis times, ascending, not before that of `initial`. None: every `window` from the time of `initial` (a window later, where
+        nothing was observed before) to the last observation.
+    store
+        A folder for the result, on a local disk; written after every cycle. None: all is kept in memory.
+    resume
+        Whether to go on with what is in `store`, to the bit as if it had not been interrupted; `times` and `obs` may have grown at
+        their ends. Where there is no store yet, it is begun.
+    overwrite
+        Whether to begin anew where there is one.
+    error, guidance, guidance_options, likelihood, sampler, sampler_options, schedule, steps, batch_size, device
+        As in `assimilate`.
+    members
+        Ensemble size. None: that of `initial`, or 16. For a filter `initial` must be an ensemble.
+    seed
+        Key of the random numbers, with time and member; None draws one and records it in the result.
+    background
+        For a `GenerativeModel`, what it conditions on. 'control': one forecast from the mean of the analysis; all members of the background are
+        this one. 'mean': the mean of forecasts from all members. 'members': each member its own forecast, which counts the error
+        of the forecast twice, in their spread and in the model, unless the model is made for that. With the first two the
+        members of a Gaussian analysis are moved so that their mean is the exact one.
+    inflation, rtpp, rtps
+        For a `GenerativeModel` with 'mean' (relaxation only) or 'members'; as in `LETKF`, which has its own.
+    guard
+        When the run counts as diverged, and what is done then: a `DivergenceGuard`, 'default' for its defaults; None never.
+    background_check
+        As in `assimilate`; 'auto' is 5 for a filter.
+    quality, representativeness, lapse_rate, operators
+        As in `assimilate`.
+    progress
+        True or False; None shows a bar in notebooks and terminals.
+
+    Returns
+    -------
+    xarray.Dataset
+        The variables of the state along (time, stage, member, ...), with ``stage`` 'background' and 'analysis': ``.sel(stage="analysis")`` is
+        what `assimilate` returns. Along time also `spread` (by stage and ``field``, the variables of the state), `innovation_mean` and
+        `innovation_rms` (by ``observed``), `chi2`, `observations_used`, `observations_given`, `inflation` and `notice`. From `store` it is
+        opened lazily.
+
+    Raises
+    ------
+    DivergenceError
+        If the run diverges, or a forecast returns what is not finite. It carries the cycles before as `result`.
+    OutputExistsError
+        If `store` exists, and neither `resume` nor `overwrite` is asked for, or another process writes to it.
+    OptionError
+        If a store is resumed with other data or options; the message lists what differs.
+    ObservationError, StateError, GridError, CoordinateError
+        Before anything is computed, as `assimilate`; and where a forecast returns something else than a state.
+
+    See Also
+    --------
+    assimilate : one analysis.
+    open_cycles : what is in a store.
+
+    Notes
+    -----
+    A window without observations that can be used leaves the forecast as analysis, without inflation; `notice` says so. Variables that a
+    `GenerativeModel` does not know keep their background. Observations count as of the centre of their window.
+
+    References
+    ----------
+    Hunt, B. R. et al. (2007), Physica D 230, 112-126. Whitaker, J. S. and Hamill, T. M. (2012), Mon. Weather Rev. 140, 3078-3089.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> from xgenda.forecasts import persistence
+    >>> background = xgenda.tutorial.open_dataset("europe-t2m-forecast").isel(latitude=slice(None, None, 8), longitude=slice(None, None, 8))
+    >>> stations = xgenda.tutorial.open_dataset("europe-synop")[["t2m"]].isel(obs=slice(0, 200))
+    >>> run = xgenda.cycle(
+    ...     background.isel(time=0), stations, forecast=persistence("6h"), error=1.0, lapse_rate=0.0065, members=4, seed=0,
+    ...     model=xgenda.gaussian_prior(background, length_scale=200e3, std=1.9), times=background.time,
+    ... )
+    >>> dict(run.t2m.sizes)
+    {'time': 1, 'stage': 2, 'member': 4, 'latitude': 13, 'longitude': 21}
+    """
+    for name, flag in (("resume", resume), ("overwrite", overwrite)):
+        check_flag(name, flag)
+    if store is None and (resume or overwrite):
+        raise OptionError(f"{'resume' if resume else 'overwrite'}=True needs a store: store='run.zarr'")
+    if resume and overwrite:
+        raise OptionError("resume=True and overwrite=True exclude each other; leave one out.")
+    if not callable(forecast):
+        raise OptionError(
+            f"forecast is a {type(forecast).__name__}; a function from a Dataset to a Dataset a step later is needed, for example "
+            f"xgenda.forecasts.persistence('6h')"
+        )
+    if guard == "default":
+        guard = DivergenceGuard()
+    if guard is not None and not isinstance(guard, DivergenceGuard):
+        raise OptionError(f"guard={guard!r} is not accepted; give xgenda.DivergenceGuard(...), 'default' or None.")
+    resolve_device(device)
+    relaxation = Inflation(inflation, rtpp, rtps)
+    path = None if store is None else storage.check_path(store)
+    if path is not None and resume and path.exists() and seed is None:
+        seed = int(storage.read_record(path)["seed"])
+    drawn = engine.check_seed(seed)
+    chosen = None if isinstance(model, LETKF) else model
+    filtered = isinstance(model, LETKF)
+    count = None if members is None else len(engine.check_members(members))
+    frame, state = read_initial(initial, count, otherwise=None if filtered else MEMBERS)
+    clash = [n for n in map(str, frame.template.variables) if n in RESERVED]
+    if clash:
+        raise OptionError(
+            f"initial has a variable {clash[0]!r}, a name that the result has for something else; rename it: "
+            f"initial.rename({clash[0]}='my_{clash[0]}')"
+        )
+    moments = _times(times, window, frame, obs)
+    width = window if window is not None else _shortest(moments)
+    asked = SamplingOptions(
+        guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
+    )
+    template = _all_times(frame, moments)
+    setup = prepare(
+        template, obs, chosen, error, width, None if filtered else background_check, quality, representativeness,
+        lapse_rate, operators, any_model=not filtered, masked=filtered,
+    )  # fmt: skip
+    analyst: Analyst
+    if isinstance(model, LETKF):
+        asked.refuse_all_but((), "a filter draws nothing")
+        if background != "control":
+            raise OptionError(f"background={background!r} has no effect: a filter has its ensemble. Leave it out.")
+        if relaxation != Inflation():
+            raise OptionError(
+                f"A filter has its own inflation: model=xgenda.LETKF(inflation={inflation!r}, rtpp={rtpp!r}, rtps={rtps!r}, ...)"
+            )
+        check_filter(setup, model, len(frame.numbers))
+        analyst = FilterAnalyst(frame, setup, model, ensemble_threshold(background_check), drawn)
+    else:
+        check_choice("background", background, BACKGROUNDS)
+        analyst = ModelAnalyst.of(frame, setup, background, relaxation, asked, drawn, device)
+    restart = None if guard is None else _restart_states(guard, frame)
+    described = {
+        "model": analyst.described(),
+        "members": len(frame.numbers),
+        "seed": drawn,
+        "window": str(width),
+        **summary_of(error, quality, representativeness, lapse_rate, operators),
+        "background_check": analyst.threshold,
+        "guard": None if guard is None else guard.described(),
+    }
+    outline = Outline(frame, setup, moments, _attributes(frame, described))
+    plan = _Plan(frame, setup, analyst, forecast, moments, drawn, guard, restart)
+    record = {"options": described, "content": {"initial": frame.digest(state)}, "seed": drawn}
+    total = len(moments)
+    with ExitStack() as stack:
+        kept: Memory | Stored
+        if path is None:
+            kept = Memory(outline)
+        else:
+            stack.enter_context(storage.locked(path))
+            kept = Stored.of(outline, path, record, resume=resume, overwrite=overwrite)
+        first = kept.done
+        bar = engine.progress_bar(total, progress, "cycling")
+        advance = stack.enter_context(bar)
+        advance(first)
+        if first:
+            state = kept.last_analysis()
+        for t, _ in enumerate(_run(plan, state, kept), start=first):
+            advance(1)
+            bar.note(f"{setup.labels[t][:16]}, chi2 {kept.chi2[-1]:.2f}")
+        result = kept.result()
+    _warn_of_run(result, total, plan)
+    return result
+
+
+def _run(plan: _Plan, state: Arrays, kept: Memory | Stored) -> Iterator[None]:
+    """Go through the cycles that are left, and keep each."""
+    frame, guard = plan.frame, plan.guard
+    if kept.done:
+        now = plan.times[kept.done - 1]
+    else:
+        now, state = frame.template[frame.time].values[()], plan.analyst.from_forecast(state)
+    for t in range(kept.done, len(plan.times)):
+        label = str(plan.setup.labels[t])
+        where = f"Cycle {t} of {len(plan.times)} ({label[:19]})"
+        state = _to(plan, state, now, plan.times[t], where, kept)
+        now = plan.times[t]
+        _refuse_broken(plan, state, "the forecast", where, t, kept)
+        step = plan.analyst.analyse(t, state)
+        notice = 0
+        why = None if guard is None else guard.lost([*kept.chi2_since_restart(), step.chi2])
+        if why is not None and plan.restart is not None and guard is not None and kept.restarts() < guard.most:
+            warnings.warn(f"{where}: {why}. It goes on from states of DivergenceGuard(restart=...).", stacklevel=4)
+            state, why = _others(plan, label), None
+            step = plan.analyst.analyse(t, state)
+            notice |= RESTARTED
+        notice |= SUSPECT if step.chi2 > (SUSPICIOUS if guard is None else guard.chi2) else 0
+        notice |= EMPTY if not step.used else 0
+        _refuse_broken(plan, step.analysis, "the analysis", where, t, kept)
+        kept.keep(t, state, step, notice)
+        if why is not None:
+            raise DivergenceError(
+                f"{where}: the run has diverged: {why}. Raise the inflation (xgenda.LETKF(inflation=1.05) or rtps=0.5), localise, check the "
+                f"errors of the observations, or go on from other states: guard=xgenda.DivergenceGuard(restart=climatology). "
+                f"guard=None turns this off.",
+                t,
+                kept.result(),
+            )
+        state = step.analysis
+        yield
+
+
+def _refuse_broken(plan: _Plan, state: Arrays, what: str, where: str, cycle: int, kept: Memory | Stored) -> None:
+    """Stop where a state is no state."""
+    problem = plan.frame.missing(state)
+    advice = "Shorter time steps of the forecast, or more inflation and localisation, may help."
+    if problem is None and plan.guard is not None:
+        problem = plan.guard.beyond(state)
+    if problem is not None:
+        raise DivergenceError(f"{where}: {what} is broken: {problem}. {advice}", cycle, kept.result())
+
+
+def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Memory | Stored) -> Arrays:
+    """Return the forecast of all members at a time."""
+    frame = plan.frame
+    first = now
+    while now < target:
+        given = plan.analyst.to_forecast(state)
+        few = (
+            frame
+            if len(next(iter(given.values()))) == len(frame.numbers)
+            else dataclasses.replace(frame, numbers=frame.numbers[:1])
+        )
+        try:
+            out = plan.forecast(few.dataset(given, now))
+        except Exception as problem:
+            problem.add_note(f"In xgenda.cycle: {where}, forecast from {now}.")
+            raise
+        found = few.read(
+            out,
+            "What forecast returned",
+            call="A forecast of one member at a time needs an adapter: xgenda.forecasts.by_member(forecast)",
+        )
+        later = np.ravel(out.variables[frame.time].values) if frame.time in out.variables else None
+        if later is None or len(later) != 1 or not later[0] > now or later[0] > target:
+            step = (
+                f"numpy.timedelta64({(target - first) // np.timedelta64(1, 's')}, 's')"
+                if isinstance(target, np.datetime64)
+                else "step"
+            )
+            raise StateError(
+                f"{where}: the forecast from {now} returned the time {'none' if later is None else ', '.join(map(str, later))}; it must be "
+                f"later, and not beyond the next analysis at {target}. Set it: out.assign_coords({frame.time}=ds.{frame.time} + {step})"
+            )
+        state, now = plan.analyst.from_forecast(found), later[0]
+        _refuse_broken(plan, state, f"the forecast for {now}", where, kept.done, kept)
+    return state
+
+
+def _others(plan: _Plan, label: str) -> Arrays:
+    """Return some states of the guard's sample, drawn by seed and time."""
+    assert plan.restart is not None
+    size = len(next(iter(plan.restart.values())))
+    rng = np.random.default_rng(seed_for(plan.seed, label, -2))
+    some = np.sort(rng.choice(size, len(plan.frame.numbers), replace=False))
+    return plan.analyst.from_forecast({n: v[some].copy() for n, v in plan.restart.items()})
+
+
+def _restart_states(guard: DivergenceGuard, frame: Frame) -> Arrays | None:
+    """Return the sample of the guard, checked."""
+    for name in guard.limits or {}:
+        if name not in frame.names:
+            raise OptionError(
+                f"DivergenceGuard: limits names {name!r}, which is no variable of the state; it has {', '.join(map(repr, frame.names))}."
+            )
+    if guard.restart is None:
+        return None
+    dim = metadata.find_member(guard.restart) or metadata.find_time(guard.restart)
+    if dim is None or dim not in guard.restart.dims:
+        raise OptionError(
+            "DivergenceGuard: restart has neither a dimension 'member' nor 'time' along which states could be drawn."
+        )
+    found = frame.read(guard.restart.compute(), "DivergenceGuard: restart", sample=dim)
+    size = guard.restart.sizes[dim]
+    if size < len(frame.numbers):
+        raise OptionError(
+            f"DivergenceGuard: restart has {size} states, and the cycle has {len(frame.numbers)} members; give as many."
+        )
+    return found
+
+
+def _times(given: Any, window: Any, frame: Frame, obs: Observations) -> np.ndarray:
+    """Return the analysis times."""
+    start = frame.template[frame.time].values[()]
+    if given is None:
+        if window is None:
+            raise OptionError(
+                "times or window is needed: times=pandas.date_range('2020-01-01', periods=8, freq='6h'), or window='6h'"
+            )
+        return _every(parse_window(window), start, obs)
+    values = np.atleast_1d(np.asarray(given.values if isinstance(given, (xr.DataArray, pd.Index, pd.Series)) else given))
+    if values.dtype.kind in "UO" and not (values.dtype.kind == "O" and len(values) and hasattr(values[0], "calendar")):
+        try:
+            values = pd.to_datetime(values).values
+        except (ValueError, TypeError):
+            values = np.zeros(0)
+    if values.ndim != 1 or not len(values) or values.dtype.kind not in "MO":
+        raise OptionError(
+            f"times={given!r} is not accepted; give the analysis times: times=pandas.date_range('2020-01-01', periods=8, freq='6h')"
+        )
+    if values.dtype.kind == "M":
+        values = values.astype("datetime64[ns]")
+    if values.dtype.kind != frame.template[frame.time].dtype.kind:
+        raise CoordinateError(
+            f"times are {type(values[0]).__name__} and the time of initial is {type(start).__name__}; use one calendar."
+        )
+    if not (values[1:] > values[:-1]).all():
+        raise OptionError("times must ascend and not repeat: times=numpy.unique(times)")
+    if values[0] < start:
+        raise OptionError(f"times begin at {values[0]}, before initial, which is of {start}. Leave out those before it.")
+    return values
+
+
+def _every(width: np.timedelta64, start: Any, obs: Observations) -> np.ndarray:
+    """Return times every `width` to the last observation."""
+    seen = []
+    for item in obs if isinstance(obs, (list, tuple)) else [obs]:
+        container = None if item is None else open_container(item, "obs")
+        if container is not None and container.time is not None:
+            found = np.ravel(decoded(container.ds[container.time], "obs"))
+            seen.append(found[~pd.isnull(found)])
+    moments = np.concatenate(seen) if seen else np.zeros(0)
+    if not len(moments):
+        raise OptionError("times is needed where obs has none: times=pandas.date_range('2020-01-01', periods=8, freq='6h')")
+    one = width if isinstance(start, np.datetime64) else width.astype("timedelta64[us]").item()
+    first, last = moments.min(), moments.max()
+    begin = start if first < start + one / 2 else start + one
+    count = int(np.floor((last - begin) / one + 0.5)) + 1
+    if count < 1:
+        raise OptionError(f"obs end at {last}, before the first analysis time {begin}. Give later ones, or times.")
+    return np.array([begin + k * one for k in range(count)])
+
+
+def _shortest(times: np.ndarray) -> Any:
+    """Return the shortest spacing of times; None for a single one."""
+    if len(times) < 2:
+        return None
+    return pd.Timedelta(seconds=float(metadata.seconds_between(times).min()))
+
+
+def _all_times(frame: Frame, times: np.ndarray) -> xr.Dataset:
+    """Return the template at all times, whose values are those of the first, without copies."""
+    template, dim = frame.template, frame.time
+    fields = {
+        n: xr.Variable(
+            (dim, *frame.dims[n]), np.broadcast_to(template[n].values, (len(times), *template[n].shape)), template[n].attrs
+        )
+        for n in frame.names
+    }
+    others = template.drop_vars([*frame.names, dim])
+    return others.assign_coords({dim: (dim, times, template[dim].attrs)}).assign(fields)
+
+
+def _attributes(frame: Frame, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes of the result: those of the initial state, history and provenance."""
+    flat = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in described.items()}
+    call = f"cycle(model={described['model']}, members={described['members']}, seed={described['seed']})"
+    return dict(frame.template.attrs) | metadata.provenance_attrs(frame.template, call, flat)
+
+
+def _warn_of_run(result: xr.Dataset, total: int, plan: _Plan) -> None:
+    """Say once what a user should know of the run."""
+    notice, used, given = (result[n].values for n in ("notice", "observations_used", "observations_given"))
+    empty = int(((notice & EMPTY) > 0).sum())
+    if empty:
+        first = metadata.time_labels(result["time"])[int(np.flatnonzero(notice & EMPTY)[0])][:16]
+        warnings.warn(
+            f"In {empty} of {total} cycles no observation could be used, first at {first}: the analysis is the forecast. See the variable notice.",
+            stacklevel=3,
+        )
+    suspect = int(((notice & SUSPECT) > 0).sum())
+    refused = int(given.sum() - used.sum())
+    if suspect > max(2, total / 4) or refused > max(MANY, REJECTED * given.sum()):
+        warnings.warn(
+            f"{refused} of {int(given.sum())} observations were not used, and in {suspect} of {total} cycles squared innovations were more than "
+            f"{plan.guard.chi2 if plan.guard else SUSPICIOUS:g} times what their errors let expect. See the variables chi2 and innovation_mean.",
+            stacklevel=3,
+        )
+    located = plan.setup.located
+    outside = 0 if located is None else int((located.table.code == Quality.WINDOW).sum())
+    if located is not None and outside > max(MANY, REJECTED * len(located.table)):
+        warnings.warn(
+            f"{outside} of {len(located.table)} observations fall in no window of the {total} analysis times and are not used. Widen it: "
+            f"window=..., or give more times.",
+            stacklevel=3,
+        )

@@ -1,0 +1,271 @@
+"""One state of an ensemble as arrays, and back: what goes round in a cycle of forecasts and analyses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xgenda import metadata, states
+from xgenda.errors import CoordinateError, GridError, OptionError, StateError, did_you_mean
+from xgenda.grids import Grid
+from xgenda.states import State
+
+#: Part of the largest absolute value by which coordinates of a forecast may differ: rounding of single precision.
+ROUNDING = 1e-6
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What all states of one cycle have in common.
+
+    Attributes
+    ----------
+    template
+        A Dataset of one time (a scalar coordinate) and one member, with all that does not change.
+    state
+        The template as channels.
+    names
+        Variables of the state; all others stay as they are.
+    dims
+        Of each variable, without members.
+    masks
+        Where a variable holds values, for those that do not everywhere.
+    time, member
+        Names of the coordinate and the dimension.
+    numbers
+        Of the members.
+    """
+
+    template: xr.Dataset
+    state: State
+    names: tuple[str, ...]
+    dims: Mapping[str, tuple[str, ...]]
+    masks: Mapping[str, np.ndarray]
+    time: str
+    member: str
+    numbers: np.ndarray
+
+    @property
+    def places(self) -> dict[str, tuple[str, int | None]]:
+        """Variable and position on its levels of each channel."""
+        out: dict[str, tuple[str, int | None]] = {n: (n, None) for n in self.names if n not in self.state.verticals}
+        for name, vertical in self.state.verticals.items():
+            out |= {c: (name, i) for i, c in enumerate(vertical.channels(name))}
+        return out
+
+    def read(self, ds: object, argument: str, *, sample: str | None = None, call: str = "") -> Arrays:
+        """Return the variables of a state of all members, shape (members, ...) each, in the order of the template.
+
+        Parameters
+        ----------
+        ds
+            What a forecast returned, or a sample of states.
+        argument
+            Its name in messages.
+        sample
+            Dimension of the sample; None: the members of the frame.
+        call
+            The line that helps where the dimension is missing.
+
+        Raises
+        ------
+        StateError, GridError, OptionError
+            If variables are missing, or are on other dimensions or coordinates.
+        """
+        if not isinstance(ds, xr.Dataset):
+            raise OptionError(f"{argument} is a {type(ds).__module__}.{type(ds).__name__}; an xarray Dataset is needed.")
+        lead = sample or self.member
+        out: Arrays = {}
+        for name in self.names:
+            if name not in ds.variables:
+                known = [str(n) for n in ds.data_vars]
+                raise StateError(
+                    f"{argument} lacks the variable {name!r} of the state; it has {', '.join(map(repr, known)) or 'none'}."
+                    f"{did_you_mean(name, known)}"
+                )
+            variable = ds.variables[name]
+            extra = [d for d in variable.dims if d not in (*self.dims[name], lead)]
+            if extra and all(variable.sizes[d] == 1 for d in extra):
+                variable = variable.isel(dict.fromkeys(extra, 0))
+            if lead not in variable.dims:
+                raise StateError(f"{argument}[{name!r}] has dimensions {variable.dims} and lacks {lead!r}. {call}".rstrip())
+            if set(variable.dims) != {lead, *self.dims[name]}:
+                raise StateError(
+                    f"{argument}[{name!r}] has dimensions {variable.dims}; {(lead, *self.dims[name])} are needed, in any order."
+                )
+            values = variable.transpose(lead, *self.dims[name]).values
+            shape = self.template.variables[name].shape
+            if values.shape[1:] != shape or (sample is None and len(values) != len(self.numbers)):
+                raise GridError(
+                    f"{argument}[{name!r}] has shape {values.shape} along {(lead, *self.dims[name])}; {(len(self.numbers), *shape)} is needed."
+                )
+            out[name] = values.astype(self.template.variables[name].dtype, copy=False)
+        for dim in {d for n in self.names for d in self.dims[n]}:
+            mine, theirs = (x.variables[dim].values if dim in x.variables else None for x in (self.template, ds))
+            if mine is None or theirs is None or mine.dtype.kind not in "fiu":
+                continue
+            if np.abs(mine - theirs).max() > ROUNDING * np.abs(mine).max():
+                raise GridError(
+                    f"{argument} is on another grid than the initial state: its {dim!r} goes from {theirs[0]:.6g} to {theirs[-1]:.6g}, and that of "
+                    f"initial from {mine[0]:.6g} to {mine[-1]:.6g}. Interpolate: out.interp_like(ds), or sort it back."
+                )
+        return out
+
+    def missing(self, arrays: Arrays) -> str | None:
+        """Return where values are not finite and should be, in words; None where all is well."""
+        for name, values in arrays.items():
+            fine = np.isfinite(values)
+            if name in self.masks:
+                fine = fine | ~self.masks[name]
+            if not fine.all():
+                bad = np.flatnonzero(~fine.reshape(len(fine), -1).all(1))
+                return f"{name!r} is not finite in {len(bad)} of {len(values)} members, first in member {self.numbers[bad[0]]}"
+        return None
+
+    def dataset(self, arrays: Arrays, time: Any) -> xr.Dataset:
+        """Return a state of all members as a Dataset, as forecasts get it."""
+        template = self.template
+        data = {str(n): (self.member, *self.dims[str(n)]) if n in arrays else None for n in template.data_vars}
+        variables = {
+            n: template.variables[n] if dims is None else (dims, arrays[n], template.variables[n].attrs)
+            for n, dims in data.items()
+        }
+        coords: dict[str, Any] = {str(n): template.variables[n] for n in template.coords if n != self.time}
+        coords[self.member] = (self.member, self.numbers, metadata.MEMBER_ATTRS)
+        coords[self.time] = ((), time, template.variables[self.time].attrs)
+        return xr.Dataset(variables, coords, template.attrs)
+
+    def fields(self, arrays: Arrays, channel: str) -> np.ndarray:
+        """Return a channel of all members, shape (members, rows, columns), as the user has it."""
+        name, level = self.places[channel]
+        values = self._leveled(name, arrays[name])
+        return values[:, 0 if level is None else level]
+
+    def replace(self, arrays: Arrays, channels: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the arrays with some channels, shape (members, rows, columns) each, replaced."""
+        out = {n: v.copy() for n, v in arrays.items()}
+        for channel, values in channels.items():
+            name, level = self.places[channel]
+            self._leveled(name, out[name])[:, 0 if level is None else level] = values
+        return out
+
+    def _leveled(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return a view of the array of a variable with the axes (members, levels, rows, columns)."""
+        horizontal = [self.state.ds.sizes[d] for d in self.state.layout.dims]
+        levels = len(self.state.verticals[name].values) if name in self.state.verticals else 1
+        return values.reshape(len(values), levels, *horizontal)
+
+    def spread(self, arrays: Arrays) -> list[float]:
+        """Return the root mean variance of each variable over its area and levels."""
+        grid = self.state.grid
+        out = []
+        for name in self.names:
+            variance = self._leveled(name, arrays[name].astype(np.float64)).var(0, ddof=1)
+            weight = self.state.orientation.from_model(grid.areas()) if isinstance(grid, Grid) else np.ones(variance.shape[1:])
+            weight = np.where(np.isfinite(variance), weight, 0.0)
+            out.append(float(np.sqrt((np.nan_to_num(variance) * weight).sum() / weight.sum())))
+        return out
+
+    def digest(self, arrays: Arrays) -> str:
+        """Return a checksum of a state and of all that stays as it is."""
+        found = hashlib.sha256()
+        for name in self.names:
+            found.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+            found.update(np.ascontiguousarray(arrays[name]).tobytes())
+        for name in sorted(map(str, {d for n in self.names for d in self.dims[n]})):
+            if name in self.template.variables:
+                found.update(np.ascontiguousarray(self.template.variables[name].values).tobytes())
+        return found.hexdigest()
+
+
+def read_initial(initial: xr.Dataset | xr.DataArray, members: int | None, otherwise: int | None = None) -> tuple[Frame, Arrays]:
+    """Return the frame of a cycle and its first state, with as many members as it has or is to have.
+
+    Parameters
+    ----------
+    initial
+        One time, with or without members.
+    members
+        Their number.
+    otherwise
+        Their number where that is None and `initial` is a single state, of which all members are then copies; None: such is refused.
+
+    Raises
+    ------
+    CoordinateError, StateError, OptionError
+        If there are several times or none, or no variables on the grid.
+    """
+    ds = metadata.as_dataset(initial, "initial").compute()
+    time = metadata.find_time(ds)
+    if time is None:
+        raise CoordinateError(
+            "initial has no time; say of when it is: initial.assign_coords(time=numpy.datetime64('2020-01-01T00:00'))"
+        )
+    if ds[time].size != 1:
+        raise CoordinateError(
+            f"initial has {ds[time].size} times, and a cycle starts from one; select it: initial.isel({ds[time].dims[0]}=-1)"
+        )
+    ds = ds.squeeze(ds[time].dims) if ds[time].ndim else ds
+    metadata.time_labels(ds[time])
+    member = metadata.find_member(ds)
+    count = ds.sizes[member] if member else None
+    if count == 0:
+        raise StateError(f"initial: dimension {member!r} is empty.")
+    if count is not None and members not in (None, count):
+        raise OptionError(
+            f"members={members} is not accepted: initial has {count}. Leave it out, or select: initial.isel({member}=...)"
+        )
+    if count is None and otherwise is None:
+        raise OptionError(
+            "A filter needs an ensemble to begin with, and initial has no dimension 'member'. Give one, such as states of other times: "
+            "initial = xarray.concat([ds.isel(time=t, drop=True) for t in ...], 'member').assign_coords(time=...)"
+        )
+    template = ds if member is None else ds.isel({member: 0}, drop=True)
+    state = states.enter(template, "initial")
+    channels = metadata.data_variables(state.ds, state.layout)
+    chosen = [n for n in state.variables(channels) if ds[n].dtype.kind == "f" and (member is None or member in ds[n].dims)]
+    if not chosen:
+        raise StateError(
+            f"initial has no variable of real numbers on {' and '.join(map(repr, state.layout.dims))}"
+            + (f" with {member!r}." if member else ".")
+        )
+    metadata.check_dims(state.ds, [c for c in channels if c in _channels_of(state, chosen)], state.layout, "initial")
+    dims = {n: tuple(str(d) for d in ds[n].dims if d != member) for n in chosen}
+    dims = {n: _levels_first(d, state, n) for n, d in dims.items()}
+    template = template.assign({n: template[n].transpose(*dims[n]) for n in chosen})
+    size = count or members or otherwise or 1
+    values = {
+        n: ds[n].transpose(member, *dims[n]).values.copy()
+        if member
+        else np.repeat(template[n].values[None], size, axis=0)
+        for n in chosen
+    }  # fmt: skip
+    masks = {n: np.isfinite(v).all(0) for n, v in values.items() if not np.isfinite(v).all()}
+    numbers = ds[member].values if member is not None and member in ds.coords else np.arange(size)
+    frame = Frame(template, state, tuple(chosen), dims, masks, time, member or "member", numbers)
+    for name, mask in masks.items():
+        if np.isinf(values[name]).any() or not np.isnan(values[name][:, ~mask]).all():
+            raise StateError(
+                f"initial[{name!r}] holds NaN or infinity in some members where others have values. Fill or drop them."
+            )
+        if not mask.any():
+            raise StateError(f"initial[{name!r}] is NaN everywhere. Drop it: initial.drop_vars({name!r})")
+    return frame, values
+
+
+def _channels_of(state: State, names: list[str]) -> set[str]:
+    """Return the channels of some variables."""
+    return {c for n in names for c in (state.verticals[n].channels(n) if n in state.verticals else [n])}
+
+
+def _levels_first(dims: tuple[str, ...], state: State, name: str) -> tuple[str, ...]:
+    """Return the dimensions of a variable with those of the grid last."""
+    horizontal = [d for d in state.layout.dims if d in dims]
+    return (*(d for d in dims if d not in horizontal), *horizontal)

@@ -1,0 +1,218 @@
+"""One analysis of an ensemble by a filter: quality control, what is observed of each member, the update, rotation and relaxation."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xgenda import chunking, states
+from xgenda.diffusion.noise import seed_for
+from xgenda.errors import ChunkingError, OptionError, StateError, check_choice
+from xgenda.filters import LETKF, find_neighbours, random_rotation, rotated, transform
+from xgenda.observations.containers import ErrorLike, Observations
+from xgenda.observations.correlations import whitened
+from xgenda.observations.operators import Located
+from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
+from xgenda.operators import AnyOperator
+from xgenda.preparation import Prepared, observed_state, prepare
+
+#: Background check of an ensemble, whose own spread is only an estimate.
+ENSEMBLE_THRESHOLD = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Departures:
+    """What the observations of one time say of the background.
+
+    Attributes
+    ----------
+    code
+        `Quality` of each, shape (m,).
+    innovation, error, spread
+        O - B with the mean of the background; standard deviations of observation and background, shapes (m,).
+    """
+
+    code: np.ndarray
+    innovation: np.ndarray
+    error: np.ndarray
+    spread: np.ndarray
+
+
+def ensemble_threshold(check: float | str | None) -> float | None:
+    """Return the threshold of the background check of a filter."""
+    if check is None:
+        return None
+    if isinstance(check, str):
+        check_choice("background_check", check, ("auto",))
+        return ENSEMBLE_THRESHOLD
+    if isinstance(check, bool) or not isinstance(check, numbers.Real) or not np.isfinite(check) or check <= 0:
+        raise OptionError(f"background_check={check!r} is not accepted; give a positive number, 'auto' or None.")
+    return float(check)
+
+
+def check_filter(setup: Prepared, filter: LETKF, members: int) -> None:
+    """Refuse what a filter cannot do, before anything is computed."""
+    if members < 2:
+        raise OptionError(f"A filter needs an ensemble, and ds has {members} member; give at least 2, and rather 20 to 100.")
+    located = setup.located
+    if located is not None and filter.localization is not None and bool((located.table.correlation >= 0).any()):
+        raise OptionError(
+            "Errors that depend on each other (ErrorCovariance) and localization exclude each other. Type model=xgenda.LETKF() for a "
+            "global filter, or give standard deviations and thin: quality=xgenda.QualityControl(thin=50e3)"
+        )
+    if filter.localization is not None and located is not None and len(located.table):
+        find_neighbours(
+            setup.state.grid, located.table.latitude[:1], located.table.longitude[:1], filter.localization, wraps=filter.wraps
+        )
+
+
+def analyse(
+    setup: Prepared,
+    located: Located | None,
+    filter: LETKF,
+    fields: list[np.ndarray],
+    threshold: float | None,
+    seed: int,
+    label: str,
+) -> tuple[list[np.ndarray], Departures]:
+    """Return the analysis of one time, and what its observations say.
+
+    Parameters
+    ----------
+    setup
+        Of the call.
+    located
+        The observations of this time, or None.
+    filter
+        The method.
+    fields
+        Background of each channel, shape (members, rows, columns), in the order and units of the user. What is NaN must be so in all members
+        and is left alone.
+    threshold
+        Of the background check.
+    seed, label
+        Key of the random rotation.
+
+    Returns
+    -------
+    list
+        The analysis of each channel, float64; the background itself where no observation is used.
+    Departures
+        Over all of `located`.
+    """
+    nothing = np.zeros(0)
+    if located is None or not len(located.table):
+        return fields, Departures(nothing.astype(np.uint8), nothing, nothing, nothing)
+    wet = [np.isfinite(f).all(0) for f in fields]
+    if not all(w.all() for w in wet):
+        fields = [np.where(w, f, 0.0) for w, f in zip(wet, fields, strict=True)]
+    inflated = [filter.relaxation.before(f.astype(np.float64)) for f in fields]
+    state = observed_state(setup, inflated)
+    seen = located.operator(state)
+    departures = _check(located, seen, threshold, setup.quality)
+    used = np.flatnonzero(departures.code == Quality.USED)
+    if not len(used):
+        analysis = [np.asarray(f, dtype=np.float64) for f in fields]
+    else:
+        some = located.take(used)
+        operator, value, variance = whitened(some.table, some.operator, some.time_index)
+        if operator is not some.operator:
+            seen = operator(state)
+        else:
+            seen = seen[:, used]
+        neighbours = None
+        if filter.localization is not None:
+            neighbours = find_neighbours(
+                setup.state.grid, some.table.latitude, some.table.longitude, filter.localization, wraps=filter.wraps
+            )
+        orientation = setup.state.orientation
+        stacked = np.stack([orientation.to_model(f) for f in inflated], 1)
+        flat = transform(stacked.reshape(*stacked.shape[:2], -1), seen, value, variance, neighbours)
+        whole = orientation.from_model(flat.reshape(stacked.shape))
+        relaxed = filter.relaxation.after(whole, np.stack(inflated, 1))
+        if filter.rotation:
+            rng = np.random.default_rng(seed_for(seed, label, -1))
+            relaxed = rotated(relaxed, random_rotation(len(relaxed), rng))
+        analysis = [relaxed[:, c] for c in range(relaxed.shape[1])]
+    return [np.where(w, a, np.nan) if not w.all() else a for w, a in zip(wet, analysis, strict=True)], departures
+
+
+def _check(located: Located, seen: np.ndarray, threshold: float | None, quality: QualityControl) -> Departures:
+    """Return codes after the background and buddy checks, by what each member lets expect."""
+    table = located.table
+    code = table.code.copy()
+    mean, spread = seen.mean(0), seen.std(0, ddof=1)
+    sigma = np.where(np.isfinite(table.error), table.error, 0.0)
+    code[(code <= Quality.PASSIVE) & ~np.isfinite(mean)] = Quality.OPERATOR
+    fine = np.flatnonzero(code <= Quality.PASSIVE)
+    if threshold is not None:
+        bad = background_check(table.value[fine], sigma[fine], mean[fine], spread[fine], threshold)
+        code[fine[bad]] = Quality.BACKGROUND
+    if quality.buddy is not None:
+        for variable in np.unique(table.variable[fine]):
+            among = np.flatnonzero((table.variable == variable) & (code <= Quality.PASSIVE))
+            bad = buddy_check(
+                table.latitude[among], table.longitude[among], (table.value - mean)[among], sigma[among], spread[among],
+                float(quality.buddy), float(quality.buddy_radius),
+            )  # fmt: skip
+            code[among[bad]] = Quality.BUDDY
+    return Departures(code, table.value - mean, sigma, spread)
+
+
+def prepare_ensemble(
+    ds: xr.Dataset,
+    obs: Observations,
+    error: ErrorLike,
+    window: Any,
+    check: float | str | None,
+    quality: QualityControl | None,
+    representativeness: float | Mapping[str, float] | None,
+    lapse_rate: float | Mapping[str, float] | None,
+    operators: Mapping[str, AnyOperator] | None,
+    first_guess: xr.Dataset | xr.DataArray | None,
+) -> tuple[Prepared, states.State, str, float | None]:
+    """Check the input of one call of `assimilate` with a filter.
+
+    Returns
+    -------
+    tuple
+        The setup of the first member, the ensemble, its dimension, and the threshold of the background check.
+    """
+    ensemble = states.enter(ds)
+    member = ensemble.layout.member
+    if member is None or member not in ds.dims:
+        raise OptionError(
+            "A filter needs an ensemble as background, and ds has no dimension 'member'. Give one, or a model of its errors: "
+            "model=xgenda.gaussian_prior(ds, length_scale=300e3, std=2.0)"
+        )
+    one = ds.isel({member: 0}, drop=True)
+    setup = prepare(
+        one, obs, None, error, window, None, quality, representativeness, lapse_rate, operators, first_guess,
+        any_model=False, masked=True,
+    )  # fmt: skip
+    if chunking.is_chunked(setup.arrays):
+        raise ChunkingError("A filter works on fields in memory, and ds is chunked; type ds.compute().")
+    for name in setup.variables.values():
+        if member not in ensemble.ds[name].dims:
+            raise StateError(f"ds[{name!r}] has no dimension {member!r}, and others have; drop it: ds.drop_vars({name!r})")
+        lead = [d for d in (setup.time, member) if d in ensemble.ds[name].dims]
+        values = ensemble.ds[name].transpose(*lead, ...).values
+        _check_members(values.reshape(-1, *values.shape[len(lead) :]), ds.sizes[member], name)
+    return setup, ensemble, member, ensemble_threshold(check)
+
+
+def _check_members(values: np.ndarray, members: int, name: str) -> None:
+    """Refuse infinity, and NaN that not all members share at all times; values are (times * members, ...)."""
+    there = np.isfinite(values)
+    odd = (np.isinf(values) | (there != there.any(0))).reshape(len(there), -1).any(1)
+    if odd.any():
+        found = np.unique(np.flatnonzero(odd) % members)
+        raise StateError(
+            f"ds[{name!r}] holds NaN or infinity in {len(found)} of {members} members where others, or other times, have values, first in "
+            f"member {found[0]}. Drop those members, or fill them: ds.fillna(...)"
+        )

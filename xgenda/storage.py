@@ -1,0 +1,313 @@
+"""The Zarr store of a cycle: what a run leaves on disk, whole up to its last cycle whatever happens, so that it can go on.
+
+A store is a folder, a Zarr group of format 2 (which all versions of zarr read) without compression, with all times laid out from the start.
+Nothing that was written is touched again: each cycle adds its own chunks, and then ``cycle.json`` in the folder, renamed into its place,
+says that it is whole. Chunks behind that are those of a cycle that was interrupted, and are written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xgenda.errors import CheckpointError, OptionError, OutputExistsError
+from xgenda.files import aside
+
+FORMAT = 1
+RECORD = "cycle.json"
+LARGEST_CHUNK = 2**26  # bytes
+
+
+@dataclass
+class CycleStore:
+    """An open store.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    record
+        What ``cycle.json`` holds: 'done', the number of whole cycles; 'options'; 'content', checksums; 'seed'; 'observations', a
+        checksum of those of the cycles that are whole.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    _headers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Number of whole cycles."""
+        return int(self.record["done"])
+
+    def write(self, cycle: int, values: Mapping[str, np.ndarray], observations: str) -> None:
+        """Write the next cycle, and then that it is whole."""
+        for name, array in values.items():
+            self._write(name, cycle, array)
+        self.record |= {"done": cycle + 1, "observations": observations}
+        _write_record(self.path, self.record)
+
+    def _write(self, name: str, cycle: int, values: np.ndarray) -> None:
+        """Write the chunks of one cycle of an array, which without compression are its bytes."""
+        if name not in self._headers:
+            self._headers[name] = json.loads((self.path / name / ".zarray").read_text(encoding="utf-8"))
+        chunks, kind = self._headers[name]["chunks"][1:], np.dtype(self._headers[name]["dtype"])
+        for place in np.ndindex(*(n // c for n, c in zip(values.shape, chunks, strict=True))):
+            block = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunks, strict=True))]
+            with aside(self.path / name / ".".join(map(str, (cycle, *place)))) as partial:
+                partial.write_bytes(np.ascontiguousarray(block, dtype=kind).tobytes())
+
+    def read(self, name: str, cycle: int) -> np.ndarray:
+        """Return what was written of one cycle, as it was."""
+        return np.asarray(self._group("r")[name][cycle])
+
+    def _group(self, mode: Any) -> Any:
+        import zarr
+
+        return zarr.open_group(str(self.path), mode=mode)
+
+    def compare(self, options: Mapping[str, Any], content: Mapping[str, str]) -> None:
+        """Refuse to go on with other data or options.
+
+        Raises
+        ------
+        OptionError
+            With the differences.
+        """
+        now = json.loads(json.dumps(options))
+        before = self.record["options"]
+        lines = [
+            f"  {k}: {before.get(k, 'not there')!r} then, {now.get(k, 'not there')!r} now"
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
+        ]
+        lines += [f"  {k}: the data differ" for k, v in content.items() if v != self.record["content"].get(k)]
+        if lines:
+            raise OptionError(
+                f"resume=True goes on with the same data and options only, and those of {self.path} differ:\n"
+                + "\n".join(lines)
+                + "\nCall cycle as before, or start again: resume=False, overwrite=True"
+            )
+
+    def extend(self, layout: xr.Dataset) -> None:
+        """Make room for more times; readers see the old ones until all is done."""
+        import zarr
+
+        times = layout.sizes["time"]
+        group = self._group("r+")
+        if group["time"].shape[0] >= times:
+            return
+        stored = xr.open_zarr(self.path, consolidated=True, decode_cf=False)
+        encoding = {k: stored["time"].attrs[k] for k in ("units", "calendar")}
+        encoded = xr.conventions.encode_cf_variable(
+            xr.Variable("time", layout["time"].values, encoding=encoding | {"dtype": stored["time"].dtype}), name="time"
+        )
+        for name in stored.variables:
+            if "time" in stored[name].dims:
+                array = group[str(name)]
+                array.resize((times, *array.shape[1:]))
+                if name == "time":
+                    array[:] = encoded.values
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other formats have no consolidated metadata; this one has
+            zarr.consolidate_metadata(str(self.path))
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a store.
+
+    Raises
+    ------
+    OptionError
+        If it is no local path.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise OptionError(
+            f"store={text!r} is not accepted; a store lies on a local disk: store='run.zarr'. Copy it when it is done."
+        )
+    target = Path(text)
+    if not target.absolute().parent.is_dir():
+        raise OptionError(f"store: {target.parent} is no folder; make it first: mkdir -p {target.parent}")
+    return target
+
+
+def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwrite: bool) -> CycleStore:
+    """Make an empty store.
+
+    Parameters
+    ----------
+    path
+        Its folder.
+    layout
+        All that will be in it, of dask arrays along ``time``.
+    record
+        For ``cycle.json``.
+    overwrite
+        Whether a store of that name is replaced.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is one.
+    """
+    import zarr
+
+    if path.exists():
+        if not (path / RECORD).is_file():
+            raise OutputExistsError(f"{path} exists and is no store of a cycle. Choose another name, or remove it yourself.")
+        if not overwrite:
+            raise OutputExistsError(
+                f"{path} holds a cycle of {read_record(path)['done']} analyses. Go on with it: resume=True, or start again: overwrite=True"
+            )
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    plain = "compressors" if int(zarr.__version__.split(".")[0]) > 2 else "compressor"
+    try:
+        encoding = {
+            str(n): {"chunks": _chunks(v), plain: None} for n, v in layout.variables.items() if "time" in v.dims and n != "time"
+        }
+        layout["time"].encoding = {
+            "units": f"microseconds since {str(layout['time'].values[0])[:19]}",
+            "dtype": np.dtype(np.int64),
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata")
+            layout.to_zarr(partial, mode="w", compute=False, encoding=encoding, consolidated=True, zarr_format=2)
+        whole = {"format": FORMAT, "done": 0, "observations": "", **record}
+        _write_record(partial, whole)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return CycleStore(path, whole)
+
+
+def reopen(path: Path) -> CycleStore:
+    """Return a store to go on with."""
+    store = CycleStore(path, read_record(path))
+    for left in (*path.glob(f".{RECORD}.partial-*"), *path.glob("*/.*.partial-*")):  # by processes that were killed
+        left.unlink(missing_ok=True)
+    return store
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what ``cycle.json`` says.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or one of another version.
+    """
+    try:
+        found: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        version = found["format"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise CheckpointError(f"{path} is no store of a cycle ({problem}).") from problem
+    if version != FORMAT:
+        raise CheckpointError(f"{path} was written by another version of xgenda (format {version}; this one reads {FORMAT}).")
+    return found
+
+
+def open_cycles(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Open the store of a cycle, also of one that is still running or was interrupted.
+
+    Parameters
+    ----------
+    path
+        What was given to `xgenda.cycle` as ``store``.
+
+    Returns
+    -------
+    xarray.Dataset
+        All whole cycles, lazily.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none.
+    """
+    folder = check_path(path)
+    done = int(read_record(folder)["done"])
+    found: xr.Dataset = xr.open_zarr(folder, consolidated=True).isel(time=slice(0, done))
+    return found
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a store for this process.
+
+    Raises
+    ------
+    OutputExistsError
+        If another one writes to it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    handle = _taken(lock, who)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _taken(lock: Path, who: str) -> int:
+    """Return the file of a lock that is now ours; it is released by the system when this process ends, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # where files cannot be locked, that it exists must do
+        try:
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            raise _held(lock, f"If that is over, remove it: {lock}") from None
+        os.write(handle, who.encode())
+        return handle
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise _held(lock, "Wait for it, or choose another store.") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == lock.stat().st_ino:  # else it was removed by the one who had it
+                os.ftruncate(handle, 0)
+                os.write(handle, who.encode())
+                return handle
+        os.close(handle)
+
+
+def _held(lock: Path, advice: str) -> OutputExistsError:
+    try:
+        who = lock.read_text(encoding="utf-8") or "another process"
+    except OSError:
+        who = "another process"
+    return OutputExistsError(f"{lock.name[1:-5]} is being written by {who}. {advice}")
+
+
+def _chunks(variable: xr.Variable) -> tuple[int, ...]:
+    """Return chunks of one time, cut from the front until they are small enough; each axis is whole or in pieces of one."""
+    shape = [1, *variable.shape[1:]]
+    for axis in range(1, len(shape)):
+        if np.prod(shape) * variable.dtype.itemsize <= LARGEST_CHUNK:
+            break
+        shape[axis] = 1
+    return tuple(max(1, n) for n in shape)
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with aside(path / RECORD) as partial:
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
