@@ -23,6 +23,7 @@ from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.models.checkpoints import load_weights
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
+from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.operators import extended
@@ -34,7 +35,8 @@ SIGMA_MIN = (
 #: Sampling ends at most at this part of the smallest standard deviation that observations leave; above it the ensemble loses spread.
 SHARE_OF_ERROR = 0.4
 FINER = 2.0  # ratio of the levels that are added for precise observations
-ARCHITECTURES = ("unet", "songunet")
+NETWORKS: dict[str, Any] = {"unet": UNet, "songunet": SongUNet, "mesh": MeshNet}
+ARCHITECTURES = tuple(NETWORKS)
 STEPS = 24
 BATCH = 16
 
@@ -147,7 +149,7 @@ class DiffusionModel(GenerativeModel):
             observed = list(request.evidence[:1])
             denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size)
         covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
-        wraps = self.spec.options["network"]["periodic"]
+        wraps = self.spec.options["network"].get("periodic", bool(getattr(_grid(self.spec), "periodic", False)))
 
         def evidence_of(which: list[int], group: Tensor) -> LinearEvidence:
             return stack_evidence(
@@ -257,12 +259,13 @@ class DiffusionModel(GenerativeModel):
         return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
 
 
-def build_network(options: Mapping[str, Any]) -> UNet | SongUNet:
+def build_network(options: Mapping[str, Any]) -> UNet | SongUNet | MeshNet:
     """Build a network from stored options; 'architecture' says which, by default the small U-Net."""
     known = dict(options)
     architecture = check_choice("architecture", known.pop("architecture", "unet"), ARCHITECTURES)
     lists = {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
-    return (SongUNet if architecture == "songunet" else UNet)(**known | lists)
+    built: UNet | SongUNet | MeshNet = NETWORKS[architecture](**known | lists)
+    return built
 
 
 def highest_sigma(anchor: Anchor | None) -> float:
