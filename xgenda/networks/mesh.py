@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from xgenda.errors import GridError, OptionError, check_count, check_flag
 from xgenda.networks.icosahedron import LARGEST_REFINEMENT, GridMesh
@@ -337,7 +337,9 @@ class MeshNet(nn.Module):
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a part of the network; in training with checkpointing what it computes inside is not kept."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+            # the exception that ends a recomputation early would hold what it computed until the next garbage collection
+            with set_checkpoint_early_stop(False):
+                return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
 
 

@@ -188,7 +188,7 @@ def train(
     periodic
         Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
     width
-        Channels of the network at full resolution; by default 16, and 32 for 'mesh'.
+        Channels of the network at full resolution; by default 16. Of the architecture 'mesh', of all layers; by default 32.
     architecture
         'unet', small and fast, for any grid; on a global grid it goes on across the poles. 'mesh': messages on an icosahedral mesh (Lam et al.
         2023), for grids of latitudes and longitudes, global or not, without tiles. For 'downscale' also 'songunet', the network of the
