@@ -13,6 +13,7 @@ import xgenda
 from xgenda.curvilinear import CurvilinearGrid
 from xgenda.devices import resolve_device
 from xgenda.diffusion.denoisers import EDMDenoiser
+from xgenda.diffusion.memory import MemoryTracker, call_cost, step_cost
 from xgenda.errors import GridError, OptionError
 from xgenda.grids import Grid
 from xgenda.models.diffusive import build_network
@@ -494,3 +495,31 @@ def test_a_denoiser_is_differentiable_in_its_state() -> None:
     c = given(net, 1)[2]
     (gradient,) = torch.autograd.grad(denoiser(x, 0.5, c).sum(), x)
     assert float(gradient.abs().min()) > 0
+
+
+# -- what it takes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_of_a_call() -> None:
+    assert call_cost(torch.nn.Linear(5, 7, bias=False), (3, 5)).flops == 2 * 3 * 5 * 7
+    cost = call_cost(torch.nn.Linear(5, 7, bias=False), (3, 5))
+    assert cost.weights == 4 * (5 * 7 + 3 * 5)
+    assert cost.seconds(210.0, 8.4) == pytest.approx(1.0 + cost.traffic / 8.4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_predicted_without_numbers(checkpointing: bool) -> None:
+    small = {"lat": np.linspace(-88, 88, 23), "lon": 8.0 * np.arange(45), "rounds": 1, "refinement": 1}
+    net = mesh_net(checkpointing=checkpointing, **small).train()  # type: ignore[arg-type]
+    net.in_pieces(300)
+    x, label, c = given(net, 1)
+    shapes = tuple(x.shape), tuple(label.shape), tuple(c.shape)
+    plan = step_cost(net, *shapes)
+    with MemoryTracker() as tracker:  # with numbers
+        net(x, label, c).square().mean().backward()
+    assert plan.memory == pytest.approx(tracker.peak, rel=0.02)
+    with torch.no_grad(), MemoryTracker() as tracker:
+        net(x, label, c)
+    assert call_cost(net, *shapes).memory == pytest.approx(tracker.peak, rel=0.02)
+    if checkpointing:
+        assert plan.memory < 0.5 * step_cost(mesh_net(**small).train(), *shapes).memory  # type: ignore[arg-type]

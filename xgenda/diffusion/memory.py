@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,35 +127,54 @@ class CallCost:
         return self.flops / flops + self.traffic / bandwidth
 
 
-def call_cost(
-    function: Callable[..., Any],
-    *shapes: tuple[int, ...] | None,
-    training: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> CallCost:
+def call_cost(function: Callable[..., Any], *shapes: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> CallCost:
     """Predict what a call takes, without its numbers.
 
     Parameters
     ----------
     function, shapes
         As in `peak_memory`.
-    training
-        Whether the sum of what comes back is differentiated with respect to the weights.
     dtype
-        Of the arithmetic: torch.bfloat16 for that of `torch.autocast`.
-    device
-        Whose autocast: 'cpu' or 'cuda', where the same operations are done in single precision but for a few.
+        Of the arithmetic: torch.bfloat16 for that of `torch.autocast`, as it is on a CPU.
     """
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    with torch.set_grad_enabled(training), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         arguments = [None if s is None else torch.empty(s) for s in shapes]
-        with FlopCounterMode(display=False) as counter, MemoryTracker() as tracker:
-            with autocast:
-                found = function(*arguments)
-            if training:
-                found.float().square().mean().backward()
-            return CallCost(tracker.given, tracker.peak, int(counter.get_total_flops()), tracker.written)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            return _cost(lambda: function(*arguments))
+
+
+def step_cost(network: nn.Module, *shapes: tuple[int, ...] | None) -> CallCost:
+    """Predict what a training step takes in single precision, without its numbers: a call, and the gradients of all weights.
+
+    Parameters
+    ----------
+    network, shapes
+        As in `peak_memory`. The network must be in the mode of training.
+    """
+    arguments = [None if s is None else torch.empty(s, device="meta") for s in shapes]
+    everything = (*network.named_parameters(), *network.named_buffers())
+    blank = {f"network.{k}": torch.empty_like(v, device="meta", requires_grad=v.requires_grad) for k, v in everything}
+    return _cost(lambda: functional_call(_Step(network), blank, tuple(arguments)))
+
+
+def _cost(call: Callable[[], Any]) -> CallCost:
+    """Return what a call takes; twice, since who counts operations keeps tensors alive."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    with MemoryTracker() as tracker:
+        call()
+        return CallCost(tracker.given, tracker.peak, int(counter.get_total_flops()), tracker.written)
+
+
+class _Step(nn.Module):
+    """A training step of a network; what is computed twice must be so while its weights are those that it was given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments: Tensor | None) -> None:
+        self.network(*arguments).square().mean().backward()
 
 
 @dataclass(frozen=True)
