@@ -186,7 +186,8 @@ def train(
         For 'prior': number of consecutive times that the model sees together, odd; they are equally spaced, or calendar months.
         Above 1, `assimilate` solves all times of the Dataset together, composed of such windows.
     periodic
-        Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
+        Whether longitude wraps; 'both' for doubly periodic boxes. None: where the grid goes around the sphere, and where it ends at the poles the
+        U-Net goes on across them.
     width
         Channels of the network at full resolution; by default 16. Of the architecture 'mesh', of all layers; by default 32.
     architecture
