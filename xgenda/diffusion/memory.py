@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.diffusion.samplers import _STEPPERS, sampler_options
@@ -34,11 +36,13 @@ class MemoryTracker(TorchDispatchMode):
         Most bytes that were alive at once, without `given`.
     given
         Bytes of tensors that were there before and were used: weights and arguments.
+    written
+        Bytes of all that was made, some of it in the same place.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.given = 0
+        self.live = self.peak = self.given = self.written = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -50,7 +54,8 @@ class MemoryTracker(TorchDispatchMode):
             self.given += self._follow(tensor, alive=False)
         out = func(*args, **(kwargs or {}))
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.live += sum(self._follow(t, alive=True) for t in outputs)
+        made = sum(self._follow(t, alive=True) for t in outputs)
+        self.live, self.written = self.live + made, self.written + made
         scratch = 0
         if func is torch.ops.aten.convolution.default and outputs[0].device.type == "cpu":
             scratch = sum(_size(t) for t in (*inputs, *outputs))
@@ -91,6 +96,85 @@ def peak_memory(function: Callable[..., Any], *shapes: tuple[int, ...] | None) -
         with MemoryTracker() as tracker:
             function(*arguments)
             return tracker.peak, tracker.given
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """What one call of a network takes.
+
+    Attributes
+    ----------
+    weights
+        Bytes of weights, buffers and arguments that are there before.
+    memory
+        Most bytes that are alive at once besides; in training with what is kept for the way back, and the gradients.
+    flops
+        Floating-point operations of matrix products and convolutions, a multiplication with its addition as two.
+    traffic
+        Bytes that all operations write.
+    """
+
+    weights: int
+    memory: int
+    flops: int
+    traffic: int
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        """Return how long it takes at so many operations, and so many bytes that are written, per second.
+
+        These are what a machine reaches, not what it is sold with: measure them on a smaller network.
+        """
+        return self.flops / flops + self.traffic / bandwidth
+
+
+def call_cost(function: Callable[..., Any], *shapes: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> CallCost:
+    """Predict what a call takes, without its numbers.
+
+    Parameters
+    ----------
+    function, shapes
+        As in `peak_memory`.
+    dtype
+        Of the arithmetic: torch.bfloat16 for that of `torch.autocast`, as it is on a CPU.
+    """
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = [None if s is None else torch.empty(s) for s in shapes]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            return _cost(lambda: function(*arguments))
+
+
+def step_cost(network: nn.Module, *shapes: tuple[int, ...] | None) -> CallCost:
+    """Predict what a training step takes in single precision, without its numbers: a call, and the gradients of all weights.
+
+    Parameters
+    ----------
+    network, shapes
+        As in `peak_memory`. The network must be in the mode of training.
+    """
+    arguments = [None if s is None else torch.empty(s, device="meta") for s in shapes]
+    everything = (*network.named_parameters(), *network.named_buffers())
+    blank = {f"network.{k}": torch.empty_like(v, device="meta", requires_grad=v.requires_grad) for k, v in everything}
+    return _cost(lambda: functional_call(_Step(network), blank, tuple(arguments)))
+
+
+def _cost(call: Callable[[], Any]) -> CallCost:
+    """Return what a call takes; twice, since who counts operations keeps tensors alive."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    with MemoryTracker() as tracker:
+        call()
+        return CallCost(tracker.given, tracker.peak, int(counter.get_total_flops()), tracker.written)
+
+
+class _Step(nn.Module):
+    """A training step of a network; what is computed twice must be so while its weights are those that it was given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments: Tensor | None) -> None:
+        self.network(*arguments).square().mean().backward()
 
 
 @dataclass(frozen=True)

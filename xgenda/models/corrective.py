@@ -136,6 +136,8 @@ class CorrectiveModel(GenerativeModel):
     def _tiling(self, tile: Any, overlap: Any) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         """Return tile and overlap, those of the training for 'auto'; None for the whole grid."""
         own = self.spec.options.get("tile")
+        if tile not in ("auto", None) and getattr(self.denoiser.network, "needs_whole", False):
+            raise OptionError(f"model={self.spec.name!r} has a mesh network, which sees the whole grid; leave out tile.")
         if tile in ("auto", None):
             if overlap is not None and own is None:
                 raise OptionError(f"overlap={overlap!r} needs a tile; pass it too, for example tile=64.")
@@ -186,6 +188,8 @@ class CorrectiveModel(GenerativeModel):
             raise OptionError(
                 f"model={self.spec.name!r} sees the whole grid beside each tile, so that it cannot be cut; leave out chunks."
             )
+        if getattr(self.denoiser.network, "needs_whole", False):
+            raise OptionError(f"model={self.spec.name!r} has a mesh network, which sees the whole grid; leave out chunks.")
         if self.denoiser.anchor is not None:
             raise OptionError(
                 f"model={self.spec.name!r} has a Gaussian of the whole grid, so that its grid cannot be cut into chunks; leave out chunks, "

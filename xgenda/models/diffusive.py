@@ -29,13 +29,15 @@ from xgenda.models.conditioning import (
 )
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
+from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 
 __all__ = ["ARCHITECTURES", "BATCH", "SIGMA_MIN", "STEPS", "DiffusionModel", "build_network", "highest_sigma", "stack_evidence"]
 
-ARCHITECTURES = ("unet", "songunet")
+NETWORKS: dict[str, Any] = {"unet": UNet, "songunet": SongUNet, "mesh": MeshNet}
+ARCHITECTURES = tuple(NETWORKS)
 
 
 class DiffusionModel(GenerativeModel):
@@ -104,7 +106,7 @@ class DiffusionModel(GenerativeModel):
             spans, observed = [tuple(range(times))], list(request.evidence[:1])
             denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size)
         covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
-        places = places_of(_grid(self.spec), self.spec.options["network"]["periodic"])
+        places = places_of(_grid(self.spec), self.spec.options["network"].get("periodic"))
         z = Conditioning(
             request, self.scaling, _grid(self.spec).plane, request.climatology.flatten(1), std, spans, observed, lambda _: denoiser,
             covariance, (SIGMA_MIN, self.sigma_max), places, request.labels, trajectory=k > 0,
@@ -134,12 +136,13 @@ class DiffusionModel(GenerativeModel):
         return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
 
 
-def build_network(options: Mapping[str, Any]) -> UNet | SongUNet:
+def build_network(options: Mapping[str, Any]) -> UNet | SongUNet | MeshNet:
     """Build a network from stored options; 'architecture' says which, by default the small U-Net."""
     known = dict(options)
     architecture = check_choice("architecture", known.pop("architecture", "unet"), ARCHITECTURES)
     lists = {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
-    return (SongUNet if architecture == "songunet" else UNet)(**known | lists)
+    built: UNet | SongUNet | MeshNet = NETWORKS[architecture](**known | lists)
+    return built
 
 
 def highest_sigma(anchor: Anchor | None) -> float:

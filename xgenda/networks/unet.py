@@ -1,7 +1,8 @@
 """A small U-Net for fields, after the layout of Song et al. (2021, arXiv 2011.13456), kept light enough for two CPU cores.
 
 Any grid size (padded to a multiple of the stride, cropped at the end), except along periodic axes, which must be such multiples and are
-padded circularly; group normalisation with adaptive scale and shift from the noise level, output initialised to zero.
+padded circularly; beyond the poles of a global grid are the rows of the meridian on the other side; group normalisation with
+adaptive scale and shift from the noise level, output initialised to zero.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from torch.nn import functional
 
 from xgenda.errors import GridError
 
-Periodic = bool | Literal["both"]
+Periodic = bool | Literal["both", "sphere", "poles"]
+SPHERE = ("sphere", "poles")  # grids around the sphere whose rows end beside the poles, or at them
 
 
 def pad_field(x: Tensor, left: int, right: int, top: int, bottom: int, periodic: Periodic) -> Tensor:
-    """Pad circularly along the periodic axes (longitude, or 'both'), by the edge value along the others."""
+    """Pad circularly along the periodic axes (longitude, or 'both'), by the edge value along the others.
+
+    On the 'sphere' latitude goes on across the pole: rows are mirrored, and half of the longitudes away. Where the first and the last row are at
+    the 'poles', these are not repeated.
+    """
     if periodic == "both":
         return functional.pad(x, (left, right, top, bottom), mode="circular")
+    if periodic in SPHERE:
+        first, half = int(periodic == "poles"), x.shape[-1] // 2
+        across = x.roll(half, -1)
+        south, north = across[..., first : first + top, :].flip(-2), across.flip(-2)[..., first : first + bottom, :]
+        return functional.pad(torch.cat([south, x, north], -2), (left, right, 0, 0), mode="circular")
     x = functional.pad(x, (left, right, 0, 0), mode="circular" if periodic else "replicate")
     return functional.pad(x, (0, 0, top, bottom), mode="replicate")
 
@@ -75,7 +86,9 @@ class UNet(nn.Module):
     width, multipliers
         Channels of each level.
     periodic
-        Whether longitude wraps; 'both' where latitude does too (doubly periodic boxes).
+        Whether longitude wraps; 'both' where latitude does too (doubly periodic boxes). 'sphere' or 'poles': longitude wraps, and latitude goes on
+        across the poles, between rows or at the first and the last one. The components of a vector then come from across the pole as they are,
+        though east is west there; the network sees that as any other feature of these rows.
     """
 
     def __init__(
@@ -154,6 +167,11 @@ class UNet(nn.Module):
             raise GridError(
                 f"A periodic axis must be a multiple of {self.stride} cells for this network, and the grid is {size[0]} x {size[1]}; "
                 f"use fewer multipliers, or periodic=False."
+            )
+        if self.periodic in SPHERE and size[1] % (2 * self.stride):
+            raise GridError(
+                f"A grid around the sphere needs a multiple of {2 * self.stride} columns for this network, so that each meridian has one "
+                f"across the pole, and the grid is {size[0]} x {size[1]}; use fewer multipliers, or periodic=True."
             )
         if bottom or right:
             h = pad_field(h, 0, right, 0, bottom, self.periodic)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xgenda.models.corrective import CorrectiveModel
 from xgenda.models.generative import SamplingOptions
+from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.training.calibrating import withheld_request
@@ -43,7 +44,7 @@ class Withheld:
         self.build, self.ready, self.pairs, self.held, self.batch_size = build, ready, pairs, held, batch_size
         self.linear: list[float] | None = None  # the same throughout the training
 
-    def scores(self, network: UNet | SongUNet) -> dict[str, float]:
+    def scores(self, network: UNet | SongUNet | MeshNet) -> dict[str, float]:
         """Return the CRPS of each variable, and that of the linear mean: with its Gaussian, or where there is none its absolute error."""
         if self.linear is None:
             silent = self.build(_silent(network), False)
@@ -55,7 +56,7 @@ class Withheld:
             out |= {f"crps_{v.name}": model, f"crps_{v.name}_linear": linear}
         return out
 
-    def compare(self, network: UNet | SongUNet) -> Comparison:
+    def compare(self, network: UNet | SongUNet | MeshNet) -> Comparison:
         """Return what the network is worth as a correction of the Gaussian around the mean."""
         return Comparison.of(self._crps(self.build(_silent(network), True)), self._crps(self.build(network, True)))
 
@@ -71,7 +72,7 @@ class Withheld:
         return fair_crps(members, truth).mean(-1)
 
 
-def _silent(network: UNet | SongUNet) -> UNet | SongUNet:
+def _silent(network: UNet | SongUNet | MeshNet) -> UNet | SongUNet | MeshNet:
     """Return a network that says zero."""
     out = copy.deepcopy(network)
     out.scale_output(0.0)

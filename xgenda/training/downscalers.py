@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,13 @@ from xgenda.models.diffusive import SIGMA_MIN, build_network, highest_sigma
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.parts import with_means
 from xgenda.training.anchoring import fit_anchors
+from xgenda.training.architectures import WIDTHS, check_architecture
 from xgenda.training.calibrating import fitted_calibration, with_calibration
 from xgenda.training.comparing import LARGEST_SAMPLED, Withheld
 from xgenda.training.objectives import Denoising, Regression
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.pairs import Pairs
-from xgenda.training.priors import WIDTH, network_arguments, record_of
+from xgenda.training.priors import network_arguments, record_of
 from xgenda.training.standardising import Prepared, prepare_pairs, seen_cycle
 from xgenda.training.statistics import has_seen, some_marks
 from xgenda.training.transfer import continued_anchor, kept_arguments, thawed
@@ -42,6 +43,7 @@ from xgenda.training.tuning import (
     predicts_better,
     starting_downscaler,
 )
+from xgenda.training.weighting import loss_weights
 from xgenda.training.windows import HELD
 
 STAGES = ("both", "residual", "single")
@@ -73,6 +75,8 @@ class Recipe:
     adapters: int | None = None
     task: str = "downscale"
     lag: float | None = None
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | Mapping[str, float] = "auto"
 
     @property
     def of_background(self) -> bool:
@@ -113,6 +117,7 @@ def train_downscaler(
         inherited = Inheritance(before, ready, recipe.freeze, recipe.adapters, optimiser.seed)
     conserve = _conserved(ready, recipe)
     _check_tile(recipe, pairs)
+    counts = loss_weights(recipe.weights, ready.spec.variables, pairs.fine.grid, pairs.fine.valid)
     channels, plane = ready.shape[0], (ready.shape[1], ready.shape[2])
     fold = torch.as_tensor(ready.fold)
     train_rows, held = ready.split()
@@ -157,7 +162,7 @@ def train_downscaler(
         went_on = inherited is not None and inherited.give("mean", network, mean=not linear.is_zero)
         first = optimiser.fit(
             network,
-            Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts),
+            Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts, counts),
             train_rows,
             held,
             0.3,
@@ -224,7 +229,7 @@ def train_downscaler(
             EDMDenoiser(network, without), ready.features.statics,
         )  # fmt: skip
 
-    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile)
+    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile, weights=counts)
     # of a time the first stage has had its part
     share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
     withheld = Withheld(in_training, ready, pairs, held, optimiser.batch_size) if scored else None
@@ -300,11 +305,7 @@ def _continued(recipe: Recipe, before: CorrectiveModel, pairs: Pairs) -> Recipe:
     check_common(before, pairs.fine.variables)
     network, plain = before.spec.options["network"], before.denoiser.anchor is None
     architecture = network.get("architecture", "unet")
-    if recipe.architecture not in ("unet", architecture):
-        raise OptionError(
-            f"architecture={recipe.architecture!r} has no effect with start, whose networks, of the architecture {architecture!r}, are kept. Leave "
-            f"it out."
-        )
+    check_architecture(recipe.architecture, architecture, recipe.network_options)
     anchor = continued_anchor(before, plain, before.spec.training.get("anchor", "auto"), recipe.anchor, recipe.width)
     if not plain:
         size = len(pairs.fine.variables) * pairs.fine.grid.size
@@ -390,6 +391,8 @@ def _card(recipe: Recipe, mean: Mapping[str, Any] | None, residual: Mapping[str,
 
 
 def _check_tile(recipe: Recipe, pairs: Pairs) -> None:
+    if recipe.tile is not None and recipe.architecture == "mesh":  # that of start
+        raise OptionError("start has mesh networks, which see the whole grid; leave out tile.")
     if recipe.tile is None or isinstance(recipe.tile, str):
         return
     if recipe.anchor is not None and recipe.anchor != "auto":
@@ -401,11 +404,11 @@ def _check_tile(recipe: Recipe, pairs: Pairs) -> None:
 
 def _arguments(recipe: Recipe, pairs: Pairs) -> Any:
     """Return the function that makes the arguments of a network with so many channels and conditions, like another one's where given."""
-    width = recipe.width or WIDTH
+    width = recipe.width or WIDTHS[recipe.architecture]
 
     def make(channels: int, condition: int, before: Mapping[str, Any] | None) -> dict[str, Any]:
         periodic = False if recipe.tile is not None else recipe.periodic
-        found = network_arguments(channels, condition, width, pairs.fine, periodic)
+        found = network_arguments(channels, condition, width, pairs.fine, periodic, recipe.architecture, recipe.network_options)
         if recipe.architecture == "songunet":
             found = {
                 "architecture": "songunet", "in_channels": channels + condition + 2, "out_channels": channels, "shape": found["shape"],

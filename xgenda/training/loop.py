@@ -35,6 +35,7 @@ from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.scaling import CYCLES, check_kinds
 from xgenda.training.anchoring import ANCHORS
+from xgenda.training.architectures import check_network_options
 from xgenda.training.classical import train_classical
 from xgenda.training.corpus import open_corpus
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
@@ -47,6 +48,7 @@ from xgenda.training.reporting import Callback
 from xgenda.training.statistics import content_of, fingerprint
 from xgenda.training.transfer import FREEZE
 from xgenda.training.tuning import check_common
+from xgenda.training.weighting import check_weights
 
 CLASSICAL = (
     "target",
@@ -97,6 +99,8 @@ def train(
     periodic: bool | Literal["both"] | None = None,
     width: int | None = None,
     architecture: str = "unet",
+    network_options: Mapping[str, Any] | None = None,
+    weights: str | Mapping[str, float] = "auto",
     freeze: str = "none",
     adapters: int | None = None,
     augment: str = "auto",
@@ -200,12 +204,22 @@ def train(
         For 'prior': number of consecutive times that the model sees together, odd; they are equally spaced, or calendar months.
         Above 1, `assimilate` solves all times of the Dataset together, composed of such windows.
     periodic
-        Whether longitude wraps (None: where the grid goes around the sphere); 'both' for doubly periodic boxes.
+        Whether longitude wraps; 'both' for doubly periodic boxes. None: where the grid goes around the sphere, and where it ends at the poles the
+        U-Net goes on across them.
     width
-        Channels of the network at full resolution; by default 16.
+        Channels of the network at full resolution; by default 16. Of the architecture 'mesh', of all layers; by default 32.
     architecture
-        For 'downscale': 'unet', small and fast, for any grid; 'songunet', the network of the published models, for grids whose rows and
-        columns are multiples of 4.
+        'unet', small and fast, for any grid; on a global grid it goes on across the poles. 'mesh': messages on an icosahedral mesh (Lam et al.
+        2023), for grids of latitudes and longitudes, global or not, without tiles. For 'downscale' also 'songunet', the network of the
+        published models, for grids whose rows and columns are multiples of 4.
+    network_options
+        For 'mesh': 'refinement' of the mesh, by default such that its edges are two to four cells long; 'rounds' of messages, by default 4;
+        'position', learned channels that tell where it is, by default 2; 'checkpointing', less memory for a third more time; and 'one_at_a_time',
+        samples of a batch one after the other.
+    weights
+        What counts how much in the loss, in training and validation. 'auto': cells by their area, on grids around the sphere whose areas
+        differ by more than a factor of two; 'area': on any grid of latitudes and longitudes; 'none'; 'pressure': as 'auto', and levels in
+        proportion to their pressure; or numbers by variable, or variable and level, as 'auto' besides: ``weights={"u10": 0.1, "z@50000Pa": 2.0}``.
     freeze
         With `start`: 'backbone' trains only what belongs to variables and places, the first and the last convolution and positional channels.
     adapters
@@ -264,6 +278,8 @@ def train(
     Karras, T. et al. (2022), Elucidating the design space of diffusion-based generative models, arXiv:2206.00364.
     Karras, T. et al. (2024), Analyzing and improving the training dynamics of diffusion models, arXiv:2312.02696, for `ema`.
     Hu, E. et al. (2021), LoRA: low-rank adaptation of large language models, arXiv:2106.09685, for `adapters`.
+    Lam, R. et al. (2023), Learning skillful medium-range global weather forecasting, Science 382, 1416-1421, doi:10.1126/science.adi2336, for
+    the architecture 'mesh' and `weights`.
     Rozet, F. and Louppe, G. (2023), Score-based data assimilation, arXiv:2306.10574, for `window`.
     Mardani, M. et al. (2023), Residual corrective diffusion modeling for km-scale atmospheric downscaling, arXiv:2309.15214.
 
@@ -301,6 +317,8 @@ def train(
     for argument, (given, default) in own.items():
         if given is default or (argument not in ("target", "statics") and given == default):
             continue
+        if argument == "architecture" and given == "mesh" and method not in METHODS:
+            continue
         shown = "..." if argument in ("target", "statics") else repr(given)
         if task == "prior":
             of = "background" if argument == "lag" else "downscale"
@@ -312,6 +330,12 @@ def train(
     check_choice("method", method, ("diffusion", *METHODS))
     check_choice("stages", stages, STAGES)
     check_choice("architecture", architecture, ARCHITECTURES)
+    network_options = check_network_options(architecture, network_options)
+    check_weights(weights)
+    if architecture == "mesh" and tile is not None:
+        raise OptionError("architecture='mesh' sees the whole grid, which tile cuts; leave out tile, or use architecture='unet'.")
+    if weights != "auto" and task == "downscale" and method in METHODS:
+        raise OptionError(f"weights={weights!r} has no effect with method={method!r}, which has a closed form. Leave it out.")
     for argument, cycle in (("time_features", time_features), ("climatology", climatology)):
         check_choice(argument, cycle, ("auto", *CYCLES))
     for argument, flag in (("lead_time", lead_time), ("calibrate", calibrate), ("mean_condition", mean_condition)):
@@ -395,7 +419,9 @@ def train(
             "time_features": time_features, "lead_time": lead_time, "conserve": conserve, "calibrate": calibrate,
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
             "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
-            "architecture": architecture, "freeze": freeze, "adapters": adapters, "augment": augment, "validation": str(validation),
+            "architecture": architecture, "network_options": network_options or None,
+            "weights": weights if isinstance(weights, str) else dict(weights), "freeze": freeze, "adapters": adapters, "augment": augment,
+            "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
             "memory": None if task != "prior" or corpus.source is None else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
@@ -414,14 +440,28 @@ def train(
         torch.default_generator.manual_seed(seed % 2**63)
         if task == "prior":
             prior_recipe = PriorRecipe(
-                climatology, transform, offset, bounds, anchor, window, periodic, width, validation, freeze, adapters, augment
+                climatology,
+                transform,
+                offset,
+                bounds,
+                anchor,
+                window,
+                periodic,
+                width,
+                validation,
+                freeze,
+                adapters,
+                augment,
+                architecture,
+                network_options,
+                weights,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,
                 architecture, stages, mean_condition, conserve, calibrate and task == "downscale", time_features, lead_time, _tile(tile),
-                validation, freeze, adapters, task, None if task in ("prior", "downscale") else seconds,
+                validation, freeze, adapters, task, None if task in ("prior", "downscale") else seconds, network_options, weights,
             )  # fmt: skip
             model = (
                 train_downscaler(pairs, recipe, start, optimiser, name, licence)

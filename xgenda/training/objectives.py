@@ -1,4 +1,4 @@
-r"""What a network is trained on. Every objective is a plain mean square with a target of about unit variance.
+r"""What a network is trained on. Every objective is a mean square, plain or weighted by place and channel, with a target of about unit variance.
 
 Denoising (Karras et al. 2022, arXiv 2206.00364, eq. 8): with D = skip(x) + scale F, the weighted loss
 E |D(x0 + sigma e) - x0|^2 / scale^2 is E |F - (x0 - skip(x)) / scale|^2.
@@ -26,18 +26,22 @@ LEVELS = 48
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Input, noise label, condition and target of a network, for a number of samples; of a part of the grid, its first row and column."""
+    """Input, noise label, condition and target of a network, for a number of samples; of a part of the grid, its first row and column.
+
+    `weight`, of the shape of one target, is what each of its values counts in the loss; None: all the same.
+    """
 
     x: Tensor
     label: Tensor
     condition: Tensor | None
     target: Tensor
     corner: tuple[int, int] | None = None
+    weight: Tensor | None = None
 
     def of(self, rows: Tensor) -> Batch:
         """Return some of the samples."""
         condition = None if self.condition is None else self.condition[rows]
-        return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner)
+        return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner, self.weight)
 
 
 class Draws:
@@ -100,6 +104,8 @@ class Denoising:
         so many rows and columns; 0: not at all. One number for both.
     tile
         Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid.
+    weights
+        Of the values of a state in the loss, shape (channels, ny, nx), with a mean of 1; None: all the same.
     """
 
     def __init__(
@@ -113,7 +119,9 @@ class Denoising:
         feeds_state: bool = False,
         shifts: int | tuple[int, int] = 0,
         tile: tuple[int, int] | None = None,
+        weights: Tensor | None = None,
     ) -> None:
+        self.weights = weights
         self.fields = InMemory(states) if isinstance(states, Tensor) else states
         self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
         self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
@@ -142,15 +150,27 @@ class Denoising:
         parts = [] if condition is None else [condition]
         parts += [torch.stack(fed)] if fed else []
         return Batch(
-            torch.stack(inputs), torch.tensor(labels), torch.cat(parts, 1) if parts else None, torch.stack(targets), corner
+            torch.stack(inputs),
+            torch.tensor(labels),
+            torch.cat(parts, 1) if parts else None,
+            torch.stack(targets),
+            corner,
+            None if self.weights is None else cut(self.weights, corner, self.tile),
         )
 
 
 class Regression:
-    """Regression of a target on a condition; the network's state input is zero."""
+    """Regression of a target on a condition; the network's state input is zero. The other arguments are those of `Denoising`."""
 
-    def __init__(self, condition: Tensor, target: Tensor, tile: tuple[int, int] | None = None, shifts: int = 0) -> None:
-        self.fields, self.condition, self.tile, self.shifts = InMemory(target), condition, tile, shifts
+    def __init__(
+        self,
+        condition: Tensor,
+        target: Tensor,
+        tile: tuple[int, int] | None = None,
+        shifts: int = 0,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.fields, self.condition, self.tile, self.shifts, self.weights = InMemory(target), condition, tile, shifts, weights
 
     def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
         """Return some samples."""
@@ -159,7 +179,8 @@ class Regression:
         if self.shifts:
             cells = draws.shifts(self.shifts, target.shape[-2:])
             target, condition = rolled(target, cells), rolled(condition, cells)
-        return Batch(torch.zeros_like(target), torch.zeros(len(rows)), condition, target, corner)
+        weight = None if self.weights is None else cut(self.weights, corner, self.tile)
+        return Batch(torch.zeros_like(target), torch.zeros(len(rows)), condition, target, corner, weight)
 
 
 def rolled(fields: Tensor, cells: Sequence[Sequence[int]]) -> Tensor:

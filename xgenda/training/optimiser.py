@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xgenda.engine import progress_bar
 from xgenda.errors import OptionError, StateError
+from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.training.averaging import CHOICES, WIDTHS, PowerAverages
@@ -73,7 +74,7 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet
+Network = UNet | SongUNet | MeshNet
 #: Returns scores of a network, by name; see `Progress`.
 Scorer = Callable[[Network], Mapping[str, float]]
 
@@ -428,7 +429,7 @@ class _Fit:
             mine = batch.of(own)
             count = max(1, batch.target[0].numel()) * len(batch.x)
             total += (
-                float((self._answers(mine) - mine.target).double().square().sum()) * self.processes.count / count
+                float(weighted((self._answers(mine) - mine.target).double().square(), batch).sum()) * self.processes.count / count
                 if len(own)
                 else 0.0
             )
@@ -438,16 +439,16 @@ class _Fit:
     def _earn(self) -> tuple[float, float, float]:
         """Scale the output of the network by what it is worth on the validation block; return that weight, the loss, and that without it.
 
-        The loss is quadratic in the weight w of the correction: E |w F - T|^2, least at w = E F T / E F^2. A correction that explains
-        nothing there gets a weight of zero, which leaves the classical answer.
+        The loss is quadratic in the weight w of the correction: E |w F - T|^2, least at w = E F T / E F^2, with the means weighted as in
+        training. A correction that explains nothing there gets a weight of zero, which leaves the classical answer.
         """
         self.shown.eval()
         product = power = target = 0.0
         for batch in self.checks:
             found, wanted = self._answers(batch), batch.target
-            product += float((found * wanted).double().mean()) / len(self.checks)
-            power += float((found**2).double().mean()) / len(self.checks)
-            target += float((wanted**2).double().mean()) / len(self.checks)
+            product += float(weighted((found * wanted).double(), batch).mean()) / len(self.checks)
+            power += float(weighted((found**2).double(), batch).mean()) / len(self.checks)
+            target += float(weighted((wanted**2).double(), batch).mean()) / len(self.checks)
         weight = min(1.0, max(0.0, product / power)) if power > 0 else 0.0
         if not self.best_step and 0 < power <= 2 * product:  # what training did not better stays as it was, unless it does harm
             weight = 1.0
@@ -474,8 +475,13 @@ class _Fit:
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
         found = self._apply(network, batch)
-        loss: Tensor = (found - batch.target.to(self.how.device)).square().mean()
+        loss: Tensor = weighted((found - batch.target.to(self.how.device)).square(), batch).mean()
         return loss
+
+
+def weighted(values: Tensor, batch: Batch) -> Tensor:
+    """Return values of a batch, shape (n, channels, ny, nx), each multiplied by what it counts in the loss."""
+    return values if batch.weight is None else values * batch.weight.to(values)
 
 
 _REMEMBERED = ("step", "best_step", "waited", "validated", "spent", "losses", "finished", "first", "lowest")

@@ -7,7 +7,7 @@ import datetime
 import numbers
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,12 @@ from xgenda.models.fitting import standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import ModelSpec, VariableSpec
+from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
+from xgenda.training.architectures import WIDTHS, around_the_sphere, check_architecture, mesh_arguments
 from xgenda.training.corpus import Corpus
 from xgenda.training.defaults import warn_of_little
 from xgenda.training.fields import Fields
@@ -44,6 +46,7 @@ from xgenda.training.transfer import (
     thawed,
     transfer,
 )
+from xgenda.training.weighting import loss_weights
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, split_rows, window_rows
 
 WIDTH = 16
@@ -68,6 +71,9 @@ class PriorRecipe:
     freeze: str = "none"
     adapters: int | None = None
     augment: str = "auto"
+    architecture: str = "unet"
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | Mapping[str, float] = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +102,18 @@ def train_prior(
         recipe, corpus = _continued(recipe, before), _in_units_of(corpus, before)
         _check_transforms(corpus, before)
     samples = corpus.samples
+    counts = loss_weights(recipe.weights, samples.variables, samples.grid, samples.valid, recipe.window)
     every = blocks(corpus.time, corpus.size, FOLDS, recipe.validation)
     windows, fold, spacing = window_rows(corpus.time, every, recipe.window)  # before the fit of the anchors, which takes long
     if before is not None and spacing is not None:
         _check_spacing(before, spacing)
+    channels, feeds_state = len(samples.variables) * recipe.window, recipe.anchor is not None
+    options = network_arguments(
+        channels, channels if feeds_state else 0, recipe.width or WIDTHS[recipe.architecture], samples, recipe.periodic, recipe.architecture,
+        recipe.network_options,
+    )  # fmt: skip
+    if before is not None:
+        options = kept_arguments(options, before.spec.options["network"])
     fitted = _fitted(corpus, every[corpus.rows], recipe, optimiser.progress)
     kept = None if before is None else _kept_gaussians(before, samples, recipe)
     # a Gaussian of these very fields would look better than any that is fitted to others, and so would what is scored on it
@@ -111,11 +125,6 @@ def train_prior(
     gap = corpus.gap(z)
     final, crossed, note = fitted.final, fitted.crossed, fitted.note
     rows, held = _split(windows, every, fold, corpus.time, gap)
-    channels = len(samples.variables) * recipe.window
-    feeds_state = recipe.anchor is not None
-    options = network_arguments(channels, channels if feeds_state else 0, recipe.width or WIDTH, samples, recipe.periodic)
-    if before is not None:
-        options = kept_arguments(options, before.spec.options["network"])
     network = build_network(options)
     transferred: dict[str, Any] = {}
     if before is not None:
@@ -128,7 +137,7 @@ def train_prior(
     sigma_max = highest_sigma(final)
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=_shifts(recipe, samples),
+        shifts=_shifts(recipe, samples), weights=counts,
     )  # fmt: skip
     compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
 
@@ -249,7 +258,7 @@ def _starting(start: GenerativeModel | str | os.PathLike[str]) -> DiffusionModel
         raise OptionError(
             f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed."
         )
-    if not isinstance(before.denoiser.network, (UNet, SongUNet)):
+    if not isinstance(before.denoiser.network, (UNet, SongUNet, MeshNet)):
         raise OptionError(f"start={before.spec.name!r} has a network of its own kind, which cannot be trained on.")
     return before
 
@@ -259,7 +268,9 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
     training = before.spec.training
     note = training.get("guidance_covariance", training.get("anchor", "auto"))
     anchor = continued_anchor(before, before.denoiser.anchor is None, note, recipe.anchor, recipe.width)
-    periodic = before.spec.options["network"]["periodic"]
+    network = before.spec.options["network"]
+    periodic, architecture = network.get("periodic"), network.get("architecture", "unet")
+    check_architecture(recipe.architecture, architecture, recipe.network_options)
     scaling = before.scaling
     names = [v.name for v in before.spec.variables]
     transform, offset = recipe.transform, recipe.offset
@@ -268,7 +279,7 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
         offset = dict(zip(names, scaling.offsets, strict=True))
     return dataclasses.replace(
         recipe, anchor=anchor, window=before.window if recipe.window == 1 else recipe.window, transform=transform, offset=offset,
-        periodic="both" if periodic == "both" else recipe.periodic,
+        periodic="both" if periodic == "both" else recipe.periodic, architecture=architecture,
         climatology=scaling.cycle if recipe.climatology in ("none", "auto") else recipe.climatology,
     )  # fmt: skip
 
@@ -389,7 +400,7 @@ def _fits_better(kept: Gaussians, fitted: Gaussians, samples: Samples, fold: np.
 
 
 def _transferred(
-    network: UNet | SongUNet, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
+    network: UNet | SongUNet | MeshNet, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
 ) -> dict[str, Any]:
     """Give the network the weights of the other model, and return what is to be recorded."""
     own, other = (
@@ -410,13 +421,20 @@ def _channels(variables: Sequence[VariableSpec], window: int) -> list[tuple[Hash
     return [(step - window // 2, v.name) for step in range(window) for v in variables]
 
 
-def network_arguments(channels: int, condition: int, width: int, samples: Samples, periodic: Any = None) -> dict[str, Any]:
-    """Return the arguments of the U-Net; on a doubly periodic grid no place differs from another."""
-    periodic = samples.grid.periodic if periodic is None else periodic
+def network_arguments(
+    channels: int, condition: int, width: int, samples: Samples, periodic: Any = None, architecture: str = "unet",
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the arguments of the U-Net, or of a mesh network; on a doubly periodic grid no place differs from another."""
+    if architecture == "mesh":
+        return mesh_arguments(channels, condition, width, samples.grid, periodic, options)
+    given, periodic = periodic, samples.grid.periodic if periodic is None else periodic
     ny, nx = samples.grid.plane
     wrapped = (ny, nx) if periodic == "both" else (nx,) if periodic else ()
     # a periodic axis cannot be padded, so it decides how often the grid is halved
     halvings = next(h for h in (2, 1, 0) if all(n % 2**h == 0 for n in wrapped))
+    if given is None and (across := around_the_sphere(samples.grid, halvings)) is not None:
+        periodic = across
     return {
         "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2][: halvings + 1],
         "position": 0 if periodic == "both" else 2, "shape": list(samples.grid.plane), "periodic": periodic,

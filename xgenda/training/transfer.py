@@ -22,7 +22,8 @@ from xgenda.grids import Grid
 from xgenda.maps import bilinear_between
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.spec import VariableSpec
-from xgenda.networks.unet import UNet
+from xgenda.networks.mesh import MeshNet
+from xgenda.networks.unet import SPHERE, UNet
 from xgenda.training.anchoring import ANCHORS
 
 FREEZE = ("none", "backbone")
@@ -81,8 +82,12 @@ def kept_arguments(found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[
     if before.get("architecture") == "songunet":
         inputs = found["in_channels"] - found["grid_channels"] + before.get("grid_channels", 0)
         return {**before, "in_channels": inputs, "out_channels": found["out_channels"], "shape": found["shape"]}
+    if before.get("architecture") == "mesh":  # its layers know nothing of the grid, nor of how fine the mesh is
+        return {**found, **{k: before[k] for k in ("width", "rounds", "position")}}
     out = {**found, **{k: before[k] for k in ("width", "multipliers", "position")}}
     (ny, nx), stride = out["shape"], 2 ** (len(out["multipliers"]) - 1)
+    if out["periodic"] in SPHERE and (before["periodic"] not in SPHERE or nx % (2 * stride)):
+        out["periodic"] = True  # what it learned beside the poles, and what it can
     wrapped = (ny, nx) if out["periodic"] == "both" else (nx,) if out["periodic"] else ()
     if any(n % stride for n in wrapped):
         raise OptionError(
@@ -110,10 +115,17 @@ def transfer(
     dict
         'tensors': how many were kept, in part or not at all; 'new_inputs' and 'new_outputs': channels that start at zero.
     """
-    if isinstance(network, UNet) and isinstance(before, UNet):
+    if isinstance(network, (UNet, MeshNet)) and type(network) is type(before):
         extra = [("position", k) for k in range(0 if network.position is None else len(network.position))]
+        inside = ".conv"
+        if isinstance(network, MeshNet):
+            extra, inside = [*extra, *(("place", k) for k in range(4 if network.absolute else 0))], ""
         inputs = ([*inputs[0], *extra], [*inputs[1], *extra])
-        parts = {"first.conv.weight": (None, inputs), "last.conv.weight": (outputs, None), "last.conv.bias": (outputs, None)}
+        parts = {
+            f"first{inside}.weight": (None, inputs),
+            f"last{inside}.weight": (outputs, None),
+            f"last{inside}.bias": (outputs, None),
+        }
     else:
         parts = {}
         if list(inputs[0]) != list(inputs[1]) or list(outputs[0]) != list(outputs[1]):
@@ -170,7 +182,7 @@ def _pairs(keys: tuple[Sequence[Hashable], Sequence[Hashable]] | None, ours: int
 
 def position_on(grid: Any, before: nn.Module, before_grid: Any) -> Tensor | None:
     """Return the positional channels of a network on another grid: interpolated where that lies within the old one, else None."""
-    own = before.position if isinstance(before, UNet) else None
+    own = before.position if isinstance(before, (UNet, MeshNet)) else None
     if own is None:
         return None
     if grid.same_as(before_grid):
@@ -195,8 +207,8 @@ def position_on(grid: Any, before: nn.Module, before_grid: Any) -> Tensor | None
 
 def freeze_backbone(network: nn.Module) -> None:
     """Leave only what belongs to variables and places trainable: first and last convolution, and positional channels."""
-    if not isinstance(network, UNet):
-        raise OptionError("freeze='backbone' is for the architecture 'unet'; use adapters=8 instead.")
+    if not isinstance(network, (UNet, MeshNet)):
+        raise OptionError("freeze='backbone' is for the architectures 'unet' and 'mesh'; use adapters=8 instead.")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in ("first", "last", "position"))
 

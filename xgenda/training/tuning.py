@@ -20,6 +20,7 @@ from xgenda.models.features import Features
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import VariableSpec
+from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
@@ -27,7 +28,7 @@ from xgenda.training.pairs import Pairs
 from xgenda.training.standardising import Prepared, standardised_pairs
 from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, transfer
 
-Network = UNet | SongUNet
+Network = UNet | SongUNet | MeshNet
 OF_ITS_OWN = ("lead_index", "whole_condition", "scale_condition", "regression_state")  # options that training does not know
 
 
