@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from xgenda.departures import fit_covariance, innovation_statistics, innovations
     from xgenda.divergence import DivergenceGuard
     from xgenda.downscaling import downscale
-    from xgenda.forecasting import forecast
     from xgenda.filters import LETKF
+    from xgenda.forecasting import forecast
     from xgenda.models.gaussian import gaussian_prior
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.loading import load_model
