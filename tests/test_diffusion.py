@@ -16,6 +16,7 @@ from xgenda.diffusion.denoisers import EDMDenoiser, GaussianDenoiser, NoisePredi
 from xgenda.diffusion.evidence import FunctionEvidence, JointEvidence, LinearEvidence
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.guidance import GUIDANCES, guidance_options, guide
+from xgenda.diffusion.masks import OnPlane
 from xgenda.diffusion.noise import LabelledNoise, NoiseStream, seed_for
 from xgenda.diffusion.samplers import SAMPLERS, adams_weights, integrate, is_stochastic, network_calls, sampler_options
 from xgenda.diffusion.schedules import (
@@ -688,7 +689,7 @@ def seam(variance: float, value: float = 2.0) -> LinearEvidence:
 def test_the_soft_mask_of_inpainting_crosses_the_seam() -> None:
     flat = GaussianDenoiser(torch.zeros(96), LowRank(torch.zeros(96, 0), torch.ones(96)))
     x = torch.zeros(1, 1, 6, 16, dtype=torch.float64)
-    guided = guide(flat, seam(1e-6), "inpaint", reach=1.5, wraps=(False, True))
+    guided = guide(flat, seam(1e-6), "inpaint", reach=1.5, places=OnPlane(6, 16, (False, True)))
     row = guided(x, 10.0)[0, 0, 2]
     assert row[0] == pytest.approx(float(row[15]))
     assert row.argmax() in (0, 15)
@@ -701,11 +702,13 @@ def test_the_soft_mask_of_inpainting_crosses_the_seam() -> None:
 def test_inpainting_heeds_the_error(options: dict[str, float]) -> None:
     flat = GaussianDenoiser(torch.zeros(96), LowRank(torch.zeros(96, 0), torch.ones(96)))
     x = torch.zeros(1, 1, 6, 16, dtype=torch.float64)
-    precise, vague = (float(guide(flat, seam(v), "inpaint", wraps=(False, True), **options)(x, 1.0).max()) for v in (1e-9, 1e6))
+    precise, vague = (
+        float(guide(flat, seam(v), "inpaint", places=OnPlane(6, 16, (False, True)), **options)(x, 1.0).max()) for v in (1e-9, 1e6)
+    )
     assert precise > 1.0
     assert vague < 1e-5 * precise
     # half of the departure where the error is as large as what is not known of the observation: 1/2 * (0.5^2 + 0.5^2)
-    half = float(guide(flat, seam(0.25), "inpaint", wraps=(False, True), **options)(x, 1.0).max())
+    half = float(guide(flat, seam(0.25), "inpaint", places=OnPlane(6, 16, (False, True)), **options)(x, 1.0).max())
     assert half == pytest.approx(precise / 2, rel=1e-6)
 
 

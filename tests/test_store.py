@@ -221,7 +221,7 @@ MALFORMED = {
     "size = 0": (table(size=0), r"line 5: .*'size' must be the size in bytes, found 0"),
     "short hash": (table(sha256=SHA[:-1]), r"line 4: .*'sha256' must be 64 lower-case hexadecimal digits"),
     "upper-case hash": (table(sha256=SHA.upper()), r"line 4: .*64 lower-case hexadecimal digits"),
-    "unknown task": (table(task="forecast"), r"line 6: .*'task' must be 'prior' or 'downscale', found 'forecast'"),
+    "unknown task": (table(task="nowcast"), r"line 6: .*'task' must be 'prior' or 'downscale' or .*, found 'nowcast'"),
     "no variables": (table(variables=[]), r"line 9: .*'variables' must not be empty"),
     "variables that are no names": (table(variables=[1]), r"line 9: .*'variables' must not be empty or hold"),
     "empty licence": (table(licence=""), r"line 8: .*'licence' must not be empty"),
