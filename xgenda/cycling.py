@@ -101,9 +101,9 @@ def cycle(
     obs
         Observations of all times, as in `assimilate`. Read into memory, checked and put in place before the first forecast.
     forecast
-        A function from a Dataset of one time (the scalar coordinate time) with all members along ``member`` to the same at a later time;
-        called until the next analysis time is reached. See `xgenda.forecasts` for one of a single state (`by_member`), and for
-        `persistence`. Its result must depend on what it gets alone.
+        A function from a Dataset of one time (the scalar coordinate time) with all members along ``member`` (the one of the control) to
+        the same at a later time; called until the next analysis time is reached. See `xgenda.forecasts` for one of a single state
+        (`by_member`), and for `persistence`. Its result must depend on what it gets alone.
     model
         A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
         std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.

@@ -94,14 +94,27 @@ METHODS = {
 }
 
 
+def variational(part: float = 0.02) -> xgenda.GenerativeModel:
+    """Return the model of 3D-Var: a part of the covariance of the climate around the background."""
+    climate = twin(2000, 2, 77)[1].isel(time=slice(None, None, 2))
+    mean = climate.mean("time")
+    sample = mean + np.sqrt(part) * (climate - mean)
+    return xgenda.gaussian_prior(
+        sample, covariance="localized", radius=60e6, inflation=1.0, climatology="none", mean="background"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, "3D-Var"])
     options = parser.parse_args()
+    methods = {**METHODS, "3D-Var": (2, variational(), 0.41)}
     print("| method | members | seed | RMSE, analysis | published | RMSE, background | spread | chi2 | CPU ms per cycle |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, (members, model, published) in METHODS.items():
+    for name in options.methods:
+        members, model, published = methods[name]
         for seed in options.seeds:
             initial, truth, obs = twin(options.cycles, members, seed)
             begin = time.process_time()
