@@ -119,14 +119,15 @@ class Frame:
         return out
 
     def missing(self, arrays: Arrays) -> str | None:
-        """Return where values are not finite and should be, in words; None where all is well."""
+        """Return where values are not finite, or beyond all that is plausible, in words; None where all is well."""
         for name, values in arrays.items():
-            fine = np.isfinite(values)
+            fine = np.abs(values) < metadata.LARGEST_PLAUSIBLE  # False for NaN
             if name in self.masks:
                 fine = fine | ~self.masks[name]
             if not fine.all():
                 bad = np.flatnonzero(~fine.reshape(len(fine), -1).all(1))
-                return f"{name!r} is not finite in {len(bad)} of {len(values)} members, first in member {self.numbers[bad[0]]}"
+                what = f"is beyond {metadata.LARGEST_PLAUSIBLE:g}" if np.isfinite(values[bad]).all() else "is not finite"
+                return f"{name!r} {what} in {len(bad)} of {len(values)} members, first in member {self.numbers[bad[0]]}"
         return None
 
     def dataset(self, arrays: Arrays, time: Any) -> xr.Dataset:
