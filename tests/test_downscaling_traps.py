@@ -362,14 +362,14 @@ def test_a_globe_in_rows_still_wraps_around(monkeypatch: pytest.MonkeyPatch) -> 
     rows, columns = model.features.everywhere()
     network = model.denoiser.network
     for place, cut, expected in (
-        ((rows, columns), (False, False), True),
+        ((rows, columns), (False, False), "sphere"),
         ((rows[:4], columns), (False, False), True),
         ((rows, columns), (True, False), True),
         ((rows, columns[:8]), (False, False), False),
         ((rows, columns), (False, True), False),
     ):
         found = model.network_on(network, place, cut=cut)
-        assert getattr(found, "network", found).periodic is expected
+        assert getattr(found, "network", found).periodic == expected
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------------------

@@ -295,6 +295,14 @@ def typed_at(step: int, act: Callable[[], Any]) -> Callable[[Progress], Any]:
     return callback
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Have SIGINT raise, as in a program of its own: processes of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stop() -> None:
     raise KeyboardInterrupt
 
@@ -340,6 +348,7 @@ def test_kill_9_at_any_moment_costs_nothing(whole: GenerativeModel, tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.nc", "killed.safetensors"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_training_goes_on_to_the_same_bits(whole: GenerativeModel, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     with pytest.raises(KeyboardInterrupt) as found:  # by a callback; another time below, by Ctrl-C
@@ -409,6 +418,7 @@ def test_half_a_step_is_no_state_to_go_on_from(whole: GenerativeModel, tmp_path:
     assert same_bits(train(out=out, resume=True), whole)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interrupt_does_not_wait() -> None:
     with pytest.raises(KeyboardInterrupt), journal.Interrupts() as interrupts:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
