@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -615,3 +616,23 @@ def test_the_guard_is_told_by_the_last_cycles() -> None:
     assert guard.lost([9, 9, 1, 9]) is None
     assert "9.0 to 10.0 times" in str(guard.lost([1, 9, nan, 10, nan, 9]))
     assert dataclasses.replace(guard, cycles=1).lost([nan]) is None
+
+
+def test_background_models_and_diffusion_forecasts_cycle(climate: xr.Dataset) -> None:
+    """The first analysis is that of `assimilate`, and a model of task 'forecast' is a forecast like any other."""
+    step, name = "360D", next(iter(climate.data_vars))
+    options: dict[str, Any] = {"lag": step, "anchor": "eof", "steps": 2, "width": 8, "progress": False}
+    past, future = climate.isel(time=slice(0, 27)), climate.isel(time=slice(27, 30))
+    model = xgenda.train(past, task="background", **options)
+    ahead = xgenda.train(past, task="forecast", **options)
+    obs = future.isel(time=slice(1, None), latitude=slice(None, None, 4), longitude=slice(None, None, 4))
+    given: dict[str, Any] = {"model": model, "error": 0.3, "members": 3, "seed": 0, "steps": 4, "progress": False}
+    cycled: dict[str, Any] = {"times": future.time[1:], **given}
+    run = xgenda.cycle(future.isel(time=0), obs, forecast=persistence(step), **cycled)
+    background = future.isel(time=[0]).assign_coords(time=future.time[1:2])
+    alone = xgenda.assimilate(background, obs.isel(time=[0]), **given)
+    np.testing.assert_array_equal(run[name].sel(stage="analysis").values[0], alone[name].transpose("time", "member", ...).values[0])
+    forecast = functools.partial(xgenda.forecast, model=ahead, seed=0, steps=4, progress=False)
+    run = xgenda.cycle(future.isel(time=0), obs, forecast=forecast, **cycled)
+    expected = forecast(future.isel(time=[0]), members=1)[name]
+    assert run[name].sel(stage="background").isel(time=0, member=0).values == pytest.approx(expected.values.squeeze(), rel=1e-5)
