@@ -631,7 +631,9 @@ def test_background_models_and_diffusion_forecasts_cycle(climate: xr.Dataset) ->
     run = xgenda.cycle(future.isel(time=0), obs, forecast=persistence(step), **cycled)
     background = future.isel(time=[0]).assign_coords(time=future.time[1:2])
     alone = xgenda.assimilate(background, obs.isel(time=[0]), **given)
-    np.testing.assert_array_equal(run[name].sel(stage="analysis").values[0], alone[name].transpose("time", "member", ...).values[0])
+    np.testing.assert_array_equal(
+        run[name].sel(stage="analysis").values[0], alone[name].transpose("time", "member", ...).values[0]
+    )
     forecast = functools.partial(xgenda.forecast, model=ahead, seed=0, steps=4, progress=False)
     run = xgenda.cycle(future.isel(time=0), obs, forecast=forecast, **cycled)
     expected = forecast(future.isel(time=[0]), members=1)[name]
