@@ -15,6 +15,7 @@ from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
 from xgenda.filtering import Departures, analyse
 from xgenda.filters import LETKF, Inflation
+from xgenda.formatting import brief
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality
@@ -274,9 +275,6 @@ def summary_of(
 ) -> dict[str, Any]:
     """Return options of the observations for a record; their values are in a checksum of what was made of them."""
     shown = {"error": error, "quality": quality, "representativeness": representativeness, "lapse_rate": lapse_rate}
-    out: dict[str, Any] = {}
-    for key, value in shown.items():
-        text = str(value)
-        out[key] = None if value is None else text if len(text) <= 200 and "\n" not in text else type(value).__name__
+    out: dict[str, Any] = {key: brief(value) for key, value in shown.items()}
     out["operators"] = None if operators is None else ", ".join(operators)
     return out

@@ -16,6 +16,7 @@ from xgenda.devices import resolve_device
 from xgenda.errors import OptionError
 from xgenda.filtering import analyse, check_filter, prepare_ensemble
 from xgenda.filters import LETKF
+from xgenda.formatting import brief
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
@@ -383,18 +384,10 @@ def _what_was_given(
         "window": window,
         "quality": quality,
     }
-    shown: dict[str, str | None] = {k: _shown(v) for k, v in given.items()}
+    shown: dict[str, str | None] = {k: brief(v) for k, v in given.items()}
     shown["first_guess"] = None if first_guess is None else "at the times of the observations"
     shown["operators"] = None if operators is None else ", ".join(operators)
     return shown
-
-
-def _shown(given: Any) -> str | None:
-    """Return an option as text where that is short, else its type."""
-    if given is None:
-        return None
-    text = str(given)
-    return text if len(text) <= 200 and "\n" not in text else f"{type(given).__name__}"
 
 
 def _described(name: str, options: Mapping[str, Any]) -> str:

@@ -27,3 +27,11 @@ def user_level() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
         frame, level = frame.f_back, level + 1
     return level
+
+
+def brief(given: object) -> str | None:
+    """Return an option as text where that is short, else its type."""
+    if given is None:
+        return None
+    text = str(given)
+    return text if len(text) <= 200 and "\n" not in text else f"{type(given).__name__}"
