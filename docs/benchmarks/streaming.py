@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=50.0, help="size of the store")
     parser.add_argument("--statistics", type=float, default=None, help="gigabytes to pass over; all by default")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--memory", type=int, default=512, help="MB for states that wait")
+    parser.add_argument("--memory", type=int, default=256, help="MB for states that wait")
     parser.add_argument("--quick", action="store_true", help="a small store and few steps")
     options = parser.parse_args()
     if options.quick:

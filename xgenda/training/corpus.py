@@ -23,7 +23,7 @@ from xgenda.training.windows import FOLDS, memory_of, read_samples
 SAMPLE = 1000  # fields of a sample, at most
 COPIES = 8  # of a field, in the working arrays of the fits
 RUN = 64  # consecutive fields of a sample for windows
-BUFFER = 512 * 2**20  # bytes of streamed fields that wait
+BUFFER = 256 * 2**20  # bytes of streamed fields that wait
 
 
 @dataclass(frozen=True, eq=False)

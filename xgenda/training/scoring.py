@@ -21,6 +21,8 @@ from xgenda.diffusion.schedules import noise_levels
 from xgenda.models.diffusive import SIGMA_MIN, highest_sigma
 from xgenda.models.variables import VariableSpec
 
+LARGEST_BATCH = 2**18  # values of states that are sampled at once
+
 
 def posterior_crps(
     denoisers: Mapping[str, Denoiser],
@@ -79,27 +81,34 @@ def posterior_crps(
     where = where[counted.flatten()[where]]
     flat = states.reshape(k, size).double()
     value = flat[:, where] + error * torch.randn(k, len(where), generator=generator, dtype=torch.float64)
-    shape = (k, len(where), 1)
-    one, zero = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    group = torch.arange(k).repeat_interleave(members)
-    evidence = LinearEvidence(
-        where.expand(k, -1)[..., None], one, zero, one, value, torch.full(shape[:2], error**2, dtype=torch.float64), group
-    ).to(torch.device(device))
+
+    def observed(values: Tensor) -> LinearEvidence:
+        shape = (len(values), len(where), 1)
+        one, zero = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        variance = torch.full(shape[:2], error**2, dtype=torch.float64)
+        group = torch.arange(len(values)).repeat_interleave(members)
+        return LinearEvidence(where.expand(len(values), -1)[..., None], one, zero, one, values, variance, group).to(
+            torch.device(device)
+        )
+
     sigma_max = highest_sigma(anchor)
     levels = noise_levels("karras", steps, SIGMA_MIN, sigma_max)
     left = counted.clone()
     left[:, seen] = False
     unit = torch.as_tensor(np.broadcast_to(np.asarray(std), (channels, ny, nx)).copy()).reshape(channels, cells)
+    parts = torch.arange(k).split(max(1, LARGEST_BATCH // (members * size)))
     out = {}
     with torch.no_grad():
         for name, denoiser in denoisers.items():
-            guided = guide(denoiser, evidence, "anchor", anchor=anchor)
-            noise = LabelledNoise([[(seed, str(t), m)] for t in range(k) for m in range(members)])
-            x = sigma_max * noise.normal(channels, ny, nx, dtype=torch.float64).to(device)
-            x = integrate(guided, x + guided(x, sigma_max), levels, "heun", noise)
-            drawn = x.reshape(k, members, channels, cells).cpu()
-            score = unit * fair_crps(drawn, flat.reshape(k, 1, channels, cells))
-            out[name] = (score * left).sum(-1) / left.sum(-1).clamp(min=1)
+            scores = []
+            for part in parts:
+                guided = guide(denoiser, observed(value[part]), "anchor", anchor=anchor)
+                noise = LabelledNoise([[(seed, str(int(t)), m)] for t in part for m in range(members)])
+                x = sigma_max * noise.normal(channels, ny, nx, dtype=torch.float64).to(device)
+                x = integrate(guided, x + guided(x, sigma_max), levels, "heun", noise)
+                drawn = x.reshape(len(part), members, channels, cells).cpu()
+                scores.append(unit * fair_crps(drawn, flat[part].reshape(len(part), 1, channels, cells)))
+            out[name] = (torch.cat(scores) * left).sum(-1) / left.sum(-1).clamp(min=1)
     return out
 
 
