@@ -1,7 +1,8 @@
-"""`plan`: what a call of `downscale` would do, before it does it."""
+"""`plan`: what a call of `downscale`, `assimilate` or `forecast` would do, before it does it."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import numpy as np
 import xarray as xr
 
 from xgenda import metadata, states
-from xgenda.diffusion.memory import plan_memory
+from xgenda.diffusion.guidance import goes_through
+from xgenda.diffusion.memory import guided_memory, plan_memory
 from xgenda.diffusion.samplers import network_calls
 from xgenda.diffusion.tiles import Tiling
+from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.downscaling import by_axis, chunk_sizes
-from xgenda.errors import OptionError, check_count
+from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.models.background import BackgroundModel
 from xgenda.models.corrective import CorrectiveModel
+from xgenda.models.diffusive import DiffusionModel
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 
@@ -42,7 +47,11 @@ class Plan:
     calls
         Of the network, each on one tile of one sample, in all.
     memory
-        Peak in bytes of one part with one batch of samples: weights, fields and one network call.
+        Peak in bytes of one part with one batch of samples: weights, fields and one network call. Without what observations take.
+    gradients
+        Through the network, of the guidance of `assimilate`: at most so many, in all, each about two calls' worth of time.
+    guidance
+        Of `assimilate`; empty where there is none.
     """
 
     model: str
@@ -54,6 +63,8 @@ class Plan:
     tiles: int
     calls: int
     memory: int
+    gradients: int = 0
+    guidance: str = ""
 
     def __repr__(self) -> str:
         """Return the plan as text."""
@@ -63,7 +74,9 @@ class Plan:
             if self.parts == 1
             else f"{self.parts} of at most {self.part[0]} x {self.part[1]} cells with their halo",
             "tiles": "none" if self.tiles == 1 else f"{self.tiles} of {self.tile[0]} x {self.tile[1]} cells in each",
-            "network calls": f"{self.calls}, each on one tile of one sample",
+            **({"guidance": self.guidance} if self.guidance else {}),
+            "network calls": f"{self.calls}, each on one tile of one sample"
+            + (f", and at most {self.gradients} gradients through it" if self.gradients else ""),
             "memory": f"{_bytes(self.memory)} for each part that is computed at the same time",
         }
         return f"<xgenda.Plan for {self.model!r}>\n" + "\n".join(f"  {k:<14} {v}" for k, v in rows.items())
@@ -77,7 +90,10 @@ def plan(
     ds: xr.Dataset | xr.DataArray,
     *,
     model: GenerativeModel | str | os.PathLike[str] | None = None,
+    task: str = "downscale",
     members: int = 16,
+    guidance: str = "auto",
+    guidance_options: Mapping[str, Any] | None = None,
     sampler: str = "auto",
     sampler_options: Mapping[str, Any] | None = None,
     steps: int | None = None,
@@ -86,20 +102,24 @@ def plan(
     chunks: Any = None,
     batch_size: int | None = None,
 ) -> Plan:
-    """Return what `downscale` would do with the same arguments: network calls, tiles, memory. Nothing is computed.
+    """Return what `downscale`, `assimilate` or `forecast` would do with the same arguments: network calls, tiles, memory. Nothing is computed.
 
     Memory is predicted by replaying the calls without their numbers; on a CPU it was within 5 % of what was measured for networks of 80 million
-    parameters, see the benchmarks.
+    parameters, see the benchmarks. Observations are not asked for: what they take is not counted, and their operators count as linear.
 
     Parameters
     ----------
     ds, model, members, sampler, sampler_options, steps, tile, overlap, chunks, batch_size
-        As in `xgenda.downscale`.
+        As in the verb that the model is for.
+    task
+        Where `model` is None, what to look for: 'downscale', 'prior' (for `assimilate`) or 'forecast'.
+    guidance, guidance_options
+        As in `xgenda.assimilate`.
 
     Raises
     ------
     OptionError
-        If the model is no diffusion model for downscaling.
+        If the model is no diffusion model, or an option is not for it.
 
     Examples
     --------
@@ -108,11 +128,27 @@ def plan(
     >>> coarse = fine.coarsen(latitude=4, longitude=4).mean()
     >>> xgenda.plan(coarse, model="t2m-north-america-x4", members=8, steps=10).calls
     152
+    >>> print(xgenda.plan(fine, model="t2m-north-america", members=8).calls)
+    392
     """
+    check_choice("task", task, ("downscale", "prior", "forecast"))
     state = states.enter(metadata.as_dataset(ds))
-    chosen = choose_model(model, state.ds, state.layout, state.grid, task="downscale")
-    if not isinstance(chosen, CorrectiveModel) or chosen.spec.task != "downscale":
-        raise OptionError(f"model={chosen.spec.name!r} is no diffusion model for downscaling; there is nothing to plan.")
+    chosen = choose_model(model, state.ds, state.layout, state.grid, task=task)
+    time = state.layout.time
+    times = state.ds.sizes[time] if time in state.ds.dims else 1
+    if isinstance(chosen, (DiffusionModel, BackgroundModel)):
+        left = {"tile": tile, "overlap": overlap, "chunks": chunks}
+        if unfit := [f"{k}={v!r}" for k, v in left.items() if v not in ("auto", None)]:
+            raise OptionError(f"{unfit[0]} has no effect: model={chosen.spec.name!r} is not for downscaling. Leave it out.")
+        asked = SamplingOptions(
+            guidance, sampler, steps, batch_size, guidance_options=dict(guidance_options or {}),
+            sampler_options=dict(sampler_options or {}),
+        )  # fmt: skip
+        return _guided(chosen, asked, times, check_count("members", members))
+    if not isinstance(chosen, CorrectiveModel):
+        raise OptionError(f"model={chosen.spec.name!r} is no diffusion model; there is nothing to plan.")
+    if guidance != "auto" or guidance_options:
+        raise OptionError(f"guidance={guidance!r} has no effect: model={chosen.spec.name!r} is for downscaling. Leave it out.")
     given = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     options = chosen.plan(
         SamplingOptions(
@@ -120,8 +156,6 @@ def plan(
             overlap=given["overlap"],
         )
     )  # fmt: skip
-    time = state.layout.time
-    times = state.ds.sizes[time] if time in state.ds.dims else 1
     samples = times * check_count("members", members)
     grid = chosen.grid.plane
     part, parts = grid, 1
@@ -150,3 +184,37 @@ def plan(
     means = times * parts * len(tiling.places) * ((chosen.regression is not None) + (chosen.calibration is not None))
     calls = samples * parts * len(tiling.places) * once + means
     return Plan(chosen.spec.name, samples, grid, part, parts, tiling.tile, len(tiling.places), calls, memory.peak)
+
+
+def _guided(model: DiffusionModel | BackgroundModel, asked: SamplingOptions, times: int, members: int) -> Plan:
+    """Return what an analysis or a forecast would do."""
+    options = model.plan(asked)
+    batch, plane = int(options.batch_size or 1), model.spec.grid.plane if model.spec.grid is not None else (1, 1)
+    window = model.window if isinstance(model, DiffusionModel) else 1
+    if times < window:
+        raise OptionError(f"ds has {times} times, and the windows of model={model.spec.name!r} {window}; give at least {window}.")
+    # of a trajectory all times are one sample, and the network is asked for each of its windows
+    spans, windows = (times, 1) if window == 1 else (1, times - window + 1)
+    count = min(batch, spans * members)
+    shape = (count, *((times,) if window > 1 else ()), model.spec.channels, *plane)
+    # with an anchor of its own: what that keeps for the next call must not be what has no numbers
+    alone = copy.copy(model.denoiser)
+    alone.anchor = copy.deepcopy(alone.anchor)
+    denoise: Any = alone
+    condition = None
+    if isinstance(model, BackgroundModel):
+        condition = (count, model.features.channels + (model.spec.channels if model.mean_condition else 0), *plane)
+    elif window > 1:
+        denoise = TrajectoryDenoiser(alone, window // 2, batch)
+        if denoise.anchor is not None:
+            denoise.whole(times)  # found by its numbers
+    through = 0 if model.spec.task == "forecast" else goes_through(options.guidance, options.guidance_options)
+    peak, held = guided_memory(denoise, shape, condition, sampler=options.sampler, through=through > 0)
+    once = spans * members * windows
+    evaluations = once * model.calls(options)
+    if isinstance(model, BackgroundModel) and model.regression is not None:
+        evaluations += times
+    return Plan(
+        model.spec.name, times * members, plane, plane, 1, plane, 1, evaluations, peak + held, once * model.calls(options) * through,
+        "" if model.spec.task == "forecast" else options.guidance,
+    )  # fmt: skip

@@ -162,6 +162,7 @@ def simulated(cache: Path | None, seeds: range, count: int, every: int) -> tuple
             continue
         parts.append(run(seed, count, every))
         if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             np.savez(file, forecasts=parts[-1][0].astype("f4"), truth=parts[-1][1].astype("f4"))
     forecasts, truth = (np.stack([p[k] for p in parts]) for k in range(2))
     return forecasts, truth

@@ -171,12 +171,16 @@ def train(options: argparse.Namespace, climate: xr.Dataset) -> None:
             backgrounds, truths = (xr.concat(both, "time") for both in zip((backgrounds, truths), more, strict=True))
 
 
-def tune(method: str, cycles: int, members: int, climate: xr.Dataset, options: dict[str, list[Any]]) -> None:
+def tune(method: str, cycles: int, members: int, network: str, climate: xr.Dataset, options: dict[str, list[Any]]) -> None:
     """Print the scores of all combinations of settings on another truth."""
-    data = twin(cycles, members, 101, "random", climate)
+    data = twin(cycles, members, 101, network, climate)
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
-        result, cost = run(METHODS[method][1](climate, **chosen), data, 0, members)
+        try:
+            result, cost = run(METHODS[method][1](climate, **chosen), data, 0, members)
+        except xgenda.errors.StateError as overflow:  # of the forecast
+            print(f"{chosen}: {str(overflow).splitlines()[0]}", flush=True)
+            continue
         found = scores(result, data[1])
         print(
             f"{chosen}: ssh {found['ssh analysis']:.4f} temperature {found['temperature analysis']:.3f} lower {found['lower analysis']:.4f} "
@@ -206,7 +210,7 @@ def main() -> None:
         return
     if options.tune:
         given = {k: [float(x) for x in v.split(",")] for k, v in (g.split("=") for g in options.grid)}
-        tune(options.tune, options.cycles, options.members, climate, given or GRIDS[options.tune])
+        tune(options.tune, options.cycles, options.members, options.networks[0], climate, given or GRIDS[options.tune])
         return
     print(f"Standard deviation of the climate: {', '.join(f'{n} {float(climate[n].std()):.3g}' for n in STATE)}\n")
     print(

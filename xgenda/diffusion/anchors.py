@@ -422,20 +422,20 @@ class SeparableConditional:
         each = torch.stack([t * p.variance for t, p in zip(whole.power, self.parts, strict=True)])
         self.variance = (whole.rotation.square() @ each.double()).flatten()
 
-    def _each(self, vector: Tensor, scale: Tensor, what: str) -> Tensor:
+    def _each(self, vector: Tensor, scale: list[float], what: str) -> Tensor:
         shaped = vector.reshape(len(vector), self.whole.length, -1)
         rotation = self.whole.rotation.to(shaped)
         turned = torch.einsum("jl,bjn->lbn", rotation, shaped)
-        done = torch.stack([s * getattr(p, what)(v) for s, p, v in zip(scale.tolist(), self.parts, turned, strict=True)])
+        done = torch.stack([s * getattr(p, what)(v) for s, p, v in zip(scale, self.parts, turned, strict=True)])
         return torch.einsum("jl,lbn->bjn", rotation, done).reshape(vector.shape)
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (batch, n)."""
-        return self._each(vector, self.whole.power, "multiply")
+        return self._each(vector, self.whole.power.tolist(), "multiply")
 
     def shrink(self, vector: Tensor) -> Tensor:
         """Return C v / sigma^2."""
-        return self._each(vector, torch.ones_like(self.whole.power), "shrink")
+        return self._each(vector, [1.0] * self.whole.length, "shrink")
 
 
 class ObservableSeparable(SeparableConditional):

@@ -303,3 +303,19 @@ class _Anchor(Guide):
 _KINDS: Mapping[str, type[Guide]] = {
     "anchor": _Anchor, "mmps": _Mmps, "sda": _Sda, "w2c": _W2c, "pigdm": _Pigdm, "dps": _Dps, "diffpir": _Diffpir,
 }  # fmt: skip
+
+
+def goes_through(kind: str, options: Mapping[str, Any]) -> int:
+    """Return how many gradients through the network a guidance takes at most for each of its evaluations; 0: none.
+
+    Parameters
+    ----------
+    kind, options
+        As from `guidance_options`.
+    """
+    if kind == "inpaint":
+        also = options.get("also")
+        return 0 if also is None else goes_through(also, OPTIONS[also])
+    if not issubclass(_KINDS[kind], _ThroughNetwork) or options.get("detach"):
+        return 0
+    return 1 + (int(options["iterations"]) if kind == "mmps" else 0)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from xgenda.diffusion.denoisers import EDMDenoiser
+from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.samplers import _STEPPERS, sampler_options
 from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.errors import check_choice
@@ -243,17 +243,14 @@ def plan_memory(
     denoiser = EDMDenoiser(_Placed(tiled, position))
 
     def sample(start: Tensor, condition: Tensor | None) -> Tensor:
-        x = start = start.double()  # the first state is kept by whoever gave it
-        # as many steps as a multistep sampler remembers; what noise costs comes and goes between network calls
-        stepper = _STEPPERS[sampler](
-            lambda y, sigma: denoiser(y, sigma, condition), [8.0] * 4, lambda: torch.empty_like(start), sampler_options(sampler)
-        )
-        for level in (8.0, 4.0, 2.0):
-            x = stepper.step(0, x, level, level / 2)
-        return x
+        def conditioned(y: Tensor, sigma: float) -> Tensor:
+            found: Tensor = denoiser(y, sigma, condition)
+            return found
 
-    conditioned = (samples, condition_channels, *tiling.shape) if condition_channels else None
-    whole, given = peak_memory(sample, (samples, channels, *tiling.shape), conditioned)
+        return _steps(conditioned, start.double(), sampler)
+
+    known = (samples, condition_channels, *tiling.shape) if condition_channels else None
+    whole, given = peak_memory(sample, (samples, channels, *tiling.shape), known)
     inner = condition_channels * (2 if whole_condition is True else 1)
     if isinstance(whole_condition, slice):
         inner += len(range(condition_channels)[whole_condition])
@@ -264,6 +261,61 @@ def plan_memory(
     )
     weights = sum(_size(t) for t in (*network.parameters(), *network.buffers()))
     return MemoryPlan(weights, call, whole + given - weights - call)
+
+
+def guided_memory(
+    denoise: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    condition: tuple[int, ...] | None = None,
+    *,
+    sampler: str = "heun",
+    through: bool = False,
+) -> tuple[int, int]:
+    """Predict what sampling of one batch under guidance takes, without what the observations themselves take.
+
+    Parameters
+    ----------
+    denoise
+        D(x, sigma) of states of `shape`, or D(x, sigma, condition).
+    shape, condition
+        Of the states of a batch, and of what they are conditioned on.
+    sampler
+        As in `xgenda.diffusion.samplers`.
+    through
+        Whether the guidance goes through the network, see `xgenda.diffusion.guidance.goes_through`: all activations are then kept.
+
+    Returns
+    -------
+    peak, given : int
+        As `peak_memory`; `given` has what the denoiser holds.
+    """
+    check_choice("sampler", sampler, _STEPPERS)
+
+    def sample(start: Tensor, known: Tensor | None) -> Tensor:
+        extra = () if known is None else (known,)
+
+        def guided(y: Tensor, sigma: float) -> Tensor:
+            if not through:
+                return denoise(y, sigma, *extra)
+            with torch.enable_grad():
+                y = y.detach().requires_grad_(True)
+                clean = denoise(y, sigma, *extra)
+            state = clean.detach()
+            (pulled,) = torch.autograd.grad(clean, y, state, retain_graph=True)  # as for several gradients
+            return state + pulled
+
+        return _steps(guided, start.double(), sampler)
+
+    return peak_memory(sample, shape, condition)
+
+
+def _steps(denoise: Denoiser, start: Tensor, sampler: str) -> Tensor:
+    """Take as many steps as a multistep sampler remembers; what noise costs comes and goes between network calls."""
+    stepper = _STEPPERS[sampler](denoise, [8.0] * 4, lambda: torch.empty_like(start), sampler_options(sampler))
+    x = start  # the first state is kept by whoever gave it
+    for level in (8.0, 4.0, 2.0) if sampler == "adams" else (8.0, 4.0):
+        x = stepper.step(0, x, level, level / 2)
+    return x
 
 
 class _Placed(nn.Module):

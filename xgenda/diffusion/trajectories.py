@@ -54,9 +54,14 @@ class TrajectoryDenoiser:
         out = torch.cat([found[:, 0, : self.k], found[:, :, self.k], found[:, -1, self.k + 1 :]], 1)
         if self.anchor is None:
             return out
+        return out + self.whole(length).given_noise(sigma).shrink(x.flatten(1)).reshape(x.shape)
+
+    def whole(self, length: int) -> Separable:
+        """Return the Gaussian of trajectories of this length, where there is one."""
+        assert self.anchor is not None
         if self._whole is None or self._whole.length != length:
             self._whole = self.anchor.of_length(length)
-        return out + self._whole.given_noise(sigma).shrink(x.flatten(1)).reshape(x.shape)
+        return self._whole
 
     def _window(self, windows: Tensor, sigma: float) -> Tensor:
         """Return what is composed: the denoised windows, or what the network adds to their Gaussian."""
