@@ -243,8 +243,8 @@ def plan_memory(
     denoiser = EDMDenoiser(_Placed(tiled, position))
 
     def sample(start: Tensor, condition: Tensor | None) -> Tensor:
-        def conditioned(y: Tensor, sigma: float) -> Tensor:
-            found: Tensor = denoiser(y, sigma, condition)
+        def conditioned(x: Tensor, sigma: float) -> Tensor:
+            found: Tensor = denoiser(x, sigma, condition)
             return found
 
         return _steps(conditioned, start.double(), sampler)
@@ -294,14 +294,14 @@ def guided_memory(
     def sample(start: Tensor, known: Tensor | None) -> Tensor:
         extra = () if known is None else (known,)
 
-        def guided(y: Tensor, sigma: float) -> Tensor:
+        def guided(x: Tensor, sigma: float) -> Tensor:
             if not through:
-                return denoise(y, sigma, *extra)
+                return denoise(x, sigma, *extra)
             with torch.enable_grad():
-                y = y.detach().requires_grad_(True)
-                clean = denoise(y, sigma, *extra)
+                x = x.detach().requires_grad_(True)
+                clean = denoise(x, sigma, *extra)
             state = clean.detach()
-            (pulled,) = torch.autograd.grad(clean, y, state, retain_graph=True)  # as for several gradients
+            (pulled,) = torch.autograd.grad(clean, x, state, retain_graph=True)  # as for several gradients
             return state + pulled
 
         return _steps(guided, start.double(), sampler)
