@@ -105,6 +105,7 @@ def cycle(
         A function from a Dataset of one time (the scalar coordinate time) with all members along ``member`` (the one of the control) to
         the same at a later time; called until the next analysis time is reached. See `xgenda.forecasts` for one of a single state
         (`by_member`), for `persistence`, and for published models (`onnx`, `earth2studio`). Its result must depend on what it gets alone.
+        Its attribute `identity`, where it has one, is among what is compared when a store is resumed.
     model
         A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
         std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.
