@@ -374,9 +374,13 @@ class Bound:
         before = dict.fromkeys([*(k.variable for k in self.inputs), *changed])
         object.__setattr__(self, "_before", {n: self._array(n) for n in before})
         object.__setattr__(self, "_after", {n: self._before[n].copy() for n in changed})
+        mine, theirs = self.orientation, self.interface.orientation
+        rows, columns = (a[np.argsort(b)] for a, b in ((mine.rows, theirs.rows), (mine.columns, theirs.columns)))
+        object.__setattr__(self, "_turn", [((r, c), (s, d)) for r, s in _runs(rows) for c, d in _runs(columns)])
 
     _before: Any = None
     _after: Any = None
+    _turn: Any = None
 
     @property
     def members(self) -> int:
@@ -427,7 +431,8 @@ class Bound:
                 )
             if (link.scale, link.offset) != (1.0, 0.0):
                 values = values.astype(np.float64) * link.scale + link.offset
-            out[:, c] = self.interface.orientation.from_model(self.orientation.to_model(values))
+            for there, here in self._turn:
+                out[(slice(None), c, *there)] = values[(..., *here)]
         return out
 
     def put(self, members: slice, values: np.ndarray) -> None:
@@ -450,9 +455,8 @@ class Bound:
                 )
             if (link.scale, link.offset) != (1.0, 0.0):
                 field = (field.astype(np.float64) - link.offset) / link.scale
-            self._after[link.variable][members, link.level] = self.orientation.from_model(
-                self.interface.orientation.to_model(field)
-            )
+            for there, here in self._turn:
+                self._after[link.variable][(members, link.level, *here)] = field[(..., *there)]
 
     def result(self) -> xr.Dataset:
         """Return the state with what was put, one step later."""
@@ -465,3 +469,18 @@ class Bound:
 
 
 _EXAMPLES = {"variables": "variables={'z': 'geopotential', 'z500': 'phi@50000Pa'}", "units": "units={'z': 'm2 s-2'}"}
+
+
+def _runs(index: np.ndarray) -> list[tuple[slice, slice]]:
+    """Return an index as slices of what is taken in a row, up or down, with where each goes: two for a turned globe."""
+    steps = np.diff(index)
+    out, first = [], 0
+    while first < len(index):
+        step = int(steps[first]) if first < len(steps) and abs(steps[first]) == 1 else 1
+        other = np.flatnonzero(steps[first:] != step)
+        size = int(other[0]) + 1 if len(other) else len(index) - first
+        start = int(index[first])
+        end = start + step * size
+        out.append((slice(first, first + size), slice(start, None if end < 0 else end, step)))
+        first += size
+    return out
