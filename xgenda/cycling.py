@@ -226,6 +226,9 @@ def cycle(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
     template = _all_times(frame, moments)
+    if filtered:  # what is the same in all members is no state
+        every = frame.state.variables(metadata.data_variables(frame.state.ds, frame.state.layout))
+        template = template.drop_vars([n for n in every if n not in frame.names])
     setup = prepare(
         template, obs, chosen, error, width, None if filtered else background_check, quality, representativeness,
         lapse_rate, operators, any_model=not filtered, masked=filtered,
