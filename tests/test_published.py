@@ -40,9 +40,16 @@ from onnx import TensorProto, helper, numpy_helper
 LATITUDE, LONGITUDE = np.linspace(60, -60, 5), np.arange(0, 360, 45.0)
 PLANE = (len(LATITUDE), len(LONGITUDE))
 CHANNELS = ["z500", "z850", "t850", "t500", "t2m"]
-FACTOR = np.array([1.0, 0.5, 0.25, 2.0, 4.0])  # exact in floating point, and another one for each channel
+#: Exact in floating point, and others for each channel, row and column, so that a turned or flipped field shows; shape (channels, rows, columns).
+BY_CELL = xr.DataArray(
+    2.0 ** np.random.default_rng(2).integers(-1, 2, PLANE),
+    dims=("latitude", "longitude"),
+    coords={"latitude": LATITUDE, "longitude": LONGITUDE},
+)
+BY_CHANNEL = dict(zip(CHANNELS, (1.0, 0.5, 0.25, 2.0, 4.0), strict=True))
+FACTOR = np.array(list(BY_CHANNEL.values()))[:, None, None] * BY_CELL.values
 GRID: dict[str, Any] = {"lead": "6h", "latitude": LATITUDE, "longitude": LONGITUDE}
-FLOATS = {np.dtype("f4"): TensorProto.FLOAT, np.dtype("f8"): TensorProto.DOUBLE}
+FLOATS = {np.dtype("f2"): TensorProto.FLOAT16, np.dtype("f4"): TensorProto.FLOAT, np.dtype("f8"): TensorProto.DOUBLE}
 
 
 def shift_model(
@@ -79,13 +86,16 @@ def write(path: Path, graph: Any, external: bool = False) -> Path:
 def moved(ds: xr.Dataset) -> xr.Dataset:
     """What the model does, by xarray's own means, along axes as the model has them."""
     turned = ds.assign_coords(longitude=ds.longitude % 360).sortby("longitude").sortby("latitude", ascending=False)
-    factor = dict(zip(CHANNELS, FACTOR, strict=True))
     out = turned.roll(latitude=1, longitude=1, roll_coords=False)
     for name in ("z", "t", "t2m"):
-        by_level = [factor[f"{name}{level:.0f}"] for level in ds.level.values] if "level" in ds[name].dims else None
-        scale = factor["t2m"] if by_level is None else xr.DataArray(np.array(by_level, dtype="f4"), dims="level")
-        out[name] = out[name] * scale
-    return out.assign_coords(longitude=(out.longitude + 180) % 360 - 180 if (ds.longitude < 0).any() else out.longitude)
+        levels = [f"{name}{level:.0f}" for level in ds.level.values] if "level" in ds[name].dims else [name]
+        factor = xr.DataArray(np.array([BY_CHANNEL[c] for c in levels], dtype="f4"), dims="level").squeeze()
+        out[name] = (
+            out[name]
+            * (factor if "level" in ds[name].dims else factor.drop_vars("level", errors="ignore"))
+            * BY_CELL.astype("f4")
+        )
+    return out
 
 
 @pytest.fixture
@@ -110,7 +120,7 @@ def state() -> xr.Dataset:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return shift_model(tmp_path / "model.onnx", [1, 5, *PLANE], factor=FACTOR[:, None, None])
+    return shift_model(tmp_path / "model.onnx", [1, 5, *PLANE], factor=FACTOR)
 
 
 def from_the_date_line(ds: xr.Dataset) -> xr.Dataset:
@@ -126,6 +136,7 @@ ORDERS: dict[str, Any] = {
     "south to north": lambda ds: flipped(ds, "latitude"),
     "from the date line": from_the_date_line,
     "both, columns first": lambda ds: flipped(from_the_date_line(ds), "latitude").transpose("longitude", "member", "latitude", "level"),
+    "from 90 W": lambda ds: ds.roll(longitude=2, roll_coords=True),
     "east to west": lambda ds: flipped(ds, "longitude"),
     "levels upside down": lambda ds: flipped(ds, "level").transpose("level", "latitude", "longitude", "member"),
 }  # fmt: skip
@@ -143,7 +154,9 @@ def cycled(initial: xr.Dataset, forecast: Any, times: pd.DatetimeIndex = TIMES, 
 
 def assert_same_fields(found: xr.Dataset, expected: xr.Dataset) -> None:
     """Bit for bit, wherever the cells are stored."""
-    expected = expected.reindex_like(found)
+    expected = expected.sel(latitude=found.latitude.values, longitude=found.longitude.values % 360)
+    if "level" in found.dims:
+        expected = expected.sel(level=found.level.values)
     for name in ("z", "t", "t2m"):
         np.testing.assert_array_equal(found[name].values, expected[name].transpose(*found[name].dims).values)
         assert found[name].dtype == np.float32
@@ -155,7 +168,7 @@ def test_a_cycle_gives_what_numpy_gives_in_every_order_of_the_grid(order: str, s
     for t in range(1, 4):
         before, after = (run.isel(time=k).sel(stage=s) for k, s in ((t - 1, "analysis"), (t, "background")))
         assert_same_fields(after, moved(before))
-    assert float(run.t2m.isel(time=3).mean()) == pytest.approx(280 * 4.0**3, rel=0.01)
+    assert float(run.t2m.isel(time=3).mean()) > 5000  # each step is four times the one before, and more
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -176,7 +189,27 @@ def test_the_reference_of_these_tests_moves_south_and_east(state: xr.Dataset) ->
     for order in ORDERS.values():
         given = order(state)
         there, here = (x.t2m.sel(latitude=y, longitude=z, drop=True) for x, y, z in ((moved(given), 0, 90), (given, 30, 45)))
-        xr.testing.assert_equal(there / 4, here)
+        xr.testing.assert_equal(there / 4 / BY_CELL.sel(latitude=0, longitude=90, drop=True).astype("f4"), here)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("by", [-1, 3, 4])
+def test_models_that_start_at_other_longitudes(by: int, order: str, state: xr.Dataset, tmp_path: Path) -> None:
+    path = shift_model(tmp_path / "turned.onnx", [1, 5, *PLANE], factor=np.roll(FACTOR, by, -1))
+    forecast = forecasts.onnx(path, channels=CHANNELS, **GRID | {"longitude": np.roll(LONGITUDE, by)})
+    given = ORDERS[order](state)
+    assert_same_fields(forecast(given), moved(given))
+
+
+def test_a_model_from_south_to_north_and_east_to_west(state: xr.Dataset, tmp_path: Path) -> None:
+    path = shift_model(tmp_path / "turned.onnx", [1, 5, *PLANE], factor=FACTOR[:, ::-1, ::-1])
+    forecast = forecasts.onnx(path, channels=CHANNELS, **GRID | {"latitude": LATITUDE[::-1], "longitude": LONGITUDE[::-1]})
+    factor = BY_CHANNEL["t2m"] * BY_CELL.astype("f4")
+    for order in ORDERS.values():
+        found = forecast(order(state)).t2m
+        found = found.assign_coords(longitude=found.longitude % 360).sel(latitude=LATITUDE, longitude=LONGITUDE)
+        expected = state.t2m.roll(latitude=-1, longitude=-1) * factor  # from south to north the first is the south
+        np.testing.assert_array_equal(found.transpose(*expected.dims).values, expected.values)
 
 
 def test_a_single_state_and_one_of_cftime(state: xr.Dataset, path: Path) -> None:
@@ -219,7 +252,7 @@ def test_levels_that_are_variables_of_their_own(state: xr.Dataset, path: Path) -
 def test_units_of_the_model_are_an_option(state: xr.Dataset, path: Path) -> None:
     forecast = forecasts.onnx(path, channels=CHANNELS, units={"t": "degC", "z500": "km2 s-2"}, **GRID)
     out, expected = forecast(state), moved(state)
-    np.testing.assert_allclose(out.t.sel(level=500), 2 * (moved(state).t.sel(level=500) / 2 - 273.15) + 273.15, rtol=1e-6)
+    np.testing.assert_allclose(out.t.sel(level=500), expected.t.sel(level=500) + 273.15 * (1 - 2 * BY_CELL), rtol=1e-6, atol=1e-3)
     np.testing.assert_allclose(out.z, expected.z, rtol=1e-6)
 
 
@@ -266,7 +299,7 @@ def test_the_model_sees_standardised_values(state: xr.Dataset, tmp_path: Path) -
     ],
 )  # fmt: skip
 def test_shapes_and_batches(shape: list[Any], batch: int, state: xr.Dataset, tmp_path: Path) -> None:
-    path = shift_model(tmp_path / "model.onnx", shape, factor=FACTOR[:, None, None])
+    path = shift_model(tmp_path / "model.onnx", shape, factor=FACTOR)
     assert_same_fields(forecasts.onnx(path, channels=CHANNELS, batch=batch, **GRID)(state), moved(state))
 
 
@@ -293,6 +326,15 @@ def test_double_precision_stays(state: xr.Dataset, tmp_path: Path) -> None:
     wide = state.astype("f8") + 1e-9
     out = forecasts.onnx(path, channels=CHANNELS, **GRID)(wide)
     np.testing.assert_array_equal(out.t2m, np.roll(wide.t2m.values, (1, 1), (-2, -1)))
+
+
+def test_half_precision_with_standardised_fields(state: xr.Dataset, tmp_path: Path) -> None:
+    """Ten bits of what is standardised are a thousandth of a standard deviation; those of heights themselves would be 32 m2 s-2."""
+    path = shift_model(tmp_path / "half.onnx", ["n", 5, *PLANE], dtype="f2")
+    mean = {"z500": 5e4, "z850": 5e4, "t850": 260.0, "t500": 260.0, "t2m": 280.0}
+    out = forecasts.onnx(path, channels=CHANNELS, mean=mean, std=dict.fromkeys(CHANNELS, 1.0), batch=3, **GRID)(state)
+    np.testing.assert_allclose(out.z, np.roll(state.z, (1, 1), (-2, -1)), rtol=0, atol=4e-3)
+    assert out.z.dtype == np.float32
 
 
 @pytest.fixture
@@ -454,7 +496,7 @@ def test_a_cycle_is_not_resumed_with_another_model(state: xr.Dataset, path: Path
     whole = cycled(state, forecast)
     assert hashlib.sha256(path.read_bytes()).hexdigest() in whole.attrs["xgenda_forecast"]
     cycled(state, forecast, TIMES[:2], store=store)
-    other = shift_model(tmp_path / "other.onnx", [1, 5, *PLANE], factor=2 * FACTOR[:, None, None])
+    other = shift_model(tmp_path / "other.onnx", [1, 5, *PLANE], factor=2 * FACTOR)
     changed: list[Any] = [
         forecasts.onnx(other, channels=CHANNELS, **GRID), forecasts.onnx(path, channels=CHANNELS[::-1], **GRID),
         forecasts.onnx(path, channels=CHANNELS, std=np.full(5, 2.0), **GRID), forecasts.persistence("6h"),
@@ -468,18 +510,21 @@ def test_a_cycle_is_not_resumed_with_another_model(state: xr.Dataset, path: Path
 
 
 def test_weights_in_other_files_count_for_the_identity(state: xr.Dataset, tmp_path: Path) -> None:
-    path = shift_model(tmp_path / "model.onnx", [1, 5, *PLANE], factor=FACTOR[:, None, None], external=True)
+    path = shift_model(tmp_path / "model.onnx", [1, 5, *PLANE], factor=FACTOR, external=True)
     assert weight_files(path) == ["weights.bin"]
     forecast = forecasts.onnx(path, channels=CHANNELS, **GRID)
     before = forecast(state)
     assert_same_fields(before, moved(state))
     weights = tmp_path / "weights.bin"
     assert forecast.identity["weights.bin"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    weights.write_bytes(weights.read_bytes().replace(np.float32(4.0).tobytes(), np.float32(8.0).tobytes()))
+    content = weights.read_bytes()  # whose last number is the factor of the last channel in the last cell
+    weights.write_bytes(content[:-4] + (2 * np.frombuffer(content[-4:], "f4")).tobytes())
     other = forecasts.onnx(path, channels=CHANNELS, **GRID)
     assert other.identity["onnx"] == forecast.identity["onnx"]
     assert other.identity != forecast.identity
-    np.testing.assert_array_equal(other(state).t2m, 2 * before.t2m)
+    found = other(state).t2m / before.t2m
+    np.testing.assert_array_equal(found[:, -1, -1], 2)
+    assert float(found.sum()) == found.size + 3
     path.write_bytes(path.read_bytes().replace(b"weights.bin", b"../else.bin"))
     with pytest.raises(CheckpointError, match="'../else.bin', which is not in its folder"):
         forecasts.onnx(path, channels=CHANNELS, **GRID)
@@ -509,7 +554,7 @@ class Shift(torch.nn.Module):
 
     def __init__(self, dims: tuple[str, ...] = ("batch", "time"), leads: tuple[int, ...] = (6,), history: int = 1) -> None:
         super().__init__()
-        self.factor = torch.nn.Parameter(torch.tensor(FACTOR, dtype=torch.float32)[:, None, None])
+        self.factor = torch.nn.Parameter(torch.tensor(FACTOR, dtype=torch.float32))
         self.dims, self.leads, self.history, self.seen = dims, leads, history, []
 
     def input_coords(self) -> Any:
