@@ -89,6 +89,21 @@ def obs() -> pd.DataFrame:
     ).assign(t2m_error=0.5)  # fmt: skip
 
 
+def test_fields_without_members_stay_as_they_are_and_reach_the_forecast(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    ground = xr.DataArray(np.arange(20.0).reshape(4, 5) / 50, dims=("latitude", "longitude"), attrs={"units": "m"})
+
+    def forecast(ds: xr.Dataset) -> xr.Dataset:
+        return later(ds.assign(t2m=ds.t2m + ds.ground))
+
+    given = {"forecast": forecast, "model": xgenda.LETKF(localization=400e3), "window": "6h", "seed": 0, **PLAIN}
+    run = xgenda.cycle(initial.assign(ground=ground), obs, **given)
+    assert run.ground.dims == ("latitude", "longitude")
+    np.testing.assert_array_equal(run.ground, ground)
+    assert run.field.values.tolist() == run.observed.values.tolist() == ["t2m"]
+    before, after = run.t2m.isel(time=0).sel(stage="analysis"), run.t2m.isel(time=1).sel(stage="background")
+    np.testing.assert_array_equal(after.values, (before + ground).values)
+
+
 def test_lorenz96(lorenz: ModuleType) -> None:
     # published for long runs: 0.22 and 0.18; 160 cycles scatter by about 0.03
     for name, bound in (("LETKF", 0.28), ("square-root EnKF", 0.25)):

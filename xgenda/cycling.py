@@ -24,6 +24,7 @@ from xgenda.ensembles import Arrays, Frame, read_initial
 from xgenda.errors import CoordinateError, DivergenceError, OptionError, StateError, check_choice, check_flag
 from xgenda.filtering import check_filter, ensemble_threshold
 from xgenda.filters import LETKF, Inflation
+from xgenda.forecasts import identity_of
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl
@@ -103,7 +104,8 @@ def cycle(
     forecast
         A function from a Dataset of one time (the scalar coordinate time) with all members along ``member`` (the one of the control) to
         the same at a later time; called until the next analysis time is reached. See `xgenda.forecasts` for one of a single state
-        (`by_member`), and for `persistence`. Its result must depend on what it gets alone.
+        (`by_member`), for `persistence`, and for published models (`onnx`, `earth2studio`). Its result must depend on what it gets alone.
+        Its attribute `identity`, where it has one, is among what is compared when a store is resumed.
     model
         A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
         std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.
@@ -224,6 +226,9 @@ def cycle(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
     template = _all_times(frame, moments)
+    if filtered:  # what is the same in all members is no state
+        every = frame.state.variables(metadata.data_variables(frame.state.ds, frame.state.layout))
+        template = template.drop_vars([n for n in every if n not in frame.names])
     setup = prepare(
         template, obs, chosen, error, width, None if filtered else background_check, quality, representativeness,
         lapse_rate, operators, any_model=not filtered, masked=filtered,
@@ -252,6 +257,8 @@ def cycle(
         "background_check": analyst.threshold,
         "guard": None if guard is None else guard.described(),
     }
+    if (identity := identity_of(forecast)) is not None:
+        described["forecast"] = dict(identity)
     outline = Outline(frame, setup, moments, _attributes(frame, described))
     plan = _Plan(frame, setup, analyst, forecast, moments, drawn, guard, restart)
     record = {"options": described, "content": {"initial": frame.digest(state)}, "seed": drawn}
@@ -339,6 +346,8 @@ def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Mem
             out = plan.forecast(few.dataset(given, now))
         except Exception as problem:
             problem.add_note(f"In xgenda.cycle: {where}, forecast from {now}.")
+            if isinstance(problem, DivergenceError) and problem.result is None:
+                problem.cycle, problem.result = kept.done, kept.result()
             raise
         found = few.read(
             out,

@@ -1,4 +1,4 @@
-"""Forecasts for `xgenda.cycle`: any function from a state to the state a step later will do; here are the simplest, and an adapter.
+"""Forecasts for `xgenda.cycle`: any function from a state to the state a step later will do; here are the simplest, and adapters.
 
 A forecast gets a Dataset of one time (the scalar coordinate ``time``) with all members along ``member``, and returns one with the same variables
 on the same grid, whose time is later. What it returns must depend on what it gets, and on nothing that it remembers: only then does a
@@ -7,7 +7,7 @@ cycle that was interrupted go on as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,12 @@ import numpy as np
 import xarray as xr
 
 from xgenda import metadata
+from xgenda.earth2studio_forecasts import earth2studio
 from xgenda.errors import OptionError
-from xgenda.observations.times import parse_window
+from xgenda.observations.times import at_time, later, parse_window
+from xgenda.onnx_forecasts import onnx
+
+__all__ = ["Forecast", "by_member", "earth2studio", "identity_of", "onnx", "persistence"]
 
 Forecast = Callable[[xr.Dataset], xr.Dataset]
 
@@ -51,7 +55,29 @@ def persistence(step: Any) -> Persistence:
     return Persistence(parse_window(step, "step"))
 
 
-def by_member(forecast: Forecast) -> Forecast:
+@dataclass(frozen=True)
+class ByMember:
+    """A forecast of an ensemble, member by member; see `by_member`."""
+
+    forecast: Forecast
+
+    def __call__(self, ds: xr.Dataset) -> xr.Dataset:
+        """Return the state of all members one step later."""
+        member = metadata.find_member(ds)
+        if member is None:
+            return self.forecast(ds)
+        parts = [self.forecast(ds.isel({member: k}, drop=True)) for k in range(ds.sizes[member])]
+        with_members = [n for n, v in ds.data_vars.items() if member in v.dims]
+        joined = xr.concat([p[with_members] for p in parts], ds[member], coords="minimal", compat="override", join="exact")
+        return parts[0].drop_vars(with_members).merge(joined, join="exact", compat="override")
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        """That of the forecast of one state."""
+        return identity_of(self.forecast)
+
+
+def by_member(forecast: Forecast) -> ByMember:
     """Return a forecast of an ensemble from one of a single state: called once for each member, without the dimension ``member``.
 
     Parameters
@@ -66,32 +92,13 @@ def by_member(forecast: Forecast) -> Forecast:
     """
     if not callable(forecast):
         raise OptionError(f"forecast is a {type(forecast).__name__}; a function from a Dataset to a Dataset is needed.")
-
-    def of_all(ds: xr.Dataset) -> xr.Dataset:
-        member = metadata.find_member(ds)
-        if member is None:
-            return forecast(ds)
-        parts = [forecast(ds.isel({member: k}, drop=True)) for k in range(ds.sizes[member])]
-        with_members = [n for n, v in ds.data_vars.items() if member in v.dims]
-        joined = xr.concat([p[with_members] for p in parts], ds[member], coords="minimal", compat="override", join="exact")
-        return parts[0].drop_vars(with_members).merge(joined, join="exact", compat="override")
-
-    return of_all
+    return ByMember(forecast)
 
 
-def later(ds: xr.Dataset, step: np.timedelta64) -> Any:
-    """Return the time of a state plus a time span, datetime64 or cftime."""
-    name = metadata.find_time(ds)
-    if name is None:
-        raise OptionError("The state has no time; assign one: ds.assign_coords(time=numpy.datetime64('2020-01-01T00:00'))")
-    now = ds[name].values
-    if now.dtype.kind == "M":
-        return now + step
-    return now + step.astype("timedelta64[us]").item()
+def identity_of(forecast: Forecast) -> Mapping[str, Any] | None:
+    """Return what is written down of a forecast and compared where a cycle is resumed; None for a function that says nothing of itself.
 
-
-def at_time(ds: xr.Dataset, time: Any) -> xr.Dataset:
-    """Return a state with another time."""
-    name = metadata.find_time(ds)
-    assert name is not None
-    return ds.assign_coords({name: (ds[name].dims, time, ds[name].attrs)})
+    A forecast says it by an attribute `identity`, a mapping from text to what JSON can hold, such as checksums of its weights.
+    """
+    found = getattr(forecast, "identity", None)
+    return found if isinstance(found, Mapping) else None

@@ -13,10 +13,9 @@ import scipy.fft
 import xarray as xr
 
 from xgenda.errors import GridError, OptionError, StateError
-from xgenda.forecasts import at_time, later
 from xgenda.grids import EARTH_RADIUS, GRAVITY, ROTATION
 from xgenda.metadata import find_layout
-from xgenda.observations.times import parse_window
+from xgenda.observations.times import at_time, later, parse_window
 from xgenda.twins import MEAN_SALINITY, MEAN_TEMPERATURE, OCEAN_VARIABLES, QGState, TwoLayerQG, ocean_model, ocean_surface
 
 COMPLETE = ("ssh", "lower", "temperature", "salinity")  # what a state must hold

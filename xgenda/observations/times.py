@@ -10,6 +10,7 @@ import pandas as pd
 import scipy.sparse
 import xarray as xr
 
+from xgenda import metadata
 from xgenda.errors import ObservationError, OptionError
 
 #: Not the spacing of the times: then a subset of the times would be given other observations.
@@ -204,3 +205,21 @@ def mean_times(times: np.ndarray, weight: np.ndarray, group: np.ndarray) -> np.n
     return np.array(
         [t + datetime.timedelta(microseconds=int(m.astype(int))) for t, m in zip(times[first], mean, strict=True)], dtype=object
     )
+
+
+def later(ds: xr.Dataset, step: np.timedelta64) -> Any:
+    """Return the time of a state plus a time span, datetime64 or cftime."""
+    name = metadata.find_time(ds)
+    if name is None:
+        raise OptionError("The state has no time; assign one: ds.assign_coords(time=numpy.datetime64('2020-01-01T00:00'))")
+    now = ds[name].values
+    if now.dtype.kind == "M":
+        return now + step
+    return now + step.astype("timedelta64[us]").item()
+
+
+def at_time(ds: xr.Dataset, time: Any) -> xr.Dataset:
+    """Return a state with another time."""
+    name = metadata.find_time(ds)
+    assert name is not None
+    return ds.assign_coords({name: (ds[name].dims, time, ds[name].attrs)})
