@@ -25,7 +25,7 @@ from xgenda.training.standardising import Prepared
 from xgenda.training.streaming import SMALLEST, Streamed, blocks_of, standardised
 from xgenda.training.windows import HELD
 
-AHEAD = 2  # batches
+AHEAD = 1  # batches
 #: Targets and conditions of some pairs, given their numbers and both sides, standardised.
 Make = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
