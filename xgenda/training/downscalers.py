@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,9 @@ from xgenda.training.architectures import WIDTHS, check_architecture
 from xgenda.training.calibrating import fitted_calibration, with_calibration
 from xgenda.training.comparing import LARGEST_SAMPLED, Withheld
 from xgenda.training.objectives import Denoising, Regression
-from xgenda.training.optimiser import Optimiser
+from xgenda.training.optimiser import Objective, Optimiser
 from xgenda.training.pairs import Pairs
+from xgenda.training.pairstreams import Paired, PairStream
 from xgenda.training.priors import network_arguments, record_of
 from xgenda.training.standardising import Prepared, prepare_pairs, seen_cycle
 from xgenda.training.statistics import has_seen, some_marks
@@ -38,13 +39,13 @@ from xgenda.training.transfer import continued_anchor, kept_arguments, thawed
 from xgenda.training.tuning import (
     Inheritance,
     check_common,
-    inherited_scales,
     kept_mean,
     predicts_better,
+    scales,
     starting_downscaler,
 )
 from xgenda.training.weighting import loss_weights
-from xgenda.training.windows import HELD
+from xgenda.training.windows import FOLDS, HELD
 
 STAGES = ("both", "residual", "single")
 LARGEST_PLANE = 448  # rows or columns, above which tile='auto' makes tiles
@@ -121,6 +122,7 @@ def train_downscaler(
     channels, plane = ready.shape[0], (ready.shape[1], ready.shape[2])
     fold = torch.as_tensor(ready.fold)
     train_rows, held = ready.split()
+    chosen = (train_rows, held) if pairs.reservoir is None else pairs.reservoir.split(ready.reach)  # for the networks
     kinds: list[str] | None = None
     if recipe.of_background:
         linear, predicted, kinds, note = fit_centre(ready.for_mean(), recipe.periodic == "both")
@@ -139,6 +141,10 @@ def train_downscaler(
     else:
         kept = None
     given = ready.features.of(ready.interpolated, ready.planes, ready.features.everywhere())
+    stream = None
+    if pairs.reservoir is not None:
+        stream = PairStream(pairs.reservoir, ready, _crossed(ready, linear, kind, kinds, recipe), not linear.is_zero)
+        predicted = stream.predicted()
     left = ready.fine - predicted
     recipe = _with_tile(recipe, left)
     arguments = _arguments(recipe, pairs)
@@ -151,6 +157,7 @@ def train_downscaler(
     if before is not None and kept is not None:  # the unit in which its network corrects its mean
         spread = before.spread.expand_as(spread).contiguous()
     regression, regression_options = None, None
+    correct: Callable[[Tensor], Tensor] | None = None
     optimistic = torch.ones(channels, dtype=torch.float64)
     first: dict[str, Any] = {"best_step": 0}
     if recipe.stages == "both":
@@ -160,14 +167,11 @@ def train_downscaler(
         )
         network = build_network(regression_options)
         went_on = inherited is not None and inherited.give("mean", network, mean=not linear.is_zero)
-        first = optimiser.fit(
-            network,
-            Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts, counts),
-            train_rows,
-            held,
-            0.3,
-            "mean",
-        )
+        task: Objective = Regression(condition, (left.float() / spread).contiguous(), recipe.tile, shifts, counts)
+        if stream is not None:
+            fields = stream.regression(spread)
+            task = Paired(fields, Regression(None, fields, recipe.tile, shifts, counts))
+        first = optimiser.fit(network, task, *chosen, 0.3, "mean")
         thawed(network)
         if (went_on or first["best_step"] > 0) and first["correction_weight"]:
             regression = network
@@ -187,6 +191,8 @@ def train_downscaler(
                 added, optimistic = added * weight[:, None, None], grown
                 if not weight.any():
                     regression, regression_options = None, None
+            if regression is not None:
+                correct = corrected(whole, spread, optimiser.device)
             predicted = predicted + added
         else:
             regression_options = None
@@ -217,7 +223,9 @@ def train_downscaler(
     # what is scored or calibrated must not have seen the times of the validation: neither its mean nor its Gaussian
     scored = int(np.prod(ready.shape)) <= LARGEST_SAMPLED
     apart, without = linear, None if crossed is None else crossed[HELD]
-    if kinds is not None:
+    if stream is not None:
+        apart = stream.linear[HELD]
+    elif kinds is not None:
         apart = fit_centre(ready.for_mean().less(HELD), recipe.periodic == "both", kinds)[0]
     elif kind != "none" and (recipe.calibrate or scored):
         apart = means.fit_mean(ready.for_mean().less(HELD), (kind,), always=True)[0]
@@ -229,12 +237,16 @@ def train_downscaler(
             EDMDenoiser(network, without), ready.features.statics,
         )  # fmt: skip
 
-    objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, shifts=shifts, tile=recipe.tile, weights=counts)
+    given_to = {"shifts": shifts, "tile": recipe.tile, "weights": counts}
+    objective: Objective = Denoising(states, fold, crossed, SIGMA_MIN, sigma_max, condition, **given_to)
+    if stream is not None:
+        fields = stream.residual(unit, optimistic, recipe.mean_condition, correct, conserve)
+        objective = Paired(fields, Denoising(fields, stream.fold, crossed, SIGMA_MIN, sigma_max, **given_to))
     # of a time the first stage has had its part
     share = 1.0 if recipe.stages != "both" or optimiser.effort.steps is None else 0.7
     withheld = Withheld(in_training, ready, pairs, held, optimiser.batch_size) if scored else None
     score = None if withheld is None else withheld.scores
-    second = optimiser.fit(network, objective, train_rows, held, share, "residual", score, pairs.fine.labels)
+    second = optimiser.fit(network, objective, *chosen, share, "residual", score, pairs.every.labels)
     thawed(network)
     worse = False
     if withheld is not None and without is not None and second["correction_weight"]:
@@ -255,7 +267,7 @@ def train_downscaler(
     }
     second["history"] = {**first.get("history", {}), **second["history"]}
     spec = dataclasses.replace(
-        ready.spec, options=options, training=record_of(len(pairs.fine.values), pairs.fine.dimension, pairs.fine.period, optimiser, extra, second),
+        ready.spec, options=options, training=record_of(pairs.every.size, pairs.fine.dimension, pairs.every.period, optimiser, extra, second),
         description=_description(recipe, conserve is not None),
     )  # fmt: skip
     built = (BackgroundModel if recipe.of_background else CorrectiveModel)(
@@ -264,6 +276,29 @@ def train_downscaler(
     if not recipe.calibrate:
         return built
     return with_calibration(built, fitted_calibration(in_training(network, True), ready, pairs, held))
+
+
+def _crossed(
+    ready: Prepared, linear: means.LinearMean, kind: str, kinds: list[str] | None, recipe: Recipe
+) -> list[means.LinearMean]:
+    """Return linear means of the same kind, fitted without each block of times."""
+    if kinds is not None:
+        return [fit_centre(ready.for_mean().less(k), recipe.periodic == "both", kinds)[0] for k in range(FOLDS)]
+    if kind == "none":  # nothing was fitted
+        return [linear] * FOLDS
+    return [means.fit_mean(ready.for_mean().less(k), (kind,), always=True)[0] for k in range(FOLDS)]
+
+
+def corrected(network: nn.Module, spread: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function that gives what a regression adds to the linear mean, float64, of its inputs."""
+    asked = copy.deepcopy(network).to(device).eval()
+
+    def found(condition: Tensor) -> Tensor:
+        nothing = torch.zeros(len(condition), *spread.shape, device=device)
+        added: Tensor = asked(nothing, nothing[:, 0, 0, 0], condition.to(device)).cpu().double() * spread.double()
+        return added
+
+    return found
 
 
 def _description(recipe: Recipe, conserved: bool) -> str:
@@ -315,16 +350,13 @@ def _continued(recipe: Recipe, before: CorrectiveModel, pairs: Pairs) -> Recipe:
                 f"start={before.spec.name!r} corrects a Gaussian of the whole grid, and {found}, of at most {LARGEST_ANCHOR} values. Start from a "
                 f"model that was trained with anchor=None, or leave out start."
             )
-    transform, offset = recipe.transform, recipe.offset
-    if transform == "none":
-        transform, offset = inherited_scales(before, pairs)
-    time, cycle = pairs.fine.time, recipe.cycle
+    climatology, transform, offset = scales(before, recipe.climatology, recipe.transform, recipe.offset)(
+        pairs.every, pairs.coarse
+    )
+    time, cycle = pairs.every.time, recipe.cycle
     if cycle == "auto" and time is not None:  # what the networks know, and what the times go through
         both = {*before.inputs.cycle.split("+"), *seen_cycle("auto", time).split("+")}
         cycle = "+".join(part for part in ("dayofyear", "hour") if part in both) or "none"
-    climatology = recipe.climatology
-    if climatology == "auto":
-        climatology = "none" if time is None else before.scaling.cycle
     return dataclasses.replace(
         recipe, anchor=anchor, transform=transform, offset=offset, climatology=climatology, cycle=cycle, architecture=architecture,
         width=network.get("width"), periodic="both" if before.spec.wraps or network.get("periodic") == "both" else recipe.periodic,

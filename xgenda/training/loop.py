@@ -45,9 +45,10 @@ from xgenda.training.pairs import read_background_pairs, read_pairs
 from xgenda.training.priors import PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
+from xgenda.training.reservoirs import Large
 from xgenda.training.statistics import content_of, fingerprint
 from xgenda.training.transfer import FREEZE
-from xgenda.training.tuning import check_common
+from xgenda.training.tuning import check_common, scales
 from xgenda.training.weighting import check_weights
 
 CLASSICAL = (
@@ -254,8 +255,8 @@ def train(
     device, progress
         As in `assimilate`.
     memory
-        Fields of a prior that take more than this are not read into memory: they are streamed from where they are (Zarr, netCDF,
-        object stores), shuffled in blocks, and read ahead while the network computes.
+        Fields that take more than this are not read into memory: they are streamed from where they are (Zarr, netCDF, object stores),
+        shuffled in blocks, and read ahead while the network computes. Of pairs both sides count, and what is in memory already stays there.
     callbacks
         Functions that get a `Progress` at every validation; training ends when one returns True. `TensorBoard` is one.
     dtype
@@ -390,19 +391,24 @@ def train(
         )
     start = None if start is None else _started(start, task, adapters)
     chosen = _names(variables)
+    large = Large(parse_memory(memory), scales(start, climatology, transform, offset), bounds, validation, method, progress)
     if task == "downscale":
         if start is not None and method != "diffusion":
             raise OptionError(f"start has no effect with method={method!r}, which has a closed form. Leave it out.")
         if target is None and factor is not None:
             check_count("factor", factor, 2)
-        pairs = read_pairs(ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time)
+        pairs = read_pairs(
+            ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time, large=large
+        )
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     elif task != "prior":
         if task == "forecast" and lag is None:
             raise OptionError(
                 "task='forecast' needs lag, how far ahead the state is: xgenda.train(series, task='forecast', lag='48h')"
             )
-        pairs, seconds = read_background_pairs(ds, target, lag, task=task, variables=chosen, statics=statics, lead_time=lead_time)
+        pairs, seconds = read_background_pairs(
+            ds, target, lag, task=task, variables=chosen, statics=statics, lead_time=lead_time, large=large
+        )
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     else:
         corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, bounds, progress)
@@ -423,7 +429,7 @@ def train(
             "weights": weights if isinstance(weights, str) else dict(weights), "freeze": freeze, "adapters": adapters, "augment": augment,
             "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
-            "memory": None if task != "prior" or corpus.source is None else parse_memory(memory),
+            "memory": None if (corpus.source if task == "prior" else pairs.reservoir) is None else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
         }  # fmt: skip
         journal = Journal(target_file.with_suffix(".training"), asked)

@@ -127,11 +127,12 @@ class Denoising:
         self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
         self.levels = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), LEVELS, dtype=torch.float64).tolist()
 
-    def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
-        """Add noise to some samples."""
+    def batch(self, rows: Tensor, states: Tensor, draws: Draws, given: Tensor | None = None) -> Batch:
+        """Add noise to some samples; `given` are their conditions where these were read with them."""
         corner = draws.corner(self.tile, states.shape[-2:])
         clean = cut(states, corner, self.tile)
-        condition = None if self.condition is None else cut(self.condition[rows], corner, self.tile)
+        given = self.condition[rows] if given is None and self.condition is not None else given
+        condition = None if given is None else cut(given, corner, self.tile)
         if any(self.shifts):
             cells = [draws.shifts(s, [n])[0] for s, n in zip(self.shifts, clean.shape[-2:], strict=True)]
             clean, condition = rolled(clean, cells), None if condition is None else rolled(condition, cells)
@@ -164,18 +165,21 @@ class Regression:
 
     def __init__(
         self,
-        condition: Tensor,
-        target: Tensor,
+        condition: Tensor | None,
+        target: Tensor | Fields,
         tile: tuple[int, int] | None = None,
         shifts: int = 0,
         weights: Tensor | None = None,
     ) -> None:
-        self.fields, self.condition, self.tile, self.shifts, self.weights = InMemory(target), condition, tile, shifts, weights
+        self.fields = InMemory(target) if isinstance(target, Tensor) else target
+        self.condition, self.tile, self.shifts, self.weights = condition, tile, shifts, weights
 
-    def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
-        """Return some samples."""
+    def batch(self, rows: Tensor, states: Tensor, draws: Draws, given: Tensor | None = None) -> Batch:
+        """Return some samples; `given` are their conditions where these were read with them."""
         corner = draws.corner(self.tile, states.shape[-2:])
-        target, condition = (cut(f, corner, self.tile) for f in (states, self.condition[rows]))
+        given = self.condition[rows] if given is None and self.condition is not None else given
+        assert given is not None
+        target, condition = (cut(f, corner, self.tile) for f in (states, given))
         if self.shifts:
             cells = draws.shifts(self.shifts, target.shape[-2:])
             target, condition = rolled(target, cells), rolled(condition, cells)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,16 @@ import xarray as xr
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.errors import GridError, OptionError, StateError, UnitsError
-from xgenda.formatting import user_level
-from xgenda.grids import Grid, factor_between
+from xgenda.grids import factor_between
 from xgenda.models.blocks import Blocks
-from xgenda.models.conditions import lead_times, neighbours, spacing_of_times
+from xgenda.models.conditions import lead_times
 from xgenda.models.spec import VariableSpec
 from xgenda.models.templates import remembered_axes
 from xgenda.scaling import Scaling, cycle_basis
-from xgenda.training.windows import FEWEST, Samples, read_samples
+from xgenda.training.matching import check_kept, check_unmasked, checked_offsets, lag_in_seconds, later, match
+from xgenda.training.reservoirs import Large, Reservoir, block_means, blocked, open_lagged, open_reservoir
+from xgenda.training.sources import Source, open_source
+from xgenda.training.windows import FEWEST, Samples, read_samples, read_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class Pairs:
         Fields that never change, shape (statics, rows, columns), standardised, in model order.
     target
         Names of the horizontal dimensions and coordinates of the fine fields.
+    reservoir
+        Where these are some of many pairs: all of them.
     """
 
     fine: Samples
@@ -59,6 +62,12 @@ class Pairs:
     statics: np.ndarray | None
     static_names: tuple[str, ...]
     target: Mapping[str, Any]
+    reservoir: Reservoir | None = None
+
+    @property
+    def every(self) -> Samples | Source:
+        """The fine fields of all pairs."""
+        return self.fine if self.reservoir is None else self.reservoir.fine
 
     def inputs(self, offset: int) -> np.ndarray:
         """Return the coarse fields at one of the offsets, by its position, shape (n, variables, y, x)."""
@@ -82,8 +91,9 @@ def read_pairs(
     fewest: int = FEWEST,
     weights: str = "cells",
     spacing: float | None = None,
+    large: Large | None = None,
 ) -> Pairs:
-    """Read pairs into memory and check them.
+    """Read pairs into memory and check them, or some of them where they are too large for it.
 
     Parameters
     ----------
@@ -99,56 +109,88 @@ def read_pairs(
         Of the block means that are made without `target`, 'cells' or 'areas'.
     spacing
         Seconds from one neighbour to the next; None for those from one time of `ds` to the next.
+    large
+        What to do with pairs that are not in memory; None: read them.
 
     Raises
     ------
     OptionError, GridError, StateError
     """
+    coarse: Samples | Source
     if target is None:
         if factor is None:
             raise OptionError(
                 "factor is missing: for task='downscale' give the cells per coarse cell, for example factor=4, and fine fields as ds; or "
                 "pairs: xgenda.train(coarse, target=fine, task='downscale')"
             )
-        fine = read_samples(ds, variables, fewest=fewest)
-        if fine.valid is not None:
-            raise StateError(_MASKED.format("ds", "downscale"))
+        source, argument = metadata.as_dataset(ds), "ds"
+        opened = open_source(ds, variables, fewest=fewest)
+        if large is not None and large.streams(opened):
+            coarse = block_means(opened, factor, weights)
+            return _lazily(opened, coarse, source, ds, statics, offsets, spacing, factor, lead_time, large, argument)
+        fine = read_source(opened)
+        check_unmasked(fine.valid, "ds", "downscale")
         coarse = _block_means(fine, factor, weights)
-        source = metadata.as_dataset(ds)
     else:
         if factor is not None:
             raise OptionError(f"factor={factor} has no effect with target, whose grid says it. Leave it out.")
-        fine = read_samples(metadata.as_dataset(target, "target"), variables, "target", fewest)
-        coarse = read_samples(ds, fewest=fewest)
+        source, argument = metadata.as_dataset(target, "target"), "target"
+        opened, given = open_source(source, variables, "target", fewest), open_source(ds, fewest=fewest)
+        factor = factor_between(opened.grid, given.grid)
+        if large is not None and large.streams(opened, given):
+            units = {v.name: v.units for v in opened.variables}
+            given = given.in_units([units.get(v.name) for v in given.variables])
+            return _lazily(opened, given, source, ds, statics, offsets, spacing, factor, lead_time, large, argument)
+        fine, coarse = read_source(opened), read_source(given)
         for name, samples in (("target", fine), ("ds", coarse)):
-            if samples.valid is not None:
-                raise StateError(_MASKED.format(name, "downscale"))
-        factor = factor_between(fine.grid, coarse.grid)
+            check_unmasked(samples.valid, name, "downscale")
         coarse = _in_units_of(coarse, fine)
-        source = metadata.as_dataset(target, "target")
-    order, spacing = _offsets(offsets, coarse, spacing)
-    places, kept = _match(fine, coarse, order, spacing)
-    if len(kept) < fewest:
-        raise StateError(
-            f"Of {len(fine.values)} fine fields {len(kept)} have all the coarse ones that they need; at least {fewest} are needed."
-        )
-    ends = max(order) - min(order)  # the first and the last lack neighbours in any case
-    if len(kept) < min(len(fine.values) - ends, len(fine.values) * (1 - FEW_LOST)):
-        warnings.warn(
-            f"{len(fine.values) - len(kept)} of {len(fine.values)} fine fields have not all the coarse ones that they need, and are left out.",
-            stacklevel=user_level(),
-        )
-    lead = None
-    if lead_time:
-        given = metadata.as_dataset(ds)
-        all_leads = lead_times(given, coarse.dimension, len(coarse.values))
-        lead = all_leads[places[:, order.index(0)]]
-    if len(kept) < len(fine.values):
+    order, spacing = checked_offsets(offsets, coarse, spacing)
+    places, kept = match(fine, coarse, order, spacing)
+    check_kept(len(kept), fine.size, fewest, order, "downscale")
+    lead = _leads(ds, coarse, coarse.size)[places[:, order.index(0)]] if lead_time else None
+    return _in_memory(fine, coarse, places, kept, order, spacing, factor, lead, statics, source)
+
+
+def _lazily(
+    fine: Source, coarse: Source, source: xr.Dataset, ds: xr.Dataset | xr.DataArray, statics: Any, offsets: Sequence[int], spacing: float | None,
+    factor: int | None, lead_time: bool, large: Large, argument: str,
+) -> Pairs:  # fmt: skip
+    """Return pairs of a downscaler of which evenly spaced ones are read."""
+    order, spacing = checked_offsets(offsets, coarse, spacing)
+    fixed = read_statics(statics, fine.grid)
+    leads = _leads(ds, coarse, coarse.size) if lead_time else None
+    found = open_reservoir(fine, coarse, order, spacing, large, "downscale", argument)
+    return _sampled(found, order, spacing, factor, leads, fixed, source)
+
+
+def _in_memory(
+    fine: Samples, coarse: Samples, places: np.ndarray, kept: np.ndarray, order: tuple[int, ...], spacing: float | None, factor: int | None,
+    lead: np.ndarray | None, statics: Any, source: xr.Dataset,
+) -> Pairs:  # fmt: skip
+    """Return pairs of which all are in memory."""
+    if len(kept) < fine.size:
         time = None if fine.time is None else fine.time.isel({fine.dimension: kept})
         fine = dataclasses.replace(fine, values=fine.values[kept], time=time)
     names = remembered_axes(states.enter(source))
     fields, static_names = read_statics(statics, fine.grid)
     return Pairs(fine, coarse, places, order, spacing, factor, lead, fields, static_names, names)
+
+
+def _sampled(
+    found: Reservoir, order: tuple[int, ...], spacing: float | None, factor: int | None, leads: np.ndarray | None,
+    statics: tuple[np.ndarray | None, tuple[str, ...]], source: xr.Dataset,
+) -> Pairs:  # fmt: skip
+    """Return pairs of which evenly spaced ones are in memory; `leads` of all times of the coarse Dataset."""
+    if leads is not None:
+        found = dataclasses.replace(found, lead=leads[found.coarse.places[found.places[:, order.index(0)]]])
+    fine, coarse, places = found.sample()
+    lead = None if found.lead is None else found.lead[found.rows]
+    return Pairs(fine, coarse, places, order, spacing, factor, lead, *statics, remembered_axes(states.enter(source)), found)
+
+
+def _leads(ds: xr.Dataset | xr.DataArray, coarse: Samples | Source, size: int) -> np.ndarray:
+    return lead_times(metadata.as_dataset(ds), coarse.dimension, size)
 
 
 def read_background_pairs(
@@ -161,8 +203,9 @@ def read_background_pairs(
     statics: xr.Dataset | xr.DataArray | None,
     lead_time: bool,
     fewest: int = FEWEST,
+    large: Large | None = None,
 ) -> tuple[Pairs, float | None]:
-    """Read pairs of a forecast and the truth on the same grid into memory and check them.
+    """Read pairs of a forecast and the truth on the same grid into memory and check them, or some of them where they are too large for it.
 
     Parameters
     ----------
@@ -174,6 +217,8 @@ def read_background_pairs(
         Without `target`: the background of a time is the state so long before.
     task
         Which `xgenda.train` was asked for, for messages.
+    large
+        What to do with pairs that are not in memory; None: read them.
 
     Returns
     -------
@@ -188,79 +233,42 @@ def read_background_pairs(
         raise OptionError(f"lag={lag!r} has no effect with target, whose forecasts are given. Leave it out.")
     if lag is not None and lead_time:
         raise OptionError("lead_time=True has no effect with lag, which is the lead time of all. Leave it out.")
+    fixed: tuple[np.ndarray | None, tuple[str, ...]]
     if target is not None:
-        fine = read_samples(metadata.as_dataset(target, "target"), variables, "target", fewest)
-        given = states.enter(metadata.as_dataset(ds))
-        if not given.grid.same_as(fine.grid):
+        source = metadata.as_dataset(target, "target")
+        opened = open_source(source, variables, "target", fewest)
+        state = states.enter(metadata.as_dataset(ds))
+        if not state.grid.same_as(opened.grid):
             raise GridError(
-                f"The forecasts are on the grid {given.grid.describe()}, and target on {fine.grid.describe()}; for task={task!r} they must be "
+                f"The forecasts are on the grid {state.grid.describe()}, and target on {opened.grid.describe()}; for task={task!r} they must be "
                 f"the same. Bring them there: ds.genda.regrid(target), or for other grids: task='downscale'"
             )
+        if large is not None and large.streams(opened, given := _described(ds, opened.variables, fewest)):
+            fixed, leads = read_statics(statics, opened.grid), _leads(ds, given, given.size) if lead_time else None
+            found = open_reservoir(opened, given, (0,), None, large, task, "target")
+            return _sampled(found, (0,), None, None, leads, fixed, source), None
+        fine = read_source(opened)
         coarse = read_samples(as_described(ds, fine.variables), [v.name for v in fine.variables], fewest=fewest)
         seconds = None
     elif lag is not None:
-        fine = read_samples(ds, variables, fewest=fewest)
-        seconds = lag_in_seconds(lag)
-        coarse = _later(fine, seconds, lag)
+        source = metadata.as_dataset(ds)
+        opened, seconds = open_source(ds, variables, fewest=fewest), lag_in_seconds(lag)
+        if large is not None and large.streams(opened):
+            fixed = read_statics(statics, opened.grid)
+            return _sampled(open_lagged(opened, seconds, lag, large, task), (0,), None, None, None, fixed, source), seconds
+        fine = read_source(opened)
+        coarse = later(fine, seconds, lag)
     else:
         raise OptionError(
             f"task={task!r} needs pairs: xgenda.train(forecasts, target=truth, task={task!r}), or of a single series the time from a background "
             f"to the state that it is one of: xgenda.train(series, task={task!r}, lag='48h')"
         )
     for name, samples in (("target", fine), ("ds", coarse)):
-        if samples.valid is not None:
-            raise StateError(_MASKED.format(name if target is not None else "ds", task))
-    places, kept = _match(fine, coarse, (0,), None)
-    if len(kept) < fewest:
-        raise StateError(f"Of {len(fine.values)} states {len(kept)} have a background; at least {fewest} are needed.")
-    if target is not None and len(kept) < len(fine.values) * (1 - FEW_LOST):
-        warnings.warn(
-            f"{len(fine.values) - len(kept)} of {len(fine.values)} states have no background, and are left out.",
-            stacklevel=user_level(),
-        )
-    lead = None
-    if lead_time:
-        given_leads = metadata.as_dataset(ds)
-        lead = lead_times(given_leads, coarse.dimension, len(coarse.values))[places[:, 0]]
-    if len(kept) < len(fine.values):
-        time = None if fine.time is None else fine.time.isel({fine.dimension: kept})
-        fine = dataclasses.replace(fine, values=fine.values[kept], time=time)
-    names = remembered_axes(states.enter(metadata.as_dataset(ds if target is None else target)))
-    fields, static_names = read_statics(statics, fine.grid)
-    return Pairs(fine, coarse, places, (0,), None, None, lead, fields, static_names, names), seconds
-
-
-def lag_in_seconds(lag: Any) -> float:
-    """Return a positive time span in seconds."""
-    try:
-        seconds = 0.0 if isinstance(lag, (int, float)) else float(pd.Timedelta(lag).total_seconds())
-    except (TypeError, ValueError):
-        seconds = 0.0
-    if not seconds > 0:
-        raise OptionError(f"lag={lag!r} is not accepted; give a time span as pandas reads it, for example lag='48h'.")
-    return seconds
-
-
-def _later(samples: Samples, seconds: float, lag: Any) -> Samples:
-    """Return the states as backgrounds of the times so much later."""
-    time = samples.time
-    if time is None:
-        raise OptionError(f"lag={lag!r} needs a time coordinate, and ds has none; give pairs: target=")
-    if len(np.unique(metadata.time_labels(time))) < len(time):
-        raise OptionError(
-            f"lag={lag!r} needs times that are there once, and ds holds some more than once, as runs one after the other do; give pairs: target="
-        )
-    step = (
-        np.timedelta64(round(seconds * 1e9), "ns") if time.dtype.kind == "M" else pd.Timedelta(seconds=seconds).to_pytimedelta()
-    )
-    moved = time.copy(data=time.values + step)
-    if not np.isin(metadata.time_labels(moved), metadata.time_labels(time)).any():
-        steps = np.sort(metadata.seconds_between(np.sort(time.values)))
-        raise OptionError(
-            f"lag={lag!r}: no two times of ds are so far apart; neighbours are {steps[0] / 3600:g} to {steps[-1] / 3600:g} h apart. Give a "
-            f"multiple of that, for example lag='{np.median(steps) / 3600:g}h'"
-        )
-    return dataclasses.replace(samples, time=moved)
+        check_unmasked(samples.valid, name if target is not None else "ds", task)
+    places, kept = match(fine, coarse, (0,), None)
+    check_kept(len(kept), fine.size, fewest, (0,) if target is not None else None, task)
+    lead = _leads(ds, coarse, coarse.size)[places[:, 0]] if lead_time else None
+    return _in_memory(fine, coarse, places, kept, (0,), None, None, lead, statics, source), seconds
 
 
 def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec], argument: str = "ds") -> xr.Dataset:
@@ -282,22 +290,25 @@ def as_described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec
     return xr.Dataset(fields, coords=state.ds.coords)
 
 
-FEW_LOST = 0.02  # of the fine fields may lack coarse ones without a word
-_MASKED = (
-    "{0} holds cells that are NaN at all times, and task={1!r} has no mask. Fill them or crop: {0}.fillna(...), {0}.isel(...)"
-)
+def _described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec], fewest: int) -> Source:
+    """Return what `as_described` does, unread."""
+    state = states.enter(metadata.as_dataset(ds))
+    names = [states.match_channel(state.ds, v.name, v.standard_name, "ds") for v in variables]
+    found = open_source(ds, list(dict.fromkeys(state.variables(names))), fewest=fewest).of(names)
+    try:
+        found = found.in_units([v.units for v in variables])
+    except UnitsError as problem:
+        raise UnitsError(f"ds: {problem}") from problem
+    specs = tuple(dataclasses.replace(s, name=v.name) for s, v in zip(found.variables, variables, strict=True))
+    return dataclasses.replace(found, variables=specs)
 
 
 def _block_means(fine: Samples, factor: int, weights: str) -> Samples:
-    if not isinstance(fine.grid, Grid):
-        raise GridError(
-            "factor needs latitude and longitude along one axis each. Give coarse fields instead: xgenda.train(coarse, target=fine, "
-            "task='downscale')"
-        )
     import torch
 
-    means = Blocks(fine.grid, factor, weights).mean(torch.as_tensor(fine.values)).numpy()
-    return dataclasses.replace(fine, values=means, grid=fine.grid.coarsened(factor))
+    grid = blocked(fine.grid)
+    means = Blocks(grid, factor, weights).mean(torch.as_tensor(fine.values)).numpy()
+    return dataclasses.replace(fine, values=means, grid=grid.coarsened(factor))
 
 
 def _in_units_of(coarse: Samples, fine: Samples) -> Samples:
@@ -312,64 +323,6 @@ def _in_units_of(coarse: Samples, fine: Samples) -> Samples:
             v = VariableSpec(v.name, v.standard_name, wanted, v.long_name)
         specs.append(v)
     return dataclasses.replace(coarse, values=values, variables=tuple(specs))
-
-
-def _offsets(offsets: Sequence[int], coarse: Samples, spacing: float | None) -> tuple[tuple[int, ...], float | None]:
-    found = tuple(offsets) if isinstance(offsets, (tuple, list, range, np.ndarray)) else ()
-    if (
-        not found
-        or any(isinstance(o, str) for o in found)
-        or any(isinstance(o, bool) or int(o) != o for o in found)
-        or 0 not in found
-    ):
-        raise OptionError(
-            f"neighbours={offsets!r} is not accepted; give whole steps with 0 among them, for example neighbours=(-1, 0, 1)."
-        )
-    order = (0, *sorted({int(o) for o in found} - {0}))  # the time itself first
-    if order == (0,):
-        return order, None
-    if coarse.time is None:
-        raise OptionError(f"neighbours={offsets!r} needs a time coordinate, and ds has none.")
-    return order, spacing_of_times(coarse.time.values) if spacing is None else spacing
-
-
-def _match(fine: Samples, coarse: Samples, offsets: tuple[int, ...], spacing: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the coarse fields of each fine field that has them all, shape (n, offsets), and which fine fields these are."""
-    if fine.time is None or coarse.time is None:
-        if len(fine.values) != len(coarse.values) or (fine.time is None) != (coarse.time is None):
-            raise OptionError(
-                f"target has {len(fine.values)} fields along {fine.dimension!r} and ds {len(coarse.values)} along {coarse.dimension!r}; without "
-                f"times on both sides they must be as many, in the same order."
-            )
-        return np.arange(len(fine.values))[:, None], np.arange(len(fine.values))
-    n = len(fine.values)
-    if len(np.unique(metadata.time_labels(coarse.time))) < len(
-        coarse.values
-    ):  # runs one after the other: only the order can tell
-        if len(coarse.values) == n and (coarse.time.values == fine.time.values).all() and offsets == (0,):
-            return np.arange(n)[:, None], np.arange(n)
-        raise OptionError(
-            "ds holds a time more than once, so that target must have the same times in the same order, and neighbours cannot be told; "
-            "give one run, or the runs one after the other without neighbours."
-        )
-    try:
-        places = neighbours(coarse.time.values, fine.time.values, offsets, spacing)
-    except TypeError as problem:
-        raise OptionError(
-            f"The times of ds and target are of two calendars: {problem}. Convert one: ds.convert_calendar('standard')"
-        ) from problem
-    kept = np.flatnonzero((places >= 0).all(1))
-    if not len(kept) and (places[:, offsets.index(0)] >= 0).any():
-        raise OptionError(
-            f"ds has the times of target, and none with all its neighbours {', '.join(f'{o * (spacing or 0) / 3600:+g} h' for o in offsets if o)}. "
-            f"Give a series with such steps, or train without neighbours."
-        )
-    if not len(kept):
-        raise OptionError(
-            f"ds has none of the times of target: {coarse.time.values.min()} to {coarse.time.values.max()} against {fine.time.values.min()} to "
-            f"{fine.time.values.max()}. Shift those of one, where they mean the same: ds.assign_coords(time=target.time)"
-        )
-    return places[kept], kept
 
 
 def read_statics(statics: Any, grid: AnyGrid) -> tuple[np.ndarray | None, tuple[str, ...]]:

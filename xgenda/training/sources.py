@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import dask
 import numpy as np
@@ -45,11 +45,14 @@ class Samples:
     valid: np.ndarray | None = None
 
     @property
+    def size(self) -> int:
+        """Number of fields."""
+        return len(self.values)
+
+    @property
     def labels(self) -> list[str]:
         """What to call each sample in messages."""
-        if self.time is None:
-            return [f"{self.dimension} {k}" for k in range(len(self.values))]
-        return [str(t)[:19] for t in self.time.values]
+        return _labels(self.time, len(self.values), self.dimension)
 
     @property
     def period(self) -> str:
@@ -155,6 +158,35 @@ class Source:
         """First and last time, for the description of the model."""
         return _period(self.time, self.size, self.dimension)
 
+    @property
+    def labels(self) -> list[str]:
+        """What to call each field in messages."""
+        return _labels(self.time, self.size, self.dimension)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing has to be read or computed."""
+        return all(part.variable._in_memory for part in self.parts)
+
+    def only(self, rows: np.ndarray) -> Self:
+        """Return the source of some of the fields, in this order."""
+        time = None if self.time is None else self.time.isel({self.dimension: rows})
+        return dataclasses.replace(self, places=self.places[rows], time=time)
+
+    def of(self, names: Sequence[str]) -> Source:
+        """Return the source of some of the channels, in this order; before the pass that finds the mask."""
+        parts = []
+        for part in self.parts:
+            kept = [k for k, c in enumerate(part.channels) if self.variables[c].name in names]
+            channels = tuple(names.index(self.variables[part.channels[k]].name) for k in kept)
+            if kept:
+                parts.append(
+                    dataclasses.replace(part, channels=channels, levels=tuple(part.levels[k] for k in kept if part.levels))
+                )
+        order = [self.names.index(n) for n in names]
+        factors = None if self.factors is None else tuple(self.factors[c] for c in order)
+        return dataclasses.replace(self, parts=tuple(parts), variables=tuple(self.variables[c] for c in order), factors=factors)
+
     def read(self, rows: np.ndarray | Sequence[int], window: Window | None = None) -> np.ndarray:
         """Return fields in physical units and model order.
 
@@ -258,9 +290,7 @@ class Source:
                 f"first at {self._label(int(missing.argmax()))}.",
                 stacklevel=user_level(),
             )
-            kept = np.flatnonzero(~missing)
-            time = None if self.time is None else self.time.isel({self.dimension: kept})
-            out = dataclasses.replace(self, places=self.places[kept], time=time)
+            out = self.only(np.flatnonzero(~missing))
             check_size(out.size, out)
         return out if valid.all() else dataclasses.replace(out, valid=valid, fill=fill)
 
@@ -406,6 +436,10 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _labels(time: xr.DataArray | None, size: int, dimension: str) -> list[str]:
+    return [f"{dimension} {k}" for k in range(size)] if time is None else [str(t)[:19] for t in time.values]
 
 
 def _period(time: xr.DataArray | None, size: int, dimension: str) -> str:

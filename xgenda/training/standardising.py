@@ -19,6 +19,7 @@ from xgenda.models.features import Features
 from xgenda.models.spec import ModelSpec
 from xgenda.scaling import Scaling, check_named, cycle_basis, fit_scaling
 from xgenda.training.pairs import Pairs
+from xgenda.training.statistics import Statistics
 from xgenda.training.windows import FOLDS, HELD, blocks, memory_of, near_blocks
 
 
@@ -44,6 +45,8 @@ class Prepared:
         See `xgenda.models.means.Pairs`.
     weights
         Where coarse fields are block means of the fine ones.
+    reach
+        For how many times the fine fields resemble each other.
     """
 
     spec: ModelSpec
@@ -56,6 +59,7 @@ class Prepared:
     near: np.ndarray
     matched: list[tuple[int, float] | None]
     weights: str | None
+    reach: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,21 +91,25 @@ def prepare_pairs(
 
     A background is standardised as the truth is: where it says nothing else, it is the truth.
     """
-    time = pairs.fine.time
+    time, every = pairs.every.time, pairs.reservoir
     fine_names, coarse_names = ([v.name for v in s.variables] for s in (pairs.fine, pairs.coarse))
     check_named(transform, offset, bounds, fine_names + coarse_names)
 
-    def fit(values: np.ndarray, names: list[str]) -> Scaling:
+    def fit(values: np.ndarray, names: list[str], known: Statistics | None) -> Scaling:
         limits = None if bounds is None else {k: v for k, v in bounds.items() if k in names}
+        if known is not None:
+            return known.scaling(limits, homogeneous)
         return fit_scaling(
             values, time, names, cycle=climatology, transform=transform, offset=offset, bounds=limits, homogeneous=homogeneous
         )
 
-    scaling = fit(pairs.fine.values, fine_names)
-    input_scaling = fit(pairs.inputs(0), coarse_names) if task == "downscale" else scaling
-    unit = None
-    if pairs.lead is not None:
-        unit = lead_unit or float(max(np.abs(pairs.lead).max(), 1.0))
+    scaling = fit(pairs.fine.values, fine_names, None if every is None else every.statistics)
+    input_scaling = scaling
+    if task == "downscale":
+        input_scaling = fit(pairs.inputs(0), coarse_names, None if every is None else every.input_statistics)
+    unit, leads = None, pairs.lead if every is None else every.lead
+    if leads is not None:
+        unit = lead_unit or float(max(np.abs(leads).max(), 1.0))
     conditions = Conditions(
         pairs.coarse.variables,
         pairs.coarse.grid,
@@ -150,9 +158,10 @@ def standardised_pairs(pairs: Pairs, spec: ModelSpec, features: Features, valida
         weights = find_blocks(pairs.inputs(0)[:, [k for _, k in common]], pairs.fine.values, grid, pairs.factor, scaling)
     planes = torch.as_tensor(planes_of(time, conditions.cycle, pairs.lead, conditions.lead_time, n))
     interpolated = features.interpolated(coarse, features.everywhere())
-    fold = blocks(time, n, FOLDS, validation)
-    near = near_blocks(fold, time, memory_of(fine.flatten(1).numpy(), time))
-    return Prepared(spec, fine, coarse, planes, interpolated, features, fold, near, matched, weights)
+    fold = blocks(time, n, FOLDS, validation) if pairs.reservoir is None else pairs.reservoir.fold[pairs.reservoir.rows]
+    reach = memory_of(fine.flatten(1).numpy(), time)
+    near = near_blocks(fold, time, reach)
+    return Prepared(spec, fine, coarse, planes, interpolated, features, fold, near, matched, weights, reach)
 
 
 def seen_cycle(asked: str, time: xr.DataArray | None) -> str:

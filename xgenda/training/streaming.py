@@ -105,10 +105,7 @@ class Streamed:
             )
         self.peak = 0
         per_block = max(1, min(memory // (16 * self.row_bytes), source.step(SMALLEST)))  # no more than a part of a large chunk
-        places = source.places[self.windows[:, 0]]
-        self.block = places // per_block  # of each state
-        if per_block < source.chunk:  # parts of chunks do not go over their ends
-            self.block = places // source.chunk * (-(-source.chunk // per_block)) + places % source.chunk // per_block
+        self.block = blocks_of(source.places[self.windows[:, 0]], source.chunk, per_block)  # of each state
 
     def read(self, rows: Tensor, corner: tuple[int, int] | None = None) -> Tensor:
         """Return some states, float32; with a corner the crop there."""
@@ -236,14 +233,27 @@ class Streamed:
         places, members = np.unique(self.windows[rows], return_inverse=True)
         values = self.source.read(places, window)
         scaling = self.scaling if window is None else _on(self.scaling, window)
-        out = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
-        for i, place in enumerate(places):
-            # as `Scaling.forward`, without BLAS, which would start threads of its own in each of ours
-            climatology = np.einsum("k,kcyx->cyx", self.basis[place], scaling.mean)
-            out[i] = (scaling.transform(values[i : i + 1])[0] - climatology) / scaling.std
+        out = standardised(values, self.basis[places], scaling)
         if self.source.valid is not None:  # the Gaussian has no variance there: rounding would be many standard deviations
             out[:, ~(self.source.valid if window is None else self.source.valid[:, window[0], window[1]])] = 0.0
         return torch.as_tensor(out), members.reshape(len(rows), self.windows.shape[1])
+
+
+def blocks_of(places: np.ndarray, chunk: int, per_block: int) -> np.ndarray:
+    """Return the number of the block of each place; parts of chunks do not go over their ends."""
+    if per_block < chunk:
+        return np.asarray(places // chunk * (-(-chunk // per_block)) + places % chunk // per_block)
+    return np.asarray(places // per_block)
+
+
+def standardised(values: np.ndarray, basis: np.ndarray, scaling: Scaling) -> np.ndarray:
+    """Return float32 fields as `Scaling.forward` does, each for itself; those given may be overwritten."""
+    out = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
+    for i, row in enumerate(basis):
+        # without BLAS, which would start threads of its own in each of ours
+        climatology = np.einsum("k,kcyx->cyx", row, scaling.mean)
+        out[i] = (scaling.transform(values[i : i + 1])[0] - climatology) / scaling.std
+    return out
 
 
 def _joined(states: Tensor, members: np.ndarray) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 from xgenda.training.pairs import Pairs
+from xgenda.training.sources import Samples, Source
 from xgenda.training.standardising import Prepared, standardised_pairs
 from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, transfer
 
@@ -60,13 +61,34 @@ def starting_downscaler(start: GenerativeModel | str | os.PathLike[str]) -> Corr
     return before
 
 
-def inherited_scales(before: CorrectiveModel, pairs: Pairs) -> tuple[dict[str, str], dict[str, float]]:
+def scales(
+    start: GenerativeModel | str | os.PathLike[str] | None, climatology: str, transform: Any, offset: Any
+) -> Callable[[Samples | Source, Samples | Source], tuple[str, Any, Any]]:
+    """Return the function that gives climatology, transforms and offsets of fine and coarse fields: those asked for, else those of `start`."""
+
+    def found(fine: Samples | Source, coarse: Samples | Source) -> tuple[str, Any, Any]:
+        if start is None:
+            return "none" if climatology == "auto" else climatology, transform, offset
+        before = starting_downscaler(start)
+        check_common(before, fine.variables)
+        cycle = climatology
+        if cycle == "auto":
+            cycle = "none" if fine.time is None else before.scaling.cycle
+        how = (transform, offset) if transform != "none" else inherited_scales(before, fine.variables, coarse.variables)
+        return cycle, *how
+
+    return found
+
+
+def inherited_scales(
+    before: CorrectiveModel, fine: Sequence[VariableSpec], coarse: Sequence[VariableSpec]
+) -> tuple[dict[str, str], dict[str, float]]:
     """Return transforms and offsets, in our units, of the variables that the other model has too."""
     transforms: dict[str, str] = {}
     offsets: dict[str, float] = {}
     for ours, theirs, scaling in (
-        (pairs.coarse.variables, before.inputs.variables, before.inputs.scaling),
-        (pairs.fine.variables, before.spec.variables, before.scaling),
+        (coarse, before.inputs.variables, before.inputs.scaling),
+        (fine, before.spec.variables, before.scaling),
     ):
         places, units = {v.name: i for i, v in enumerate(theirs)}, {v.name: v.units for v in ours}
         for name, other in matched(ours, theirs).items():

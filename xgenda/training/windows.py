@@ -12,7 +12,7 @@ import xarray as xr
 from xgenda import metadata
 from xgenda.errors import OptionError, StateError
 from xgenda.models.fitting import memory_length
-from xgenda.training.sources import FEWEST, Samples, open_source
+from xgenda.training.sources import FEWEST, Samples, Source, open_source
 from xgenda.training.surveys import Survey, look
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "memory_of",
     "near_blocks",
     "read_samples",
+    "read_source",
     "split_rows",
     "time_order",
     "window_rows",
@@ -45,7 +46,11 @@ def read_samples(
     StateError
         If the fields hold NaN or fill values, or are too few.
     """
-    source = open_source(ds, variables, argument, fewest)
+    return read_source(open_source(ds, variables, argument, fewest))
+
+
+def read_source(source: Source) -> Samples:
+    """Return what `read_samples` does, of an opened source."""
     found = Survey(source)
     values = source.read_all()
     found.add(look(values))
