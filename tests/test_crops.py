@@ -22,7 +22,7 @@ from xgenda.errors import GendaError, LittleDataWarning, OptionError
 from xgenda.models.diffusive import DiffusionModel, build_network
 from xgenda.models.generative import GenerativeModel
 from xgenda.networks.unet import UNet
-from xgenda.training import crops, optimiser, priors
+from xgenda.training import anchoring, crops, optimiser, priors
 from xgenda.training.architectures import suitable_width
 from xgenda.training.crops import automatic_tile, laid_corners, saves_reading, tile_options
 from xgenda.training.draws import Draws, cut
@@ -282,7 +282,11 @@ def test_masks_and_windows(fields: xr.Dataset) -> None:
     assert result.x.isnull().mean() == ds.x.isnull().mean()
 
 
-def test_an_interrupted_training_on_parts_goes_on_to_the_same_weights(fields: xr.Dataset, tmp_path: Path) -> None:
+def test_an_interrupted_training_on_parts_goes_on_to_the_same_weights(
+    fields: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anchoring, "HYBRID_LIMIT", 0)
+
     def stop(progress: Any) -> None:
         if progress.step >= 20:
             raise KeyboardInterrupt
@@ -339,6 +343,7 @@ def test_parts_are_read_alone_where_that_saves_reading(tmp_path: Path, monkeypat
         return read(self, rows, window)
 
     monkeypatch.setattr(Source, "read", spied)
+    monkeypatch.setattr(anchoring, "HYBRID_LIMIT", 0)
     options: dict[str, Any] = {"memory": 50_000, "anchor": None, "tile": (8, 8), "steps": 8, "progress": False}
     found = trained(apart, **options)
     shapes = {tuple(w.stop - w.start for w in window) for window in windows if window is not None}
@@ -500,5 +505,4 @@ def test_a_training_has_the_width_of_the_rule(fields: xr.Dataset, monkeypatch: p
     trained(fields, width=None, time_budget="1s", steps=1)
     assert asked[1][1] is None
     trained(fields, start=model, width=None, anchor="auto", steps=1)
-    trained(fields, width=16, steps=1)
     assert len(asked) == 2
