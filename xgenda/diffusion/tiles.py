@@ -357,7 +357,8 @@ class TiledNetwork(nn.Module):
         for start in range(0, len(pairs), self.batch):
             chosen = pairs[start : start + self.batch]
             rows = [row for _, row in chosen]
-            given = [self._cut(f, chosen) for f in (x, condition, position)]
+            groups = _grouped(chosen)
+            given = [self._cut(f, groups) for f in (x, condition, position)]
             if whole is not None:
                 given[1] = torch.cat([g for g in (given[1], whole[rows]) if g is not None], 1)
             # networks without positions need not know the argument
@@ -366,10 +367,22 @@ class TiledNetwork(nn.Module):
                 # Metal has no float64
                 precision = torch.float32 if x.device.type == "mps" else torch.float64
                 total = torch.zeros(len(x), found.shape[1], *tiling.shape, dtype=precision, device=x.device)
-            for (place, row), f in zip(chosen, found, strict=True):
-                tiling.add(total[row], f, place)
+            done = 0
+            for place, those in groups:
+                count = those.stop - those.start
+                tiling.add(total[those], found[done : done + count], place)
+                done += count
         assert total is not None
         return total.to(x.dtype)
 
-    def _cut(self, fields: Tensor | None, chosen: Sequence[tuple[tuple[int, int], int]]) -> Tensor | None:
-        return None if fields is None else torch.stack([self.tiling.cut(fields[row], place) for place, row in chosen])
+    def _cut(self, fields: Tensor | None, groups: Sequence[tuple[tuple[int, int], slice]]) -> Tensor | None:
+        return None if fields is None else torch.cat([self.tiling.cut(fields[rows], place) for place, rows in groups])
+
+
+def _grouped(pairs: Sequence[tuple[tuple[int, int], int]]) -> list[tuple[tuple[int, int], slice]]:
+    """Return pairs of place and row, in their order, as runs of rows of one place, which are worked on together."""
+    out = []
+    for place, same in itertools.groupby(pairs, lambda pair: pair[0]):
+        rows = [row for _, row in same]
+        out.append((place, slice(rows[0], rows[-1] + 1)))
+    return out

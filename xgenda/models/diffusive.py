@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xgenda.diffusion.anchors import Anchor, Separable, anchor_tensors, read_anchor
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.samplers import network_calls
+from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.errors import OptionError, check_choice
 from xgenda.models.checkpoints import load_weights
@@ -47,7 +48,8 @@ class DiffusionModel(GenerativeModel):
     ----------
     spec
         With grid, scaling and ``options``: 'network' (arguments of the U-Net), 'sigma_max', and where they apply 'feeds_state',
-        'window' (number of states) and 'spacing' (seconds between them).
+        'window' (number of states) and 'spacing' (seconds between them), 'tile' and 'overlap' (rows and columns of the parts of the grid
+        that the network is called on, and those that neighbours share).
     denoiser
         Network and, where trained with one, Gaussian anchor.
     covariance
@@ -93,7 +95,8 @@ class DiffusionModel(GenerativeModel):
 
     def posterior(self, request: Request) -> Tensor:
         """Sample in micro-batches of (time, member), or of members where the model is of windows."""
-        denoiser: Denoiser = self.denoiser.to(request.device)
+        whole = self.in_tiles(int(request.options.batch_size or BATCH)).to(request.device)
+        denoiser: Denoiser = whole
         options, times, k = request.options, len(request.labels), self.window // 2
         assert options.batch_size is not None
         assert request.climatology is not None
@@ -104,7 +107,7 @@ class DiffusionModel(GenerativeModel):
             observed = list(request.evidence)
         else:
             spans, observed = [tuple(range(times))], list(request.evidence[:1])
-            denoiser = TrajectoryDenoiser(self.denoiser, k, batch=options.batch_size)
+            denoiser = TrajectoryDenoiser(whole, k, batch=options.batch_size)
         covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
         places = places_of(_grid(self.spec), self.spec.options["network"].get("periodic"))
         z = Conditioning(
@@ -112,6 +115,12 @@ class DiffusionModel(GenerativeModel):
             covariance, (SIGMA_MIN, self.sigma_max), places, request.labels, trajectory=k > 0,
         ).samples()  # fmt: skip
         return without_logarithms(self.scaling, z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
+
+    def in_tiles(self, batch: int) -> EDMDenoiser:
+        """Return the denoiser of the whole grid, whose network is called on so many parts at once where it was trained on parts."""
+        own = self.denoiser
+        network = in_tiles(own.network, self.spec.grid, self.spec.options, batch)
+        return own if network is own.network else EDMDenoiser(network, own.anchor, own.feeds_state, own.sigma_range)
 
     def calls(self, options: SamplingOptions) -> int:
         """Return the number of network evaluations of one member."""
@@ -134,6 +143,17 @@ class DiffusionModel(GenerativeModel):
         if stray := sorted(k for k in tensors if not k.startswith("network.")):
             raise KeyError(f"unexpected tensors {stray}")
         return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
+
+
+def in_tiles(network: nn.Module, grid: Any, options: Mapping[str, Any], batch: int) -> nn.Module:
+    """Return a network as it is called on the whole grid: on parts of it, blended, where `options` has a 'tile' and an 'overlap'."""
+    tile = options.get("tile")
+    if tile is None or tuple(tile) == tuple(grid.plane):
+        return network
+    (rows, columns), (above, beside) = tile, options["overlap"]
+    wraps = bool(grid.periodic) and columns < grid.plane[1]
+    tiling = Tiling(grid.plane, (rows, columns), (above, beside), periodic=wraps, multiple=int(getattr(network, "stride", 1)))
+    return TiledNetwork(network, tiling, batch)
 
 
 def build_network(options: Mapping[str, Any]) -> UNet | SongUNet | MeshNet:

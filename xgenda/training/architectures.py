@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,33 @@ from xgenda.networks.unet import SPHERE
 WIDTHS = {"unet": 16, "songunet": 16, "mesh": 32}
 MESH_OPTIONS = ("refinement", "rounds", "position", "checkpointing", "one_at_a_time")
 ROUNDS = 4
+STEPS_FOR = {64: 80_000, 32: 20_000}  # planned steps from which a convolutional network is so wide
+VALUES_PER_PARAMETER = 10  # of independent training values, at least, where it is wider than the narrowest
+
+
+def suitable_width(architecture: str, steps: int | None, values: float, parameters: Callable[[int], int]) -> int:
+    """Return the width of a network for which none was asked.
+
+    Narrow networks learn more in short trainings, because they take more steps in the same time. Wider ones are for trainings that
+    are long, in steps that are planned, and have much to learn from. What a time budget leaves for steps is known to nobody: the
+    narrowest.
+
+    Parameters
+    ----------
+    architecture
+        'mesh' has one width.
+    steps
+        Planned; None where a time was given.
+    values
+        Independent values in the training fields: independent fields times the values of each.
+    parameters
+        Returns how many parameters the network has at a width.
+    """
+    if steps is not None and architecture != "mesh":
+        for width, least in STEPS_FOR.items():
+            if steps >= least and values >= VALUES_PER_PARAMETER * parameters(width):
+                return width
+    return WIDTHS[architecture]
 
 
 def check_network_options(architecture: str, given: Any) -> dict[str, Any]:

@@ -108,10 +108,10 @@ class Corpus:
             z[:, ~self.samples.valid.ravel()] = 0.0
         return z
 
-    def fields(self, scaling: Scaling, z: np.ndarray, windows: np.ndarray) -> Fields:
-        """Return the standardised windows of states (n, window): in memory from `z`, else read when asked for."""
+    def fields(self, scaling: Scaling, z: np.ndarray, windows: np.ndarray, crop: tuple[int, int] | None = None) -> Fields:
+        """Return the standardised windows of states (n, window): in memory from `z`, else read when asked for, or parts of them."""
         if self.source is not None:
-            return Streamed(self.source, scaling, windows, memory=BUFFER)
+            return Streamed(self.source, scaling, windows, memory=BUFFER, crop=crop)
         states = torch.as_tensor(z, dtype=torch.float32)[torch.as_tensor(windows)]
         return InMemory(states.reshape(len(windows), -1, *self.samples.grid.plane))
 

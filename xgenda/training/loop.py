@@ -38,6 +38,7 @@ from xgenda.training.anchoring import ANCHORS
 from xgenda.training.architectures import check_network_options
 from xgenda.training.classical import train_classical
 from xgenda.training.corpus import open_corpus
+from xgenda.training.crops import check_tile
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
 from xgenda.training.journal import Journal
 from xgenda.training.optimiser import Effort, Optimiser
@@ -46,6 +47,7 @@ from xgenda.training.priors import PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
 from xgenda.training.reservoirs import Large
+from xgenda.training.sources import open_source
 from xgenda.training.statistics import content_of, fingerprint
 from xgenda.training.transfer import FREEZE
 from xgenda.training.tuning import check_common, scales
@@ -88,7 +90,7 @@ def train(
     conserve: bool | Literal["auto"] = "auto",
     calibrate: bool = True,
     mean_condition: bool = True,
-    tile: int | tuple[int, int] | Literal["auto"] | None = None,
+    tile: int | tuple[int, int] | Mapping[str, int] | Literal["auto"] | None = None,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "auto",
@@ -174,9 +176,10 @@ def train(
     mean_condition
         For 'downscale' and 'background': whether the diffusion sees the mean.
     tile
-        For 'downscale': rows and columns of the random parts of the fine grid that networks are trained on, for grids that are too large;
-        `downscale` then samples in such tiles. Without an anchor. 'auto': twice the distance at which the residuals of the linear mean are
-        no longer correlated, where the grid is larger than 448 cells.
+        For 'prior' and 'downscale': rows and columns of the random parts of the (fine) grid that networks are trained on, for grids that are too
+        large; `assimilate` and `downscale` then call them on such tiles. Of a prior also a mapping of dimensions, and all of an axis where it is
+        not cut: its Gaussian remains that of the whole grid. A downscaler then has none. 'auto': where the grid is larger than 448 cells, twice the
+        distance at which fields, or the residuals of the linear mean, are no longer correlated. Not on doubly periodic boxes.
     start
         Model, name or path to go on from, of the same task (for 'downscale' of method 'diffusion'). Its networks are kept layer by layer, and
         trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
@@ -208,7 +211,9 @@ def train(
         Whether longitude wraps; 'both' for doubly periodic boxes. None: where the grid goes around the sphere, and where it ends at the poles the
         U-Net goes on across them.
     width
-        Channels of the network at full resolution; by default 16. Of the architecture 'mesh', of all layers; by default 32.
+        Channels of the network at full resolution; by default 16. For a prior 32 where 20,000 steps are planned and 64 where 80,000 are,
+        without `time_budget`, and if the fields have at least ten independent values for each parameter. Of the architecture 'mesh', of all
+        layers; by default 32.
     architecture
         'unet', small and fast, for any grid; on a global grid it goes on across the poles. 'mesh': messages on an icosahedral mesh (Lam et al.
         2023), for grids of latitudes and longitudes, global or not, without tiles. For 'downscale' also 'songunet', the network of the
@@ -320,6 +325,8 @@ def train(
             continue
         if argument == "architecture" and given == "mesh" and method not in METHODS:
             continue
+        if argument == "tile" and task == "prior":
+            continue
         shown = "..." if argument in ("target", "statics") else repr(given)
         if task == "prior":
             of = "background" if argument == "lag" else "downscale"
@@ -411,6 +418,7 @@ def train(
         )
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     else:
+        crops = None if tile is None else check_tile(tile, open_source(ds, chosen), periodic)
         corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, bounds, progress)
         if start is not None and start.spec.kind == "diffusion":
             check_common(start, corpus.samples.variables, "ds")
@@ -461,6 +469,7 @@ def train(
                 architecture,
                 network_options,
                 weights,
+                crops,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
         else:

@@ -13,14 +13,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import precondition
+from xgenda.training.draws import Draws, cut
 from xgenda.training.fields import Fields, InMemory
 
+__all__ = ["Batch", "Denoising", "Draws", "Regression", "cut", "rolled"]
 LEVELS = 48
 
 
@@ -44,44 +45,6 @@ class Batch:
         return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner, self.weight)
 
 
-class Draws:
-    """Random numbers of a batch, a function of seed and step alone; each of several processes draws those of all and keeps its own.
-
-    Parameters
-    ----------
-    seed, step
-        The key.
-    size
-        Samples of the whole batch.
-    part
-        (k, n) for the k-th of n equal parts of it.
-    """
-
-    def __init__(self, seed: int, step: int, size: int, part: tuple[int, int] = (0, 1)) -> None:
-        state = np.random.SeedSequence([seed % 2**63, step]).generate_state(1)
-        self.generator, self.size = torch.Generator().manual_seed(int(state[0])), size
-        self.own = torch.arange(size).tensor_split(part[1])[part[0]]
-
-    def integers(self, below: int) -> Tensor:
-        """Return one whole number for each sample."""
-        return torch.randint(below, (self.size,), generator=self.generator)[self.own]
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Return standard normal numbers of this shape for each sample."""
-        return torch.randn((self.size, *shape), generator=self.generator)[self.own]
-
-    def corner(self, tile: tuple[int, int] | None, plane: Sequence[int]) -> tuple[int, int] | None:
-        """Return first row and column of a random part of the grid, the same for all samples; None for the whole grid."""
-        if tile is None:
-            return None
-        row, column = (int(torch.randint(n - t + 1, (1,), generator=self.generator)) for n, t in zip(plane, tile, strict=True))
-        return row, column
-
-    def shifts(self, step: int, plane: Sequence[int]) -> list[list[int]]:
-        """Return rows and columns by which to shift each sample around the plane: multiples of `step`; of zero not at all."""
-        return [(step * self.integers(n // step)).tolist() if step else [0] * len(self.own) for n in plane]
-
-
 class Denoising:
     """Denoising of standardised states.
 
@@ -103,9 +66,13 @@ class Denoising:
         Where a shifted field is as likely as the field, each state and its condition are shifted around the grid by random multiples of
         so many rows and columns; 0: not at all. One number for both.
     tile
-        Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid.
+        Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid. States may
+        come as these parts already, where there are no anchors. Those with anchors are compared with the Gaussian of the whole grid: of its
+        answer, too, the network sees the part.
     weights
         Of the values of a state in the loss, shape (channels, ny, nx), with a mean of 1; None: all the same.
+    wraps
+        Whether the last column is next to the first; parts may then go across.
     """
 
     def __init__(
@@ -120,8 +87,9 @@ class Denoising:
         shifts: int | tuple[int, int] = 0,
         tile: tuple[int, int] | None = None,
         weights: Tensor | None = None,
+        wraps: bool = False,
     ) -> None:
-        self.weights = weights
+        self.weights, self.wraps = weights, wraps
         self.fields = InMemory(states) if isinstance(states, Tensor) else states
         self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
         self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
@@ -129,25 +97,27 @@ class Denoising:
 
     def batch(self, rows: Tensor, states: Tensor, draws: Draws, given: Tensor | None = None) -> Batch:
         """Add noise to some samples; `given` are their conditions where these were read with them."""
-        corner = draws.corner(self.tile, states.shape[-2:])
-        clean = cut(states, corner, self.tile)
-        given = self.condition[rows] if given is None and self.condition is not None else given
-        condition = None if given is None else cut(given, corner, self.tile)
-        if any(self.shifts):
+        corner = draws.corner(self.tile, self.fields.shape[-2:], self.wraps)
+        clean, condition = states, self.condition[rows] if given is None and self.condition is not None else given
+        if any(self.shifts):  # around the whole grid
             cells = [draws.shifts(s, [n])[0] for s, n in zip(self.shifts, clean.shape[-2:], strict=True)]
             clean, condition = rolled(clean, cells), None if condition is None else rolled(condition, cells)
+        condition = None if condition is None else cut(condition, corner, self.tile)
+        if self.anchors is None and clean.shape[-2:] == self.fields.shape[-2:]:
+            clean = cut(clean, corner, self.tile)
         level = draws.integers(len(self.levels))
         noise = draws.normal(clean.shape[1:])
+        part = None if self.anchors is None else corner  # what is left to cut
         inputs, targets, labels, fed = [], [], [], []
         for i in range(len(rows)):
             sigma = self.levels[int(level[i])]
             anchor = None if self.anchors is None else self.anchors[int(self.fold[rows[i]])]
             skip, scale, inner, state = precondition(anchor, (clean[i] + sigma * noise[i])[None], sigma)
-            inputs.append(inner[0])
-            targets.append(((clean[i] - skip) / scale)[0])
+            inputs.append(cut(inner[0], part, self.tile))
+            targets.append(cut(((clean[i] - skip) / scale)[0], part, self.tile))
             labels.append(math.log(sigma) / 4)
             if state is not None and self.feeds_state:
-                fed.append(state[0])
+                fed.append(cut(state[0], part, self.tile))
         parts = [] if condition is None else [condition]
         parts += [torch.stack(fed)] if fed else []
         return Batch(
@@ -190,10 +160,3 @@ class Regression:
 def rolled(fields: Tensor, cells: Sequence[Sequence[int]]) -> Tensor:
     """Return fields (n, channels, rows, columns), each shifted around the plane by its own rows and columns."""
     return torch.stack([f.roll((i, j), (-2, -1)) for f, i, j in zip(fields, *cells, strict=True)])
-
-
-def cut(fields: Tensor, corner: tuple[int, int] | None, tile: tuple[int, int] | None) -> Tensor:
-    """Return a part of the grid, where there is one."""
-    if corner is None or tile is None:
-        return fields
-    return fields[..., corner[0] : corner[0] + tile[0], corner[1] : corner[1] + tile[1]]

@@ -22,11 +22,14 @@ from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.training.averaging import CHOICES, WIDTHS, PowerAverages
+from xgenda.training.crops import laid_corners
+from xgenda.training.draws import Draws, cut
 from xgenda.training.fields import Fields
 from xgenda.training.journal import Interrupts, Journal
-from xgenda.training.objectives import Batch, Draws
+from xgenda.training.objectives import Batch
 from xgenda.training.processes import Processes
 from xgenda.training.reporting import Callback, History, Progress
+from xgenda.training.streaming import Streamed
 
 DEFAULT_EPOCHS = 60
 PATIENCE = 40  # validations without a lower loss, after which training ends
@@ -57,6 +60,11 @@ class Objective(Protocol):
     @property
     def fields(self) -> Fields:
         """What samples are read from."""
+        ...
+
+    @property
+    def tile(self) -> tuple[int, int] | None:
+        """Rows and columns of the part of the grid that a batch shows."""
         ...
 
     def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
@@ -112,6 +120,16 @@ class Optimiser:
         """Where this process computes."""
         return self.processes.device
 
+    def planned(self, samples: int, share: float = 1.0) -> int | None:
+        """Return how many steps a training on so many samples takes, if it is not ended before; None where a time was given."""
+        return None if self.effort.seconds is not None else self.limit(samples, share)
+
+    def limit(self, samples: int, share: float = 1.0) -> int:
+        """Return after how many steps a training on so many samples ends at the latest."""
+        effort = self.effort
+        epochs = effort.epochs or (DEFAULT_EPOCHS if effort.steps is None and effort.seconds is None else 10**9)
+        return min(max(1, samples // self.batch_size) * epochs, max(1, round((effort.steps or 10**9) * share)))
+
     def fit(
         self, network: Network, objective: Objective, rows: Tensor, held: Tensor, share: float, stage: str, score: Scorer | None = None,
         labels: Sequence[str] | None = None,
@@ -162,8 +180,7 @@ class _Fit:
             )
         per_epoch = max(1, len(rows) // how.batch_size)
         effort = how.effort
-        epochs = effort.epochs or (DEFAULT_EPOCHS if effort.steps is None and effort.seconds is None else 10**9)
-        self.limit = min(per_epoch * epochs, max(1, round((effort.steps or 10**9) * share)))
+        self.limit = how.limit(len(rows), share)
         # what was spent before, on fits and other networks, belongs to the time that was given
         self.seconds = (
             None
@@ -180,8 +197,7 @@ class _Fit:
         if len(held) > most:
             held = held[torch.linspace(0, len(held) - 1, most).round().long()]
         repeats = max(1, min(4, most // len(held)))
-        states = objective.fields.read(held)
-        self.checks = [objective.batch(held, states, Draws(1000 + k, 0, len(held))) for k in range(repeats)]
+        self.checks = self._checks(held, repeats)
         work = repeats * len(held) / (3 * how.batch_size)  # of a validation, in steps
         self.interval = max(LEAST_INTERVAL, min(per_epoch, LARGEST_INTERVAL), math.ceil(work / VALIDATION_SHARE))
         # what a resumed training finds again
@@ -191,6 +207,22 @@ class _Fit:
         self.best = self.averages.copies()
         self.history = History()
         self.whole = True  # whether these belong to one step
+
+    def _checks(self, held: Tensor, repeats: int) -> list[Batch]:
+        """Return the samples that are validated on with their noise; of parts of the grid such that they cover it."""
+        objective = self.objective
+        if objective.tile is None:
+            states = objective.fields.read(held)
+            return [objective.batch(held, states, Draws(1000 + k, 0, len(held))) for k in range(repeats)]
+        rows, fields = torch.cat([held.roll(r) for r in range(repeats)]), objective.fields
+        corners = laid_corners(objective.tile, fields.shape[-2:], len(rows))
+        out = []
+        for k, corner in enumerate(corners):
+            some = rows[k :: len(corners)]
+            cropped = isinstance(fields, Streamed) and fields.crop is not None
+            states = fields.read(some, corner) if isinstance(fields, Streamed) and cropped else fields.read(some)
+            out.append(objective.batch(some, states, Draws(1000 + k, 0, len(some), place=corner)))
+        return out
 
     def run(self) -> dict[str, Any]:
         """Train."""
@@ -466,9 +498,8 @@ class _Fit:
         position: tuple[Tensor, ...] = ()
         # of the network itself: around it there may be what several processes need
         own = None if batch.corner is None else (self.shown if network is self.shown else self.network).position_channels()
-        if batch.corner is not None and own is not None:
-            (row, column), (ny, nx) = batch.corner, batch.x.shape[-2:]
-            position = (own[None, :, row : row + ny, column : column + nx].expand(len(batch.x), -1, -1, -1),)
+        if own is not None:
+            position = (cut(own[None], batch.corner, batch.x.shape[-2:]).expand(len(batch.x), -1, -1, -1),)
         with torch.autocast(device.type, self.how.dtype, enabled=self.how.dtype != torch.float32):
             found: Tensor = network(batch.x.to(device), batch.label.to(device), condition, *position)
         return found.float()

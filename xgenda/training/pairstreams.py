@@ -121,7 +121,7 @@ class Paired:
     """An objective whose fields hold targets and conditions one after the other."""
 
     def __init__(self, fields: PairFields, objective: Denoising | Regression) -> None:
-        self.fields, self.objective = fields, objective
+        self.fields, self.objective, self.tile = fields, objective, objective.tile
 
     def batch(self, rows: Tensor, states: Tensor, draws: Draws) -> Batch:
         """Return the batch of some samples."""

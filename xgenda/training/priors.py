@@ -18,7 +18,7 @@ from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import OptionError, StateError, UnitsError
-from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
+from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma, in_tiles
 from xgenda.models.fitting import standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
@@ -28,8 +28,9 @@ from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
-from xgenda.training.architectures import WIDTHS, around_the_sphere, check_architecture, mesh_arguments
+from xgenda.training.architectures import WIDTHS, around_the_sphere, check_architecture, mesh_arguments, suitable_width
 from xgenda.training.corpus import Corpus
+from xgenda.training.crops import Tile, automatic_tile, check_wraps, inherited_tile, network_periodic, saves_reading, tile_options
 from xgenda.training.defaults import warn_of_little
 from xgenda.training.fields import Fields
 from xgenda.training.objectives import Denoising
@@ -49,7 +50,6 @@ from xgenda.training.transfer import (
 from xgenda.training.weighting import loss_weights
 from xgenda.training.windows import FOLDS, HELD, Samples, blocks, split_rows, window_rows
 
-WIDTH = 16
 FEW_STEPS = 20  # which nothing is learnt in
 SCORED, OBSERVED = 4, 64  # states and places of the scores in training, which are to take seconds
 LARGEST_SCORED = 200_000  # cells of a state, above which ensembles are not scored in training
@@ -74,16 +74,18 @@ class PriorRecipe:
     architecture: str = "unet"
     network_options: Mapping[str, Any] = field(default_factory=dict)
     weights: str | Mapping[str, float] = "auto"
+    tile: Tile | str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussians:
-    """A scaling, and the Gaussians of states in it: of all samples, and without each block."""
+    """A scaling, and the Gaussians of states in it: of all samples, and without each block; and what the fields are worth."""
 
     scaling: Scaling
     final: Anchor
     crossed: list[Anchor]
     note: str
+    independent: float = 0.0
 
 
 def train_prior(
@@ -99,7 +101,7 @@ def train_prior(
     if before is not None:
         if corpus.source is None:
             recipe = _in_terms_of(recipe, corpus.samples.variables, before)
-        recipe, corpus = _continued(recipe, before), _in_units_of(corpus, before)
+        recipe, corpus = _continued(recipe, before, corpus.samples.grid.plane), _in_units_of(corpus, before)
         _check_transforms(corpus, before)
     samples = corpus.samples
     counts = loss_weights(recipe.weights, samples.variables, samples.grid, samples.valid, recipe.window)
@@ -108,12 +110,17 @@ def train_prior(
     if before is not None and spacing is not None:
         _check_spacing(before, spacing)
     channels, feeds_state = len(samples.variables) * recipe.window, recipe.anchor is not None
-    options = network_arguments(
-        channels, channels if feeds_state else 0, recipe.width or WIDTHS[recipe.architecture], samples, recipe.periodic, recipe.architecture,
-        recipe.network_options,
-    )  # fmt: skip
-    if before is not None:
-        options = kept_arguments(options, before.spec.options["network"])
+    plane = samples.grid.plane
+    tile = None if isinstance(recipe.tile, str) or recipe.tile == plane else recipe.tile
+
+    def arguments(width: int, tile: Tile | None) -> dict[str, Any]:
+        periodic = network_periodic(tile, recipe.periodic, plane, samples.grid.periodic)
+        found = network_arguments(
+            channels, channels if feeds_state else 0, width, samples, periodic, recipe.architecture, recipe.network_options
+        )
+        return found if before is None else kept_arguments(found, before.spec.options["network"])
+
+    options = arguments(recipe.width or WIDTHS[recipe.architecture], tile)  # refuses before the fit, too
     fitted = _fitted(corpus, every[corpus.rows], recipe, optimiser.progress)
     kept = None if before is None else _kept_gaussians(before, samples, recipe)
     # a Gaussian of these very fields would look better than any that is fitted to others, and so would what is scored on it
@@ -125,6 +132,16 @@ def train_prior(
     gap = corpus.gap(z)
     final, crossed, note = fitted.final, fitted.crossed, fitted.note
     rows, held = _split(windows, every, fold, corpus.time, gap)
+    if recipe.tile == "auto":
+        tile = automatic_tile(z, plane, recipe.periodic)
+    if before is None and recipe.width is None:
+        width = suitable_width(
+            recipe.architecture, optimiser.planned(len(rows)), fitted.independent * _values(samples),
+            lambda width: _parameters(arguments(width, tile)),
+        )  # fmt: skip
+        options = arguments(width, tile)
+    elif recipe.tile == "auto":
+        options = arguments(recipe.width or WIDTHS[recipe.architecture], tile)
     network = build_network(options)
     transferred: dict[str, Any] = {}
     if before is not None:
@@ -133,15 +150,22 @@ def train_prior(
             freeze_backbone(network)
         if recipe.adapters is not None:
             add_adapters(network, recipe.adapters, optimiser.seed)
-    fields = corpus.fields(fitted.scaling, z, windows)
+    shifts, crop = _shifts(recipe, samples), None
+    # a Gaussian, shifts around the grid and parts across its seam need the whole field
+    if tile is not None and corpus.source is not None and not (feeds_state or any(shifts) or samples.grid.periodic):
+        crop = tile if saves_reading(corpus.source, tile, recipe.window) else None
+    fields = corpus.fields(fitted.scaling, z, windows, crop)
     sigma_max = highest_sigma(final)
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=_shifts(recipe, samples), weights=counts,
+        shifts=shifts, tile=tile, weights=counts, wraps=samples.grid.periodic,
     )  # fmt: skip
     compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
 
+    extra = tile_options(tile, int(getattr(network, "stride", 1)))
+
     def compare(net: torch.nn.Module, count: int = SCORED) -> Comparison:
+        net = in_tiles(net, samples.grid, extra, optimiser.batch_size)
         return _comparison(net, fields, held, crossed[HELD], fitted.scaling, samples, count)
 
     score = (lambda net: _scores(compare(net), samples.variables)) if compared else None
@@ -163,7 +187,9 @@ def train_prior(
         "marks": some_marks(samples.values),
         **transferred,
     }
-    extra = {} if spacing is None else {"window": recipe.window, "spacing": spacing}
+    if tile is not None:
+        record["crops"] = f"{tile[0]} x {tile[1]} of {plane[0]} x {plane[1]} cells"
+    extra |= {} if spacing is None else {"window": recipe.window, "spacing": spacing}
     spec = ModelSpec(
         name or (f"{before.spec.name}-tuned" if before is not None else "trained-prior"), "prior", "diffusion", samples.variables,
         samples.grid, fitted.scaling, options={"network": options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
@@ -180,7 +206,7 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: boo
         fold, recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
     )
     chosen, few = corpus.few()
-    warn_of_little(z[chosen], few, corpus.size)
+    verdict = warn_of_little(z[chosen], few, corpus.size)
     kind = recipe.anchor or "auto"  # without one in the denoiser, still for guidance
     if kind == "auto" and recipe.periodic == "both":
         kind = "spectral"
@@ -192,7 +218,18 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: boo
         in_time = [Separable(space, m) for space, m in zip([final, *crossed], memory, strict=True)]
         final, crossed = in_time[0], list(in_time[1:])
         note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
-    return Gaussians(scaling, final, crossed, note)
+    return Gaussians(scaling, final, crossed, note, verdict.independent)
+
+
+def _values(samples: Samples) -> int:
+    """Return how many values a field has, without masked ones."""
+    return int(np.prod(samples.values.shape[1:]) if samples.valid is None else samples.valid.sum())
+
+
+def _parameters(options: Mapping[str, Any]) -> int:
+    """Return how many parameters a network has, which is not built."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_network(options).parameters())
 
 
 def _split(
@@ -263,7 +300,7 @@ def _starting(start: GenerativeModel | str | os.PathLike[str]) -> DiffusionModel
     return before
 
 
-def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
+def _continued(recipe: PriorRecipe, before: DiffusionModel, plane: Tile) -> PriorRecipe:
     """Return the recipe with what the network of the other model fixes."""
     training = before.spec.training
     note = training.get("guidance_covariance", training.get("anchor", "auto"))
@@ -271,6 +308,13 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
     network = before.spec.options["network"]
     periodic, architecture = network.get("periodic"), network.get("architecture", "unet")
     check_architecture(recipe.architecture, architecture, recipe.network_options)
+    tile = recipe.tile
+    if tile is not None and architecture == "mesh":
+        raise OptionError("start has a mesh network, which sees the whole grid; leave out tile.")
+    if tile is None and before.spec.grid is not None:
+        tile = inherited_tile(before.spec.options.get("tile"), before.spec.grid.plane, plane)
+    if isinstance(tile, tuple) and periodic == "both":
+        check_wraps(tile, plane, periodic)
     scaling = before.scaling
     names = [v.name for v in before.spec.variables]
     transform, offset = recipe.transform, recipe.offset
@@ -279,7 +323,7 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel) -> PriorRecipe:
         offset = dict(zip(names, scaling.offsets, strict=True))
     return dataclasses.replace(
         recipe, anchor=anchor, window=before.window if recipe.window == 1 else recipe.window, transform=transform, offset=offset,
-        periodic="both" if periodic == "both" else recipe.periodic, architecture=architecture,
+        periodic="both" if periodic == "both" else recipe.periodic, architecture=architecture, tile=tile,
         climatology=scaling.cycle if recipe.climatology in ("none", "auto") else recipe.climatology,
     )  # fmt: skip
 

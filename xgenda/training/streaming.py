@@ -21,12 +21,12 @@ from torch import Tensor
 
 from xgenda.errors import OptionError, check_pair
 from xgenda.scaling import Scaling, cycle_basis
+from xgenda.training.draws import Draws
 from xgenda.training.sources import WORKERS, Source, Window, in_order
 
 MEMORY = 512 * 2**20
 STORED = 0.75  # of the memory holds standardised states, half of it the group in use; the rest is for reading
 SMALLEST = 2**20  # bytes of a block: less takes longer to ask for than to read
-CROP_SEED = 1  # keeps the corners of crops apart from the order of rows
 
 
 @dataclass(eq=False)
@@ -98,10 +98,11 @@ class Streamed:
         n, window = self.windows.shape
         self.shape = (n, window * len(source.variables), *plane)
         self.row_bytes = 4 * int(np.prod(self.shape[1:])) // window  # of a state of one time
-        if memory < 16 * window * self.row_bytes:
+        held = self.row_bytes * window if self.crop is None else 4 * self.shape[1] * self.crop[0] * self.crop[1]
+        if memory < 16 * held:
             raise OptionError(
-                f"memory={memory} bytes are too few for states of {window * self.row_bytes} bytes; give at least "
-                f"memory={64 * window * self.row_bytes}, or crop the fields: crop=(64, 64)"
+                f"memory={memory} bytes are too few for states of {held} bytes; give at least "
+                f"memory={64 * held}, or crop the fields: crop=(64, 64)"
             )
         self.peak = 0
         per_block = max(1, min(memory // (16 * self.row_bytes), source.step(SMALLEST)))  # no more than a part of a large chunk
@@ -116,12 +117,11 @@ class Streamed:
         return torch.as_tensor(np.concatenate(self._groups(rows, seed, epoch)))
 
     def corner(self, seed: int, step: int) -> tuple[int, int] | None:
-        """Return the first row and column of the crop of a step; None without crops."""
-        if self.crop is None:
-            return None
-        rng = np.random.default_rng([seed % 2**63, CROP_SEED, step])
-        row, column = (int(rng.integers(n - c + 1)) for n, c in zip(self.source.grid.plane, self.crop, strict=True))
-        return row, column
+        """Return the first row and column of the crop of a batch; None without crops.
+
+        Those that `Draws.corner` has for the step that the batch is for, which is counted from one.
+        """
+        return Draws(seed, step + 1, 1).corner(self.crop, self.source.grid.plane)
 
     def window(self, corner: tuple[int, int]) -> Window:
         """Return the rows and columns of the crop with this corner."""
