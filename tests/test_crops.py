@@ -42,7 +42,7 @@ def smooth(count: int = 48, ny: int = 16, nx: int = 24, seed: int = 0, *, around
     x = np.fft.ifft2(np.fft.fft2(waves) / (0.06 + k) ** 2).real[:, :ny, :nx]
     x = np.exp(0.5 * x / x.std())
     longitude = np.arange(nx) * 360 / nx if around else np.linspace(0, 2 * (nx - 1), nx)
-    latitude = -90 + 180 * (np.arange(ny) + 0.5) / ny if around else np.linspace(30, 30 + 2 * (ny - 1), ny)
+    latitude = -90 + 180 * (np.arange(ny) + 0.5) / ny if around else np.linspace(20, 20 + 2 * (ny - 1), ny)
     time = np.datetime64("2000-01-01", "ns") + np.arange(count) * np.timedelta64(10, "D")
     coords = {"time": time, "latitude": latitude, "longitude": longitude}
     return xr.Dataset({"x": (("time", "latitude", "longitude"), x, {"units": "K"})}, coords)
