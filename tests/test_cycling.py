@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cftime
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,6 +33,7 @@ from xgenda.errors import (
     OptionError,
     OutputExistsError,
     StateError,
+    UnitsError,
 )
 from xgenda.forecasts import by_member, persistence
 
@@ -519,9 +521,39 @@ def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
             "has shape (3, 4, 5) along ('member', 'latitude', 'longitude'); (6, 4, 5)",
         ),
         (
-            lambda ds: later(ds).isel(latitude=slice(None, None, -1)),
+            lambda ds: later(ds).assign_coords(latitude=[54.0, 53.0, 52.0, 51.0]),
             GridError,
-            "its 'latitude' goes from 50 to 53, and that of initial from 53",
+            "its 'latitude' goes from 54 to 51, and that of initial from 53 to 50. Interpolate: out.interp_like(ds)",
+        ),
+        (
+            lambda ds: later(ds).assign_coords(latitude=[53.0, np.nan, 51.0, 50.0]),
+            GridError,
+            "coordinate 'latitude' with values that are not finite",
+        ),
+        (
+            lambda ds: later(ds).assign_coords(member=ds.member.values + 1),
+            StateError,
+            "has 6 members, called 1, 2, 3, 4, 5, 6, and the state has 6, called 0, 1, 2, 3, 4, 5",
+        ),
+        (
+            lambda ds: later(ds.assign(t2m=ds.t2m.assign_attrs(units="Pa"))),
+            UnitsError,
+            "What forecast returned['t2m'] is in 'Pa', and the state in 'K'",
+        ),
+        (
+            lambda ds: later(ds).astype("int32"),
+            StateError,
+            "What forecast returned['t2m'] has dtype int32; real numbers are needed",
+        ),
+        (lambda ds: later(ds).astype(complex), StateError, "What forecast returned['t2m'] has dtype complex128"),
+        (lambda ds: later(ds).astype(object), StateError, "What forecast returned['t2m'] has dtype object"),
+        (lambda ds: ds.assign_coords(time=6), CoordinateError, "has the time 6, a int64, and the state has datetime64"),
+        (lambda ds: ds.assign_coords(time="2020-01-01T06"), CoordinateError, "has the time 2020-01-01T06, a str_"),
+        (lambda ds: ds.assign_coords(time=np.datetime64("NaT", "ns")), StateError, "returned the time NaT; it must be later"),
+        (
+            lambda ds: ds.assign_coords(time=cftime.DatetimeGregorian(2020, 1, 1, 6)),
+            CoordinateError,
+            "cftime of the calendar 'standard', and the state has datetime64. Count from that: out.assign_coords(time=ds.time + step)",
         ),
         (lambda ds: later(ds).t2m, OptionError, "What forecast returned is a xarray.core.dataarray.DataArray"),
         (
@@ -534,6 +566,59 @@ def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
 def test_forecasts_that_return_no_state(initial: xr.Dataset, obs: pd.DataFrame, change: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         xgenda.cycle(**options_of(initial, obs) | {"forecast": change})
+
+
+def turned(ds: xr.Dataset) -> xr.Dataset:
+    """The same state as another program would write it: other orders, degrees Celsius, longitudes to 360, and time since a date."""
+    hours = (ds.time.values - np.datetime64("2020-01-01")) / np.timedelta64(1, "h")
+    out = ds.isel(latitude=slice(None, None, -1), member=[3, 1, 5, 0, 4, 2]).transpose("longitude", "member", "latitude")
+    out = out.assign(t2m=(out.t2m - 273.15).assign_attrs(units="degC"), orography=out.orography + 1)
+    out = out.assign_coords(longitude=out.longitude.astype("float32") % 360).sortby("longitude")
+    return out.assign_coords(time=((), float(hours), {"units": "hours since 2020-01-01"}))
+
+
+def test_what_a_forecast_returns_is_read_by_its_labels(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    west = initial.assign_coords(longitude=initial.longitude - 2)  # on both sides of Greenwich
+    given = options_of(west, obs.assign(longitude=obs.longitude - 2))
+    plain = xgenda.cycle(**given)
+    other = xgenda.cycle(**given | {"forecast": lambda ds: turned(drift(ds))})
+    xr.testing.assert_allclose(other.drop_attrs(), plain.drop_attrs(), rtol=1e-12)
+    xr.testing.assert_identical(other.orography, plain.orography)  # only the state is forecast
+
+
+def test_a_forecast_may_write_into_what_it_gets(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    def writes(ds: xr.Dataset) -> xr.Dataset:
+        out = drift(ds)
+        for name in ("t2m", "orography"):
+            ds[name].values[:] = -1.0
+        ds.attrs["title"] = "another"
+        return out
+
+    given = options_of(initial, obs)
+    plain, found = xgenda.cycle(**given), xgenda.cycle(**given | {"forecast": writes})
+    xr.testing.assert_identical(found.drop_attrs(deep=False), plain.drop_attrs(deep=False))
+    assert found.attrs["title"] == "a test"
+
+
+def test_a_forecast_may_leave_anything_on_land(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    sea = initial.assign(t2m=initial.t2m.where(initial.longitude > 0))
+    given = options_of(sea, obs.assign(longitude=obs.longitude.clip(1.5)))
+    plain, filled = (xgenda.cycle(**given | {"forecast": f}) for f in (later, lambda ds: later(ds.fillna(0.0))))
+    xr.testing.assert_identical(filled.drop_attrs(), plain.drop_attrs())
+
+
+def test_curvilinear_forecasts_are_compared(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    latitude, longitude = xr.broadcast(initial.latitude, initial.longitude)
+    tilted = (
+        initial.assign_coords(lat=latitude + 0.1 * longitude, lon=longitude)
+        .rename(latitude="y", longitude="x")
+        .drop_vars(["x", "y"])
+    )
+    given = options_of(tilted, obs)
+    same = xgenda.cycle(**given | {"forecast": lambda ds: later(ds.assign_coords(lon=ds.lon + 360))})
+    xr.testing.assert_identical(same.drop_attrs(), xgenda.cycle(**given | {"forecast": later}).drop_attrs())
+    with pytest.raises(GridError, match="its 'lat' differs by up to"):
+        xgenda.cycle(**given | {"forecast": lambda ds: later(ds.isel(y=slice(None, None, -1)))})
 
 
 def test_initial_states_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame) -> None:

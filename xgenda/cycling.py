@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from xgenda import engine, metadata, storage
+from xgenda import engine, labels, metadata, storage
 from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, summary_of
 from xgenda.devices import resolve_device
 from xgenda.diffusion.noise import seed_for
@@ -345,18 +345,18 @@ def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Mem
             "What forecast returned",
             call="A forecast of one member at a time needs an adapter: xgenda.forecasts.by_member(forecast)",
         )
-        later = np.ravel(out.variables[frame.time].values) if frame.time in out.variables else None
-        if later is None or len(later) != 1 or not later[0] > now or later[0] > target:
+        later = labels.time_in(out, frame.time, now, f"{where}: what forecast returned from {now}")
+        if later is None or not later > now or later > target:
             step = (
                 f"numpy.timedelta64({(target - first) // np.timedelta64(1, 's')}, 's')"
                 if isinstance(target, np.datetime64)
                 else "step"
             )
             raise StateError(
-                f"{where}: the forecast from {now} returned the time {'none' if later is None else ', '.join(map(str, later))}; it must be "
+                f"{where}: the forecast from {now} returned the time {'none' if later is None else later}; it must be "
                 f"later, and not beyond the next analysis at {target}. Set it: out.assign_coords({frame.time}=ds.{frame.time} + {step})"
             )
-        state, now = plan.analyst.from_forecast(found), later[0]
+        state, now = plan.analyst.from_forecast(found), later
         _refuse_broken(plan, state, f"the forecast for {now}", where, kept.done, kept)
     return state
 

@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xgenda import metadata, states
+from xgenda import labels, metadata, states
 from xgenda.errors import CoordinateError, GridError, OptionError, StateError, did_you_mean
 from xgenda.grids import Grid
 from xgenda.states import State
-
-#: Part of the largest absolute value by which coordinates of a forecast may differ: rounding of single precision.
-ROUNDING = 1e-6
 
 Arrays = dict[str, np.ndarray]
 
@@ -61,7 +58,9 @@ class Frame:
         return out
 
     def read(self, ds: object, argument: str, *, sample: str | None = None, call: str = "") -> Arrays:
-        """Return the variables of a state of all members, shape (members, ...) each, in the order of the template.
+        """Return the variables of a state of all members, shape (members, ...) each, in the order and the units of the template.
+
+        Places and members are found by their coordinates, where they have some; what has no units is taken to be in those of the template.
 
         Parameters
         ----------
@@ -76,12 +75,13 @@ class Frame:
 
         Raises
         ------
-        StateError, GridError, OptionError
-            If variables are missing, or are on other dimensions or coordinates.
+        StateError, GridError, UnitsError, OptionError
+            If variables are missing, are no real numbers, or are on other dimensions, coordinates or members, or in units that do not fit.
         """
         if not isinstance(ds, xr.Dataset):
             raise OptionError(f"{argument} is a {type(ds).__module__}.{type(ds).__name__}; an xarray Dataset is needed.")
         lead = sample or self.member
+        ds = self._in_order(ds, argument, sample)
         out: Arrays = {}
         for name in self.names:
             if name not in ds.variables:
@@ -100,22 +100,37 @@ class Frame:
                 raise StateError(
                     f"{argument}[{name!r}] has dimensions {variable.dims}; {(lead, *self.dims[name])} are needed, in any order."
                 )
-            values = variable.transpose(lead, *self.dims[name]).values
-            shape = self.template.variables[name].shape
-            if values.shape[1:] != shape or (sample is None and len(values) != len(self.numbers)):
+            variable = variable.transpose(lead, *self.dims[name])
+            template = self.template.variables[name]
+            if variable.shape[1:] != template.shape or (sample is None and len(variable) != len(self.numbers)):
                 raise GridError(
-                    f"{argument}[{name!r}] has shape {values.shape} along {(lead, *self.dims[name])}; {(len(self.numbers), *shape)} is needed."
+                    f"{argument}[{name!r}] has shape {variable.shape} along {(lead, *self.dims[name])}; "
+                    f"{(len(self.numbers), *template.shape)} is needed."
                 )
-            out[name] = values.astype(self.template.variables[name].dtype, copy=False)
-        for dim in {d for n in self.names for d in self.dims[n]}:
-            mine, theirs = (x.variables[dim].values if dim in x.variables else None for x in (self.template, ds))
-            if mine is None or theirs is None or mine.dtype.kind not in "fiu":
+            values = labels.in_units_of(variable, template, f"{argument}[{name!r}]")
+            # a forecast may leave anything where there is no state, such as on land
+            out[name] = np.where(self.masks[name], values, values.dtype.type(np.nan)) if name in self.masks else values
+        return out
+
+    def _in_order(self, ds: xr.Dataset, argument: str, sample: str | None) -> xr.Dataset:
+        """Return a Dataset with its places and members in the order of the frame, as its coordinates say."""
+        dims = {d for n in self.names for d in self.dims[n]}
+        longitude = metadata.find_positions(self.template)[1]
+        index = {}
+        for dim in sorted(dims):
+            mine, theirs = (x.variables.get(dim) for x in (self.template, ds))
+            if mine is None or theirs is None or theirs.dims != (dim,) or mine.shape != theirs.shape:
                 continue
-            if np.abs(mine - theirs).max() > ROUNDING * np.abs(mine).max():
-                raise GridError(
-                    f"{argument} is on another grid than the initial state: its {dim!r} goes from {theirs[0]:.6g} to {theirs[-1]:.6g}, and that of "
-                    f"initial from {mine[0]:.6g} to {mine[-1]:.6g}. Interpolate: out.interp_like(ds), or sort it back."
-                )
+            order = labels.order_along(dim, mine, theirs, argument, turns=dim == longitude)
+            if order is not None:
+                index[dim] = order
+        given = ds.variables.get(self.member)
+        if sample is None and given is not None and given.dims == (self.member,) and len(given) == len(self.numbers):
+            order = labels.order_of_members(self.member, self.numbers, given, argument)
+            if order is not None:
+                index[self.member] = order
+        out = ds.isel(index)
+        labels.check_positions(self.template, out, dims, argument)
         return out
 
     def missing(self, arrays: Arrays) -> str | None:
@@ -131,7 +146,7 @@ class Frame:
         return None
 
     def dataset(self, arrays: Arrays, time: Any) -> xr.Dataset:
-        """Return a state of all members as a Dataset, as forecasts get it."""
+        """Return a state of all members as a Dataset of its own, as forecasts get it: they may write into it."""
         template = self.template
         data = {str(n): (self.member, *self.dims[str(n)]) if n in arrays else None for n in template.data_vars}
         variables = {
@@ -141,7 +156,7 @@ class Frame:
         coords: dict[str, Any] = {str(n): template.variables[n] for n in template.coords if n != self.time}
         coords[self.member] = (self.member, self.numbers, metadata.MEMBER_ATTRS)
         coords[self.time] = ((), time, template.variables[self.time].attrs)
-        return xr.Dataset(variables, coords, template.attrs)
+        return xr.Dataset(variables, coords, template.attrs).copy(deep=True)
 
     def fields(self, arrays: Arrays, channel: str) -> np.ndarray:
         """Return a channel of all members, shape (members, rows, columns), as the user has it."""
