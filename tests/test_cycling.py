@@ -366,7 +366,7 @@ def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.Data
     changes: list[tuple[dict[str, Any], str]] = [
         ({"model": xgenda.LETKF(500e3)}, "model: {'filter': 'LETKF(localization=400000.0, rotation=True)'} then"),
         ({"seed": 2}, "seed: 1 then, 2 now"),
-        ({"window": "5h", "times": pd.unique(obs.time)}, "window: '6h' then, '5h' now"),
+        ({"window": "5h", "times": pd.unique(obs.time)}, "window: '0 days 06:00:00' then, '0 days 05:00:00' now"),
         ({"background_check": 4.0}, "background_check: 5.0 then, 4.0 now"),
         ({"initial": initial + 1e-9 * initial}, "initial: the data differ"),
         ({"obs": obs.assign(t2m=obs.t2m + 1e-9)}, "resume=True goes on with the same observations"),
@@ -380,6 +380,145 @@ def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.Data
     (path / "cycle.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99; this one reads 1"):
         xgenda.open_cycles(path)
+
+
+def test_other_data_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """What has the same options and the same observed values, and is not the same."""
+    obs = obs.iloc[:4]
+    given, path = options_of(initial, obs) | {"times": pd.unique(obs.time)}, tmp_path / "run.zarr"
+    many = pd.concat([obs] * 2).assign(latitude=np.linspace(50, 53, 8))
+    guards = [xgenda.DivergenceGuard(restart=ds) for ds in (initial, initial + 1)]
+    warm = [{"warm": xgenda.operators.Operator(("t2m",), f, "K")} for f in (lambda x: 1.0 * x, lambda x: 1.0 * x + 0.1)]
+    wide = [{"warm": xgenda.operators.footprint("t2m", radius=r)} for r in (100e3, 150e3)]
+    renamed = obs.rename(columns={"t2m": "warm", "t2m_error": "warm_error"})
+    plain = many.drop(columns="t2m_error").reset_index(drop=True)
+    r = 0.2 * np.eye(8) + 0.05
+    r[0, 1] = r[1, 0] = 0.06
+    covariances = [xgenda.ErrorCovariance(matrix=m) for m in (0.2 * np.eye(8) + 0.05, r)]
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"initial": initial.assign_coords(member=initial.member + 1)}, "initial: the data differ"),
+        ({}, {"initial": initial.assign(t2m=initial.t2m.assign_attrs(units="degC"))}, "initial: the data differ"),
+        ({}, {"initial": initial.assign(orography=initial.orography + 1)}, "initial: the data differ"),
+        ({}, {"initial": initial.assign_coords(time=initial.time - STEP)}, "initial: the data differ"),
+        ({"guard": guards[0]}, {"guard": guards[1]}, "guard.restart: the data differ"),
+        ({"obs": renamed, "operators": warm[0]}, {"operators": warm[1]}, "operators: {'warm': 'mean "),
+        ({"obs": renamed, "operators": wide[0]}, {"operators": wide[1]}, "the same observations, errors and operators"),
+        (
+            {"obs": plain, "model": xgenda.LETKF(), "error": covariances[0]}, {"error": covariances[1]},
+            "the same observations, errors and operators",
+        ),
+    ]  # fmt: skip
+    for first, change, message in cases:
+        begun = given | {"overwrite": path.exists()} | first
+        xgenda.cycle(**begun, store=path)
+        with pytest.raises(OptionError, match=re.escape(message)):
+            xgenda.cycle(**begun | {"overwrite": False} | change, store=path, resume=True)
+    xgenda.cycle(**given | {"overwrite": True}, store=path)
+    same = xgenda.cycle(**given | {"window": pd.Timedelta(hours=6)}, store=path, resume=True)
+    assert same.sizes["time"] == 2
+
+
+def test_a_forecast_of_other_steps_is_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given = options_of(initial, obs) | {"forecast": persistence("3h"), "times": pd.unique(obs.time)}
+    xgenda.cycle(**given | {"times": pd.unique(obs.time)[:3]}, store=tmp_path / "run.zarr")
+    with pytest.raises(OptionError, match="this one goes 21600 s ahead at a time, that of the cycles in the store 10800 s"):
+        xgenda.cycle(**given | {"forecast": persistence("6h")}, store=tmp_path / "run.zarr", resume=True)
+    assert xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True).sizes["time"] == 5
+
+
+def test_times_to_come_may_change(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    def fails(ds: xr.Dataset) -> xr.Dataset:
+        if ds.time.values >= np.datetime64("2020-01-01T12"):
+            raise RuntimeError("no more")
+        return persistence("1h")(ds)
+
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    with pytest.raises(RuntimeError, match="no more"):
+        xgenda.cycle(**given | {"forecast": fails}, store=path)
+    others = [*pd.date_range("2020-01-01", periods=3, freq="6h"), pd.Timestamp("2020-01-01T17"), pd.Timestamp("2020-01-02")]
+    for times in (others[:4], others):
+        given |= {"forecast": persistence("1h"), "times": times}
+        resumed = xgenda.cycle(**given, store=path, resume=True)
+        xr.testing.assert_identical(resumed.compute().drop_attrs(), xgenda.cycle(**given).drop_attrs())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "whole"),
+    [
+        ("t2m/2.0.0.0.0", None, 2),
+        ("t2m/2.0.0.0.0", b"cut", 2),
+        ("t2m/2.0.0.0.0", b"\0" * 2 * 6 * 20 * 8, 2),  # of the right size
+        ("chi2/2", b"", 2),
+        ("t2m/1.0.0.0.0", b"cut", 1),
+        ("spread/0.0.0", None, 0),
+    ],
+)
+def test_cycles_that_are_damaged_are_computed_again(
+    initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, file: str, content: bytes | None, whole: int
+) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given | {"obs": obs.iloc[:6]}, store=path)
+    (path / file).unlink() if content is None else (path / file).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"is damaged: {re.escape(file)} .* Of its 3 cycles the first {whole} are whole"):
+        resumed = xgenda.cycle(**given, store=path, resume=True)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), xgenda.cycle(**given).drop_attrs())
+
+
+def test_stores_that_are_damaged_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given | {"obs": obs.iloc[:6]}, store=path)
+    record = json.loads((path / "cycle.json").read_text())
+    header = json.loads((path / "t2m" / ".zarray").read_text())
+    cases: list[tuple[str, str | None, str]] = [
+        ("t2m/.zarray", None, "its array 't2m' cannot be read: FileNotFoundError"),
+        ("chi2/.zarray", "{", "its array 'chi2' cannot be read: JSONDecodeError"),
+        ("t2m/.zarray", json.dumps(header | {"dtype": "<f4"}), "its array 't2m' is of float32 (2, 6, 4, 5), and float64 (2, 6, 4, 5) was laid out"),
+        (".zmetadata", None, "it cannot be opened as a Zarr group"),
+        ("time/0", None, "its times do not ascend"),
+        ("cycle.json", json.dumps(record | {"done": 99}), "says that 99 cycles are whole, and there is room for 3"),
+        ("cycle.json", json.dumps(record | {"done": "x"}), "cycle.json has done='x'"),
+        ("cycle.json", json.dumps({k: v for k, v in record.items() if k != "seed"}), "cycle.json has seed=None"),
+    ]  # fmt: skip
+    for file, content, message in cases:
+        before = (path / file).read_bytes()
+        (path / file).unlink() if content is None else (path / file).write_text(content)
+        with pytest.raises(
+            CheckpointError, match=f"is damaged: .*{re.escape(message)}.* start again: resume=False, overwrite=True"
+        ):
+            xgenda.cycle(**given | {"seed": None}, store=path, resume=True)
+        (path / file).write_bytes(before)
+    assert xgenda.cycle(**given, store=path, resume=True).sizes["time"] == 5
+
+
+def test_all_of_a_cycle_is_on_the_disk_before_it_is_said_to_be_whole(
+    initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given | {"obs": obs.iloc[:4]}, store=path)
+    flushed, flush, replace = [], os.fsync, os.replace
+    events: list[tuple[str, str]] = []
+
+    def flushes(handle: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        flush(handle)
+
+    def replaces(source: Any, target: Any) -> Any:
+        if "/.z" in os.fspath(target) or "/time/" in os.fspath(target):  # by zarr, to make room
+            return replace(source, target)
+        events.append((os.fspath(source), os.fspath(target)))
+        if str(target).endswith("cycle.json"):
+            written = [(s, t) for s, t in events if not t.endswith("cycle.json")]
+            assert all(s in flushed and os.path.dirname(t) in flushed for s, t in written)
+        assert os.fspath(source) in flushed
+        return replace(source, target)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs the names of open files")
+    monkeypatch.setattr(os, "fsync", flushes)
+    monkeypatch.setattr(os, "replace", replaces)
+    xgenda.cycle(**given | {"obs": obs.iloc[:6]}, store=path, resume=True)
+    assert {os.path.relpath(t, path) for _, t in events} >= {"t2m/2.0.0.0.0", "chi2/2", "cycle.json"}
+    assert flushed[-1] == str(path)
 
 
 def test_what_is_no_store_is_left_alone(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from xgenda.formatting import brief
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality
-from xgenda.preparation import Prepared, at_times
+from xgenda.preparation import Prepared, at_times, observed_state
 
 BACKGROUNDS = ("control", "mean", "members")
 
@@ -270,11 +270,24 @@ class ModelAnalyst:
         }  # fmt: skip
 
 
+def fingerprints(setup: Prepared, frame: Frame, state: Arrays) -> dict[str, str]:
+    """Return of each operator that is not linear what it makes of the first state, by which another one of the same name is told."""
+    if not setup.operators:
+        return {}
+    fields = [np.nan_to_num(frame.fields(state, c)[:1].astype(np.float64)) for c in setup.variables.values()]
+    seen = observed_state(setup, fields).reshape(-1, setup.state.grid.size)[len(fields) :]
+    names = [w.name for w in setup.observable[-len(setup.operators) :]]
+    return {
+        n: f"mean {v.mean():.5g} and standard deviation {v.std():.5g} of the first state"
+        for n, v in zip(names, seen, strict=True)
+    }
+
+
 def summary_of(
-    error: Any, quality: Any, representativeness: Any, lapse_rate: Any, operators: Mapping[str, Any] | None
+    error: Any, quality: Any, representativeness: Any, lapse_rate: Any, operators: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return options of the observations for a record; their values are in a checksum of what was made of them."""
+    """Return options of the observations for a record; their values, and linear operators, are in a checksum of what was made of them."""
     shown = {"error": error, "quality": quality, "representativeness": representativeness, "lapse_rate": lapse_rate}
     out: dict[str, Any] = {key: brief(value) for key, value in shown.items()}
-    out["operators"] = None if operators is None else ", ".join(operators)
+    out["operators"] = dict(operators) or None
     return out

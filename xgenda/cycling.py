@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from xgenda import engine, labels, metadata, storage
-from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, summary_of
+from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, fingerprints, summary_of
 from xgenda.devices import resolve_device
 from xgenda.diffusion.noise import seed_for
 from xgenda.divergence import DivergenceGuard
@@ -247,14 +247,15 @@ def cycle(
         "model": analyst.described(),
         "members": len(frame.numbers),
         "seed": drawn,
-        "window": str(width),
-        **summary_of(error, quality, representativeness, lapse_rate, operators),
+        "window": None if width is None else str(pd.Timedelta(parse_window(width))),
+        **summary_of(error, quality, representativeness, lapse_rate, fingerprints(setup, frame, state)),
         "background_check": analyst.threshold,
         "guard": None if guard is None else guard.described(),
     }
     outline = Outline(frame, setup, moments, _attributes(frame, described))
     plan = _Plan(frame, setup, analyst, forecast, moments, drawn, guard, restart)
-    record = {"options": described, "content": {"initial": frame.digest(state)}, "seed": drawn}
+    content = {"initial": frame.digest(state)} | ({} if restart is None else {"guard.restart": frame.digest(restart)})
+    record = {"options": described, "content": content, "seed": drawn}
     total = len(moments)
     with ExitStack() as stack:
         kept: Memory | Stored
@@ -284,10 +285,13 @@ def _run(plan: _Plan, state: Arrays, kept: Memory | Stored) -> Iterator[None]:
         now = plan.times[kept.done - 1]
     else:
         now, state = frame.template[frame.time].values[()], plan.analyst.from_forecast(state)
-    for t in range(kept.done, len(plan.times)):
+    first = kept.done
+    for t in range(first, len(plan.times)):
         label = str(plan.setup.labels[t])
         where = f"Cycle {t} of {len(plan.times)} ({label[:19]})"
-        state = _to(plan, state, now, plan.times[t], where, kept)
+        state, leads = _to(plan, state, now, plan.times[t], where, kept)
+        if t == first:
+            _refuse_other_steps(kept, leads, where)
         now = plan.times[t]
         _refuse_broken(plan, state, "the forecast", where, t, kept)
         step = plan.analyst.analyse(t, state)
@@ -301,7 +305,7 @@ def _run(plan: _Plan, state: Arrays, kept: Memory | Stored) -> Iterator[None]:
         notice |= SUSPECT if step.chi2 > (SUSPICIOUS if guard is None else guard.chi2) else 0
         notice |= EMPTY if not step.used else 0
         _refuse_broken(plan, step.analysis, "the analysis", where, t, kept)
-        kept.keep(t, state, step, notice)
+        kept.keep(t, state, step, notice, leads)
         if why is not None:
             raise DivergenceError(
                 f"{where}: the run has diverged: {why}. Raise the inflation (xgenda.LETKF(inflation=1.05) or rtps=0.5), localise, check the "
@@ -324,8 +328,19 @@ def _refuse_broken(plan: _Plan, state: Arrays, what: str, where: str, cycle: int
         raise DivergenceError(f"{where}: {what} is broken: {problem}. {advice}", cycle, kept.result())
 
 
-def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Memory | Stored) -> Arrays:
-    """Return the forecast of all members at a time."""
+def _refuse_other_steps(kept: Memory | Stored, leads: list[float], where: str) -> None:
+    """Refuse to go on with a forecast of other steps, over the same time as before."""
+    before = kept.leads
+    if before and leads and abs(sum(before) - sum(leads)) < 1 and len(before) != len(leads):
+        raise OptionError(
+            f"{where}: resume=True goes on with the same forecast, and this one goes {leads[0]:g} s ahead at a time, that of the cycles in the "
+            f"store {before[0]:g} s. Call cycle as before, or start again: resume=False, overwrite=True"
+        )
+
+
+def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Memory | Stored) -> tuple[Arrays, list[float]]:
+    """Return the forecast of all members at a time, and the seconds that each call of it went ahead."""
+    leads: list[float] = []
     frame = plan.frame
     first = now
     while now < target:
@@ -356,9 +371,10 @@ def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Mem
                 f"{where}: the forecast from {now} returned the time {'none' if later is None else later}; it must be "
                 f"later, and not beyond the next analysis at {target}. Set it: out.assign_coords({frame.time}=ds.{frame.time} + {step})"
             )
+        leads += metadata.in_seconds(np.array([later - now])).tolist()
         state, now = plan.analyst.from_forecast(found), later
         _refuse_broken(plan, state, f"the forecast for {now}", where, kept.done, kept)
-    return state
+    return state, leads
 
 
 def _others(plan: _Plan, label: str) -> Arrays:

@@ -190,14 +190,22 @@ class Frame:
         return out
 
     def digest(self, arrays: Arrays) -> str:
-        """Return a checksum of a state and of all that stays as it is."""
+        """Return a checksum of a state, its time, members, places and units, and of all that stays as it is."""
         found = hashlib.sha256()
         for name in self.names:
-            found.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+            found.update(
+                f"{name}{arrays[name].dtype}{arrays[name].shape}{self.template.variables[name].attrs.get('units')}".encode()
+            )
             found.update(np.ascontiguousarray(arrays[name]).tobytes())
-        for name in sorted(map(str, {d for n in self.names for d in self.dims[n]})):
-            if name in self.template.variables:
-                found.update(np.ascontiguousarray(self.template.variables[name].values).tobytes())
+        found.update(f"{metadata.time_labels(self.template[self.time])[0]}{self.numbers.tolist()}".encode())
+        for name in sorted(map(str, self.template.variables)):
+            if name not in self.names and name != self.time:
+                variable = self.template.variables[name]
+                found.update(f"{name}{variable.dims}{variable.attrs.get('units')}".encode())
+                values = variable.values
+                found.update(
+                    str(values.tolist()).encode() if values.dtype.kind == "O" else np.ascontiguousarray(values).tobytes()
+                )
         return found.hexdigest()
 
 
