@@ -200,6 +200,103 @@ def test_relaxation_of_a_model(initial: xr.Dataset, obs: pd.DataFrame) -> None:
     assert float(relaxed.inflation[0]) > 1.5
 
 
+def test_relaxation_is_told_of(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    """How many times wider the analysis is, of a filter, on land and of a single member."""
+    first = {"forecast": drift, "times": initial.time.values, "seed": 3}
+    plain, relaxed = (xgenda.cycle(initial, obs.iloc[:2], model=xgenda.LETKF(rtps=r, inflation=1.2), **first) for r in (0.0, 0.5))
+    spread = [x.t2m.isel(time=0, stage=1).std("member").mean() for x in (plain, relaxed)]
+    assert float(plain.inflation[0]) == 1.2
+    assert float(relaxed.inflation[0]) == pytest.approx(1.2 * float(spread[1] / spread[0]))
+    sea = initial.assign(t2m=initial.t2m.where(initial.longitude > 0))
+    model = xgenda.gaussian_prior(sea.isel(member=0)[["t2m"]], length_scale=200e3, std=0.3)
+    run = xgenda.cycle(sea, obs.iloc[:2].assign(longitude=2.0), model=model, rtps=0.5, background="mean", **first)
+    assert float(run.inflation[0]) > 1.5
+    run = xgenda.cycle(
+        sea.isel(member=0), obs.iloc[:2].assign(longitude=2.0), model=model, rtps=0.5, background="mean", members=1, **first
+    )
+    assert float(run.inflation[0]) == 1.0
+    assert np.isfinite(run.t2m.sel(longitude=2.0)).all()
+
+
+def test_nothing_is_inflated_without_observations(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    model = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=1.0)
+    with pytest.warns(UserWarning, match="In 1 of 2 cycles no observation could be used"):
+        run = xgenda.cycle(
+            initial.assign(u=initial.t2m - 280), obs.iloc[2:4], forecast=drift, model=model, times=pd.unique(obs.time)[:2], seed=3,
+            background="members", inflation=1.2,
+        )  # fmt: skip
+    np.testing.assert_array_equal(run.t2m[0, 0], run.t2m[0, 1])
+    np.testing.assert_array_equal(run.u[:, 0], run.u[:, 1])  # the model does not know it
+    assert (run.t2m[1, 0] != run.t2m[1, 1]).any()
+
+
+def test_spread_is_weighted_by_area(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    wide = initial.assign_coords(latitude=[80.0, 50.0, 20.0, -10.0], longitude=20.0 * np.arange(5))
+    wide["t2m"] = 280 + (wide.t2m - 280) * xr.DataArray([9.0, 1.0, 1.0, 1.0], dims="latitude")
+    latitude, longitude = xr.broadcast(wide.latitude, wide.longitude)
+    curved = wide.assign_coords(lat=latitude, lon=longitude).rename(latitude="y", longitude="x").drop_vars(["x", "y"])
+    given = options_of(wide, obs.assign(latitude=20.0, longitude=20.0)) | {"times": wide.time.values, "forecast": later}
+    flat, bent = (xgenda.cycle(**given | {"initial": ds}).spread.isel(stage=0) for ds in (wide, curved))
+    weight = np.cos(np.radians(wide.latitude))
+    expected = np.sqrt(wide.t2m.var("member", ddof=1).weighted(weight).mean(("latitude", "longitude")))
+    np.testing.assert_allclose(flat, expected, rtol=0.05)
+    np.testing.assert_allclose(bent, flat, rtol=0.1)  # great circles as edges; without weights 1.7 times as much
+
+
+def test_times_of_all_kinds(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    first = {"forecast": drift, "model": xgenda.LETKF(), "window": "6h", "seed": 0}
+    times = pd.date_range("2020-01-01", periods=2, freq="6h")
+    expected = xgenda.cycle(initial, obs.iloc[:4], times=times, **first)
+    hours = xr.DataArray([0, 6], dims="time", attrs={"units": "hours since 2020-01-01"})
+    seconds = initial.assign_coords(time=initial.time.values.astype("datetime64[s]"))
+    kinds: list[Any] = [
+        list(times), times.to_pydatetime().tolist(), times.values.astype("datetime64[s]"), times.astype(str).tolist(), hours,
+        times.tz_localize("UTC").tz_convert("Asia/Tokyo"), pd.Series(times), xr.DataArray(times), iter(times),
+    ]  # fmt: skip
+    for given in kinds:
+        run = xgenda.cycle(seconds, obs.iloc[:4], times=given, **first)
+        xr.testing.assert_identical(run.drop_attrs(), expected.drop_attrs())
+    there = np.array(["1000-01-01"], "datetime64[s]")
+    bad: list[tuple[Any, Any, Any, type, str]] = [
+        (initial, obs, there, CoordinateError, "times reaches the years 1000-01-01T00:00:00 to 1000-01-01T00:00:00, beyond 1678"),
+        (initial.assign_coords(time=there[0]), obs, times, CoordinateError, "initial reaches the years 1000"),
+        (initial, obs, [times[0], pd.NaT], OptionError, "times hold NaT"),
+        (
+            initial, obs, xr.date_range("2020-01-01", periods=2, calendar="noleap", use_cftime=True), CoordinateError,
+            "times are DatetimeNoLeap of the calendar 'noleap' and the time of initial is datetime64; use one calendar",
+        ),
+        (
+            initial.assign_coords(time=cftime.DatetimeNoLeap(2020, 1, 1)), obs,
+            xr.date_range("2020-01-01", periods=2, calendar="360_day", use_cftime=True), CoordinateError,
+            "times are Datetime360Day of the calendar '360_day' and the time of initial is DatetimeNoLeap",
+        ),
+        (
+            initial.assign_coords(time=cftime.DatetimeNoLeap(2020, 1, 1)), obs, None, CoordinateError,
+            "The time of obs is datetime64 and that of initial is DatetimeNoLeap",
+        ),
+    ]  # fmt: skip
+    for start, table, given, error, message in bad:
+        with pytest.raises(error, match=re.escape(message)):
+            xgenda.cycle(start, table, times=given, **first)
+
+
+@pytest.mark.filterwarnings("ignore:.*observations were not used|.*fall in no window")
+def test_observations_on_the_border_of_windows_count_once(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    at = pd.to_datetime(
+        ["2019-12-31T21", "2020-01-01T02:59:59.999999999", "2020-01-01T03", "2020-01-01T09", "2020-01-01T15"], format="ISO8601"
+    )
+    table = pd.concat([obs.iloc[[0]]] * 5).assign(time=at, t2m=280.0, latitude=np.linspace(50, 53, 5))
+    first = {
+        "forecast": persistence("1h"),
+        "model": xgenda.LETKF(),
+        "seed": 0,
+        "times": pd.date_range("2020-01-01", periods=3, freq="6h"),
+    }
+    for window, given in (("6h", [2, 1, 1]), ("12h", [2, 1, 2]), ("30D", [2, 1, 2])):  # wider ones overlap: the nearest counts
+        run = xgenda.cycle(initial, table, window=window, **first)
+        assert run.observations_given.values.tolist() == given
+
+
 def test_forecasts_in_several_steps_and_before_the_first_analysis(initial: xr.Dataset, obs: pd.DataFrame) -> None:
     times = pd.to_datetime(["2020-01-01T12", "2020-01-02T00"])
     calls = []
@@ -642,6 +739,38 @@ def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
         xgenda.cycle(**given, guard=xgenda.DivergenceGuard(limits={"t2m": (279.9, 300)}))
 
 
+@pytest.mark.parametrize("limits", [None, {"t2m": (200, 400)}])
+def test_the_guard_replaces_states_that_are_broken(
+    initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, limits: dict[str, tuple[float, float]] | None
+) -> None:
+    def breaks(ds: xr.Dataset) -> xr.Dataset:
+        out, at = drift(ds), ds.time.values == np.datetime64("2020-01-01T06")
+        return out.assign(t2m=out.t2m.where((out.member != 3) | ~at, 1e3 if limits else np.nan))
+
+    guard = xgenda.DivergenceGuard(restart=initial.drop_vars("time").rename(member="time"), limits=limits, most=1)
+    given = options_of(initial, obs) | {"forecast": breaks, "guard": guard}
+    message = "reaches 1000" if limits else "is not finite in 1 of 6 members"
+    with pytest.warns(
+        UserWarning, match=rf"Cycle 2 of 5 .* is broken: 't2m' {message}.* It goes on from states of DivergenceGuard"
+    ):
+        run = xgenda.cycle(**given)
+    assert (run.notice.values & 2).tolist() == [0, 0, 2, 0, 0]
+    np.testing.assert_array_equal(run.t2m[2, 0], initial.t2m)  # six of six
+    with pytest.warns(UserWarning, match="It goes on"):
+        xgenda.cycle(**given | {"obs": obs.iloc[:8]}, store=tmp_path / "run.zarr")
+    resumed = xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), run.drop_attrs())
+
+    def breaks_again(ds: xr.Dataset) -> xr.Dataset:
+        return drift(ds) * np.where(ds.time.values > np.datetime64("2020-01-01T00"), np.nan, 1.0)
+
+    with (
+        pytest.warns(UserWarning, match="Cycle 2 of 5"),
+        pytest.raises(DivergenceError, match="Cycle 3 of 5 .* is broken: 't2m' is not finite in 6 of 6 members"),
+    ):
+        xgenda.cycle(**given | {"forecast": breaks_again})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -805,6 +934,15 @@ def test_options_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tiny_p
         ({"model": tiny_prior}, GridError, "model='tiny-prior' works on the grid 8 x 12"),
         ({"guard": xgenda.DivergenceGuard(limits={"q": (0, 1)})}, OptionError, "limits names 'q'"),
         ({"guard": xgenda.DivergenceGuard(restart=initial.isel(member=slice(0, 3)))}, OptionError, "restart has 3 states"),
+        (
+            {"guard": xgenda.DivergenceGuard(restart=initial.where(initial.member != 4))}, StateError,
+            "restart: 't2m' is not finite in 1 of 6 members, first in member 4, where initial has values",
+        ),
+        (
+            {"guard": xgenda.DivergenceGuard(restart=initial, limits={"t2m": (0, 280)})}, StateError,
+            "restart is beyond the limits itself: 't2m' reaches",
+        ),
+        ({"initial": initial.isel(member=[0, 0]).assign_coords(member=[0, 1])}, StateError, "All members of initial are the same"),
         ({"guard": xgenda.DivergenceGuard(restart=initial.isel(member=0, drop=True))}, OptionError, "neither a dimension 'member' nor 'time'"),
     ]  # fmt: skip
     for change, error, message in cases:
@@ -812,7 +950,9 @@ def test_options_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tiny_p
             xgenda.cycle(**given | change)
     for wrong, message in (
         ({"chi2": 0.5}, "chi2=0.5 is not accepted"), ({"cycles": 0}, "cycles=0"), ({"limits": {"t": (2, 1)}}, "limits['t']=(2, 1)"),
-        ({"restart": 3}, "restart is a int"),
+        ({"restart": 3}, "restart is a int"), ({"limits": {"t": (None, 2)}}, "limits['t']=(None, 2) is not accepted"),
+        ({"limits": {"t": "ab"}}, "limits['t']='ab'"), ({"limits": (1, 2)}, "limits=(1, 2) is not accepted; give a mapping"),
+        ({"limits": {"t": (float("nan"), 2)}}, "limits['t']=(nan, 2)"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=re.escape(message)):
             xgenda.DivergenceGuard(**wrong)
@@ -840,6 +980,7 @@ def test_the_guard_is_told_by_the_last_cycles() -> None:
     assert guard.lost([9, 9, 1, 9]) is None
     assert "9.0 to 10.0 times" in str(guard.lost([1, 9, nan, 10, nan, 9]))
     assert dataclasses.replace(guard, cycles=1).lost([nan]) is None
+    assert "inf times" in str(guard.lost([float("inf")] * 3))
 
 
 def test_background_models_and_diffusion_forecasts_cycle(climate: xr.Dataset) -> None:

@@ -196,6 +196,14 @@ def test_relaxation_formulas() -> None:
     assert np.isfinite(Inflation(rtps=1.0).after(np.ones((3, 2)), background[:3, :2])).all()
 
 
+def test_relaxation_where_there_is_no_spread(ensemble: xr.Dataset, table: xr.Dataset) -> None:
+    flat_row = ensemble.assign(t2m=ensemble.t2m.where(ensemble.latitude > 40, 280.0))
+    analysis = xgenda.assimilate(flat_row, table, model=xgenda.LETKF(rtps=1.0, inflation=1.2), background_check=None, members=12)
+    np.testing.assert_allclose(analysis.t2m.sel(latitude=40.0), 280.0, rtol=1e-12)
+    expected = 1.2 * flat_row.t2m.std("member")  # wholly relaxed: that of the inflated background
+    np.testing.assert_allclose(analysis.t2m.std("member"), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_rotations_leave_mean_and_covariance(ensemble: xr.Dataset, table: xr.Dataset) -> None:
     for members in (2, 3, 7):
         matrix = random_rotation(members, np.random.default_rng(members))
@@ -297,6 +305,7 @@ def test_without_observations_it_is_the_background(ensemble: xr.Dataset, table: 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"model": xgenda.LETKF(), "members": 16}, OptionError, "members=16 is not accepted: a filter has the 12 members of ds"),
         ({"model": xgenda.LETKF(), "members": 40}, OptionError, "a filter has the 12 members of ds"),
         ({"model": xgenda.LETKF(), "guidance": "mmps"}, OptionError, "guidance='mmps' has no effect: a filter draws nothing"),
         ({"model": xgenda.LETKF(), "background_check": -1}, OptionError, "background_check=-1 is not accepted"),
@@ -314,6 +323,9 @@ def test_backgrounds_are_refused(ensemble: xr.Dataset, table: xr.Dataset) -> Non
         xgenda.assimilate(ensemble.isel(member=[0]), table, model=xgenda.LETKF())
     with pytest.raises(ChunkingError, match=r"ds\.compute\(\)"):
         xgenda.assimilate(ensemble.chunk(member=1), table, model=xgenda.LETKF())
+    same = ensemble.isel(member=[0] * 4)
+    with pytest.raises(StateError, match="All members of ds are the same, so that a filter cannot learn"):
+        xgenda.assimilate(same.assign_coords(member=range(4)), table, model=xgenda.LETKF())
     broken = ensemble.copy(deep=True)
     broken.t2m[3, 1, 1] = np.nan
     with pytest.raises(StateError, match="in 1 of 12 members where others, or other times, have values, first in member 3"):
@@ -331,6 +343,10 @@ def test_backgrounds_are_refused(ensemble: xr.Dataset, table: xr.Dataset) -> Non
         ({"inflation": True}, "inflation=True"),
         ({"rtps": 1.5}, "rtps=1.5 is not accepted; it is a part"),
         ({"rtpp": -0.1}, "rtpp=-0.1"),
+        ({"inflation": 0}, "inflation=0 is not accepted; it is a factor"),
+        ({"inflation": {"t2m": 1.1}}, "inflation={'t2m': 1.1} is not accepted; it is a factor"),
+        ({"rtps": {"t2m": 0.5}}, "rtps={'t2m': 0.5} is not accepted; it is a part"),
+        ({"rtps": float("nan")}, "rtps=nan is not accepted"),
         ({"rotation": 1}, "rotation=1 is not accepted"),
         ({"wraps": True}, "wraps=True has no effect without localization"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 from xgenda import engine
 from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
-from xgenda.filtering import Departures, analyse
+from xgenda.filtering import Departures, analyse, spread_ratio
 from xgenda.filters import LETKF, Inflation
 from xgenda.formatting import brief
 from xgenda.models.generative import SamplingOptions
@@ -123,8 +123,7 @@ class FilterAnalyst:
         fields = [frame.fields(background, c) for c in channels]
         found, departures = analyse(setup, located, self.filter, fields, self.threshold, self.seed, str(setup.labels[t]))
         analysed = dict(zip(channels, found, strict=True)) if (departures.code == Quality.USED).any() else {}
-        inflation = self.filter.inflation if analysed else 1.0
-        return _step(setup, located, departures, frame.replace(background, analysed), inflation)
+        return _step(setup, located, departures, frame.replace(background, analysed), departures.inflation)
 
     def to_forecast(self, state: Arrays) -> Arrays:
         """See `Analyst`."""
@@ -205,8 +204,6 @@ class ModelAnalyst:
         setup, frame = self.setup, self.frame
         channels = list(setup.variables.values())
         located = observations_of(setup, t)
-        if self.background == "members" and self.inflation.prior != 1:
-            background = {n: self.inflation.before(v.astype(np.float64)).astype(v.dtype) for n, v in background.items()}
         fields = [frame.fields(background, c) for c in channels]
         one = [f[:1] if self.background == "control" else f.mean(0, dtype=np.float64, keepdims=True) for f in fields]
         job = at_times(self.job, np.array([t]))
@@ -219,6 +216,8 @@ class ModelAnalyst:
         )
         index = np.zeros(1, dtype=np.int64)
         if self.background == "members":
+            if self.inflation.prior != 1:
+                fields = [self.inflation.before(f.astype(np.float64)).astype(f.dtype) for f in fields]
             parts = [
                 engine.run(index, *(f[k : k + 1] for f in fields), payload=dataclasses.replace(job, members=(k,)))
                 for k in job.members
@@ -231,7 +230,7 @@ class ModelAnalyst:
             found = found + (exact - found.mean(0, dtype=np.float64)).astype(found.dtype)
         before = np.stack(fields, 1)
         relaxed = self.inflation.after(found, before)
-        ratio = float(relaxed.std(0).mean() / found.std(0).mean()) if relaxed is not found else 1.0
+        ratio = spread_ratio(relaxed, found, [np.isfinite(f).all(0) for f in found.swapaxes(0, 1)])
         return _step(
             setup, located, departures, frame.replace(background, dict(zip(channels, relaxed.swapaxes(0, 1), strict=True))), ratio
         )

@@ -11,8 +11,8 @@ import numpy as np
 import xarray as xr
 
 from xgenda import labels, metadata, states
+from xgenda.curvilinear import PointSet
 from xgenda.errors import CoordinateError, GridError, OptionError, StateError, did_you_mean
-from xgenda.grids import Grid
 from xgenda.states import State
 
 Arrays = dict[str, np.ndarray]
@@ -142,7 +142,8 @@ class Frame:
             if not fine.all():
                 bad = np.flatnonzero(~fine.reshape(len(fine), -1).all(1))
                 what = f"is beyond {metadata.LARGEST_PLAUSIBLE:g}" if np.isfinite(values[bad]).all() else "is not finite"
-                return f"{name!r} {what} in {len(bad)} of {len(values)} members, first in member {self.numbers[bad[0]]}"
+                kind, first = ("members", self.numbers[bad[0]]) if len(values) == len(self.numbers) else ("states", bad[0])
+                return f"{name!r} {what} in {len(bad)} of {len(values)} {kind}, first in {kind[:-1]} {first}"
         return None
 
     def dataset(self, arrays: Arrays, time: Any) -> xr.Dataset:
@@ -184,7 +185,9 @@ class Frame:
         out = []
         for name in self.names:
             variance = self._leveled(name, arrays[name].astype(np.float64)).var(0, ddof=1)
-            weight = self.state.orientation.from_model(grid.areas()) if isinstance(grid, Grid) else np.ones(variance.shape[1:])
+            weight = (
+                np.ones(variance.shape[1:]) if isinstance(grid, PointSet) else self.state.orientation.from_model(grid.areas())
+            )
             weight = np.where(np.isfinite(variance), weight, 0.0)
             out.append(float(np.sqrt((np.nan_to_num(variance) * weight).sum() / weight.sum())))
         return out
