@@ -406,6 +406,41 @@ def test_a_store_is_what_memory_holds(initial: xr.Dataset, obs: pd.DataFrame, tm
     xr.testing.assert_identical(finished.compute().drop_attrs(), run.drop_attrs())
 
 
+def test_packing_does_not_reach_a_store(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """Whatever attributes and encoding say, what is read back is what was computed."""
+    packed = {"scale_factor": 0.01, "add_offset": 280.0, "_FillValue": -32768, "missing_value": -32768, "dtype": "int16"}
+    odd = {
+        "none": None,
+        "flag": np.bool_(True),
+        "when": pd.Timestamp("2020-01-01"),
+        "mapping": {"a": 1},
+        "range": np.array([1.0, 2.0]),
+    }
+    ds = initial.assign(t2m=initial.t2m.assign_attrs(**packed, **odd), orography=initial.orography.assign_attrs(_FillValue=20.0))
+    ds = ds.assign(mask=("latitude", np.array([0, 1, 2, 3], "int16"), {"scale_factor": 0.5})).assign_attrs(odd)
+    for name in ("t2m", "orography"):
+        ds[name].encoding = packed | {"chunks": (1, 2, 3), "zlib": True}
+    ds = ds.assign_coords(time=xr.Variable((), initial.time.values, {"units": "days since 1900-01-01"}))
+    given = options_of(ds, obs) | {"times": pd.unique(obs.time)}
+    expected = xgenda.cycle(**options_of(initial, obs)).drop_attrs()
+    xgenda.cycle(**given | {"times": given["times"][:2]}, store=tmp_path / "run.zarr")
+    found = xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True).compute()
+    np.testing.assert_array_equal(found["mask"], [0.0, 0.5, 1.0, 1.5])
+    xr.testing.assert_identical(found.drop_vars("mask").drop_attrs(), expected)
+    assert found.t2m.attrs["when"] == "2020-01-01 00:00:00"
+    assert found.t2m.attrs["units"] == "K"
+    assert "scale_factor" not in {*found.t2m.attrs, *found.t2m.encoding}
+
+
+@pytest.mark.parametrize(("kind", "native"), [(">f4", "float32"), ("float16", "float32"), ("longdouble", "float64")])
+def test_precisions_and_byte_orders(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, kind: str, native: str) -> None:
+    given = options_of(initial.assign(t2m=initial.t2m.astype(kind)), obs) | {"times": pd.unique(obs.time)[:2]}
+    stored = xgenda.cycle(**given, store=tmp_path / "run.zarr")
+    assert stored.t2m.dtype == native
+    again = xgenda.cycle(**given | {"initial": initial.assign(t2m=initial.t2m.astype(kind).astype(native))})
+    np.testing.assert_array_equal(stored.t2m, again.t2m)
+
+
 def test_a_forecast_that_fails_leaves_a_store_to_go_on_with(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
     given, path = options_of(initial, obs), tmp_path / "run.zarr"
     whole = xgenda.cycle(**given)

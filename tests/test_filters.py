@@ -165,6 +165,39 @@ def test_neighbours_of_a_box_that_wraps() -> None:
     assert one_by_one == pytest.approx([one_by_one[0]] * 3)
 
 
+def test_boxes_that_do_not_wrap_are_refused() -> None:
+    even, place = 0.125 * np.arange(12), (np.array([38.0]), np.array([0.5]))
+    with pytest.raises(GridError, match="that of latitude goes from 0.1 to 0.6 degrees"):
+        find_neighbours(Grid(np.array([38.0, 38.1, 38.3, 38.9]), even), *place, 25e3, wraps=True)
+    with pytest.raises(GridError, match="this grid goes around the globe"):
+        find_neighbours(Grid(np.arange(-60.0, 61.0, 30.0), np.arange(-180.0, 180.0, 30.0)), *place, 25e3, wraps=True)
+    row = find_neighbours(Grid(np.array([0.0]), even), np.zeros(1), np.zeros(1), 28e3, wraps=True)  # one row: a ring
+    assert row.cell.tolist() == [0, 1, 2, 10, 11]
+    south = find_neighbours(Grid(38 + 0.1 * np.arange(10), even), np.array([38 - 1e-14]), np.array([-1e-18]), 25e3, wraps=True)
+    assert 0 in south.cell  # a whole side away but for rounding
+
+
+@pytest.mark.parametrize(("latitude", "longitude"), [(10.0, 179.5), (10.0, -179.5), (90.0, 0.0), (-90.0, 77.0), (88.0, 3.0)])
+def test_increments_cross_the_date_line_and_the_poles(latitude: float, longitude: float) -> None:
+    rng = np.random.default_rng(7)
+    rows, columns = np.linspace(-90, 90, 13), np.arange(0, 360, 20.0)
+    ds = xr.Dataset(
+        {"t": (("member", "latitude", "longitude"), rng.normal(280, 2, (8, 13, 18)), {"units": "K"})},
+        coords={"latitude": rows, "longitude": columns, "time": pd.Timestamp("2020-01-01")},
+    )
+    obs = xr.Dataset({"t": ("obs", [283.0])}, coords={"latitude": ("obs", [latitude]), "longitude": ("obs", [longitude])})
+    found = xgenda.assimilate(ds, obs, model=xgenda.LETKF(localization=3000e3), error=1.0, background_check=None)
+    phi, lam, at = (np.radians(x) for x in (ds.latitude, ds.longitude, (latitude, longitude)))
+    cosine = np.sin(phi) * np.sin(at[0]) + np.cos(phi) * np.cos(at[0]) * np.cos(lam - at[1])
+    distance = EARTH_RADIUS * np.arccos(cosine.clip(-1, 1)).transpose("latitude", "longitude").values
+    changed = (found.t != ds.t).any("member").values
+    np.testing.assert_array_equal(changed, gaspari_cohn(distance / 3000e3) > 1e-9)
+    turned = ds.assign_coords(longitude=(ds.longitude + 180) % 360 - 180).sortby("longitude")
+    other = xgenda.assimilate(turned, obs, model=xgenda.LETKF(localization=3000e3), error=1.0, background_check=None)
+    back = other.assign_coords(longitude=other.longitude % 360).sortby("longitude")
+    np.testing.assert_allclose(back.t, found.t, rtol=0, atol=1e-9)
+
+
 def test_distances_go_around_the_globe() -> None:
     ring = Grid(np.zeros(1), 9.0 * np.arange(40) - 180)
     near = find_neighbours(ring, np.zeros(1), np.array([178.5]), 2.1 * np.radians(9) * EARTH_RADIUS)

@@ -263,6 +263,9 @@ def read_initial(initial: xr.Dataset | xr.DataArray, members: int | None, otherw
             f"initial has no variable of real numbers on {' and '.join(map(repr, state.layout.dims))}"
             + (f" with {member!r}." if member else ".")
         )
+    # half and long precision and foreign byte orders, which neither filters nor stores know, as the nearest that they do
+    ds = ds.assign({n: ds[n].astype(np.float32 if ds[n].dtype.itemsize <= 4 else np.float64, copy=False) for n in chosen})
+    template = template.assign({n: template[n].astype(ds[n].dtype, copy=False) for n in chosen})
     metadata.check_dims(state.ds, [c for c in channels if c in _channels_of(state, chosen)], state.layout, "initial")
     dims = {n: tuple(str(d) for d in ds[n].dims if d != member) for n in chosen}
     dims = {n: _levels_first(d, state, n) for n, d in dims.items()}

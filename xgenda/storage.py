@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import numbers
 import os
 import shutil
 import socket
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from xgenda.files import aside, flush
 FORMAT = 1
 RECORD = "cycle.json"
 LARGEST_CHUNK = 2**26  # bytes
+#: Attributes of how values were packed in a file, of all arrays and of times.
+PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned", "dtype", "coordinates")
+TIME_PACKING = ("units", "calendar")
 
 
 @dataclass
@@ -268,6 +272,7 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
             raise OutputExistsError(
                 f"{path} holds a cycle of {read_record(path)['done']} analyses. Go on with it: resume=True, or start again: overwrite=True"
             )
+    layout = _storable(layout)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     plain = "compressors" if int(zarr.__version__.split(".")[0]) > 2 else "compressor"
@@ -293,6 +298,36 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return CycleStore(path, whole)
+
+
+def _storable(layout: xr.Dataset) -> xr.Dataset:
+    """Return a Dataset whose values are read back as they are, and whose attributes Zarr can hold.
+
+    Attributes that tell of packing would have the values unpacked once more. Integers that still are packed are unpacked now.
+    """
+    variables: dict[Hashable, xr.Variable] = {}
+    for name, given in layout.variables.items():
+        variable = given.copy(deep=False)
+        if variable.dtype.kind in "iu" and {"scale_factor", "add_offset"} & set(variable.attrs):
+            variable = xr.conventions.decode_cf_variable(str(name), variable, decode_times=False)
+        dropped = (*PACKING, *TIME_PACKING) if variable.dtype.kind in "mMO" else PACKING
+        variable.attrs = {k: _plain(v) for k, v in variable.attrs.items() if k not in dropped}
+        variable.encoding = {}
+        variables[name] = variable
+    coords = {n: v for n, v in variables.items() if n in layout.coords}
+    attrs = {k: _plain(v) for k, v in layout.attrs.items()}
+    return xr.Dataset({n: v for n, v in variables.items() if n not in coords}, coords, attrs)
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of an attribute as something that Zarr holds; what it cannot hold as text."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, (str, numbers.Number)) or (isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in "fiub"):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (str, numbers.Number)) for v in value):
+        return value
+    return str(value)
 
 
 def reopen(path: Path) -> CycleStore:
