@@ -271,7 +271,8 @@ def analysed(
         values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
         given = {"model": setup.model.spec.name, "model_sha256": setup.model.sha256, **asked_for}
         return _described_as(setup, values, ds, lead, call, given)
-    if setup.located is None or not (setup.located.table.code == Quality.USED).any():
+    nothing = setup.located is None or not (setup.located.table.code == Quality.USED).any()
+    if nothing:
         count = 0 if setup.located is None else len(setup.located.table)
         warnings.warn(
             f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons.",
@@ -282,7 +283,14 @@ def analysed(
     if not chunking.is_chunked(setup.arrays):
         codes, chi2 = _final_codes(setup, job)
         counts = json.dumps(count_codes(codes))
-        warn_of_departures(codes, chi2, setup.model.spec.needs_background)
+        if not nothing and not (codes == Quality.USED).any():
+            warnings.warn(
+                f"No observation can be used: of {len(codes)} given, all on the grid are too far from what the model expects; the result is the "
+                f"prior. See xgenda.innovations(ds, obs, ...).",
+                stacklevel=3,
+            )
+        else:
+            warn_of_departures(codes, chi2, setup.model.spec.needs_background)
     provenance = {
         "model": setup.model.spec.name,
         "model_sha256": setup.model.sha256,
