@@ -115,7 +115,7 @@ class Frame:
     def _in_order(self, ds: xr.Dataset, argument: str, sample: str | None) -> xr.Dataset:
         """Return a Dataset with its places and members in the order of the frame, as its coordinates say."""
         dims = {d for n in self.names for d in self.dims[n]}
-        longitude = metadata.find_positions(self.template)[1]
+        latitude, longitude = self.state.layout.latitude, self.state.layout.longitude
         index = {}
         for dim in sorted(dims):
             mine, theirs = (x.variables.get(dim) for x in (self.template, ds))
@@ -130,7 +130,7 @@ class Frame:
             if order is not None:
                 index[self.member] = order
         out = ds.isel(index)
-        labels.check_positions(self.template, out, dims, argument)
+        labels.check_positions(self.template, out, latitude, longitude, dims, argument)
         return out
 
     def missing(self, arrays: Arrays) -> str | None:

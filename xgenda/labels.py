@@ -107,7 +107,7 @@ def _some(values: np.ndarray) -> str:
     return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
 
 
-def check_positions(wanted: xr.Dataset, given: xr.Dataset, dims: set[str], argument: str) -> None:
+def check_positions(wanted: xr.Dataset, given: xr.Dataset, latitude: str, longitude: str, dims: set[str], argument: str) -> None:
     """Refuse positions along two dimensions, or along one that bears another name, that are not those of the state.
 
     Raises
@@ -115,9 +115,8 @@ def check_positions(wanted: xr.Dataset, given: xr.Dataset, dims: set[str], argum
     GridError
         If they differ.
     """
-    latitude, longitude = metadata.find_positions(wanted)
     for name in (latitude, longitude):
-        if name is None or name in dims or name not in given.variables or name not in wanted.variables:
+        if name in dims or name not in given.variables or name not in wanted.variables:
             continue
         mine, other = wanted.variables[name], given.variables[name]
         if set(mine.dims) != set(other.dims) or not set(mine.dims) <= dims:
