@@ -170,6 +170,21 @@ def test_without_observations_it_is_the_prior(exact: BackgroundModel, twin: Any)
     assert np.abs(spread / unit - 1).mean() < 0.06
 
 
+def test_where_all_observations_are_rejected_it_is_the_prior(exact: BackgroundModel, twin: Any, obs: xr.Dataset) -> None:
+    background, given = twin[0].isel(time=[3]), {"model": exact, "error": ERROR, "members": 2, "seed": 0}
+    far = obs[["t"]].isel(time=[0]) + 40.0
+    with pytest.warns(
+        UserWarning, match="No observation can be used: of 4 given, all on the grid are too far from what the model expects"
+    ):
+        found = xgenda.assimilate(background, far, **given | {"error": 0.3})
+    with pytest.warns(UserWarning, match=r"No observation can be used \(0 given\)"):
+        prior = xgenda.assimilate(background, None, **given)
+    np.testing.assert_array_equal(found.t, prior.t)
+    alone = xgenda.assimilate(background, obs.isel(time=[0]), **given | {"members": 1})
+    both = xgenda.assimilate(background, obs.isel(time=[0]), **given)
+    np.testing.assert_allclose(alone.t.isel(member=0), both.t.isel(member=0), rtol=1e-6)
+
+
 def test_mmps_agrees_with_the_closed_form(exact: BackgroundModel, twin: Any, obs: xr.Dataset) -> None:
     background, values = twin[0].isel(time=[3]), obs.isel(time=[0])
     mean, std = kalman(background, values)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cftime
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,6 +33,7 @@ from xgenda.errors import (
     OptionError,
     OutputExistsError,
     StateError,
+    UnitsError,
 )
 from xgenda.forecasts import by_member, persistence
 
@@ -213,6 +215,103 @@ def test_relaxation_of_a_model(initial: xr.Dataset, obs: pd.DataFrame) -> None:
     assert float(relaxed.inflation[0]) > 1.5
 
 
+def test_relaxation_is_told_of(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    """How many times wider the analysis is, of a filter, on land and of a single member."""
+    first = {"forecast": drift, "times": initial.time.values, "seed": 3}
+    plain, relaxed = (xgenda.cycle(initial, obs.iloc[:2], model=xgenda.LETKF(rtps=r, inflation=1.2), **first) for r in (0.0, 0.5))
+    spread = [x.t2m.isel(time=0, stage=1).std("member").mean() for x in (plain, relaxed)]
+    assert float(plain.inflation[0]) == 1.2
+    assert float(relaxed.inflation[0]) == pytest.approx(1.2 * float(spread[1] / spread[0]))
+    sea = initial.assign(t2m=initial.t2m.where(initial.longitude > 0))
+    model = xgenda.gaussian_prior(sea.isel(member=0)[["t2m"]], length_scale=200e3, std=0.3)
+    run = xgenda.cycle(sea, obs.iloc[:2].assign(longitude=2.0), model=model, rtps=0.5, background="mean", **first)
+    assert float(run.inflation[0]) > 1.5
+    run = xgenda.cycle(
+        sea.isel(member=0), obs.iloc[:2].assign(longitude=2.0), model=model, rtps=0.5, background="mean", members=1, **first
+    )
+    assert float(run.inflation[0]) == 1.0
+    assert np.isfinite(run.t2m.sel(longitude=2.0)).all()
+
+
+def test_nothing_is_inflated_without_observations(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    model = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=1.0)
+    with pytest.warns(UserWarning, match="In 1 of 2 cycles no observation could be used"):
+        run = xgenda.cycle(
+            initial.assign(u=initial.t2m - 280), obs.iloc[2:4], forecast=drift, model=model, times=pd.unique(obs.time)[:2], seed=3,
+            background="members", inflation=1.2,
+        )  # fmt: skip
+    np.testing.assert_array_equal(run.t2m[0, 0], run.t2m[0, 1])
+    np.testing.assert_array_equal(run.u[:, 0], run.u[:, 1])  # the model does not know it
+    assert (run.t2m[1, 0] != run.t2m[1, 1]).any()
+
+
+def test_spread_is_weighted_by_area(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    wide = initial.assign_coords(latitude=[80.0, 50.0, 20.0, -10.0], longitude=20.0 * np.arange(5))
+    wide["t2m"] = 280 + (wide.t2m - 280) * xr.DataArray([9.0, 1.0, 1.0, 1.0], dims="latitude")
+    latitude, longitude = xr.broadcast(wide.latitude, wide.longitude)
+    curved = wide.assign_coords(lat=latitude, lon=longitude).rename(latitude="y", longitude="x").drop_vars(["x", "y"])
+    given = options_of(wide, obs.assign(latitude=20.0, longitude=20.0)) | {"times": wide.time.values, "forecast": later}
+    flat, bent = (xgenda.cycle(**given | {"initial": ds}).spread.isel(stage=0) for ds in (wide, curved))
+    weight = np.cos(np.radians(wide.latitude))
+    expected = np.sqrt(wide.t2m.var("member", ddof=1).weighted(weight).mean(("latitude", "longitude")))
+    np.testing.assert_allclose(flat, expected, rtol=0.05)
+    np.testing.assert_allclose(bent, flat, rtol=0.1)  # great circles as edges; without weights 1.7 times as much
+
+
+def test_times_of_all_kinds(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    first = {"forecast": drift, "model": xgenda.LETKF(), "window": "6h", "seed": 0}
+    times = pd.date_range("2020-01-01", periods=2, freq="6h")
+    expected = xgenda.cycle(initial, obs.iloc[:4], times=times, **first)
+    hours = xr.DataArray([0, 6], dims="time", attrs={"units": "hours since 2020-01-01"})
+    seconds = initial.assign_coords(time=initial.time.values.astype("datetime64[s]"))
+    kinds: list[Any] = [
+        list(times), times.to_pydatetime().tolist(), times.values.astype("datetime64[s]"), times.astype(str).tolist(), hours,
+        times.tz_localize("UTC").tz_convert("Asia/Tokyo"), pd.Series(times), xr.DataArray(times), iter(times),
+    ]  # fmt: skip
+    for given in kinds:
+        run = xgenda.cycle(seconds, obs.iloc[:4], times=given, **first)
+        xr.testing.assert_identical(run.drop_attrs(), expected.drop_attrs())
+    there = np.array(["1000-01-01"], "datetime64[s]")
+    bad: list[tuple[Any, Any, Any, type, str]] = [
+        (initial, obs, there, CoordinateError, "times reaches the years 1000-01-01T00:00:00 to 1000-01-01T00:00:00, beyond 1678"),
+        (initial.assign_coords(time=there[0]), obs, times, CoordinateError, "initial reaches the years 1000"),
+        (initial, obs, [times[0], pd.NaT], OptionError, "times hold NaT"),
+        (
+            initial, obs, xr.date_range("2020-01-01", periods=2, calendar="noleap", use_cftime=True), CoordinateError,
+            "times are DatetimeNoLeap of the calendar 'noleap' and the time of initial is datetime64; use one calendar",
+        ),
+        (
+            initial.assign_coords(time=cftime.DatetimeNoLeap(2020, 1, 1)), obs,
+            xr.date_range("2020-01-01", periods=2, calendar="360_day", use_cftime=True), CoordinateError,
+            "times are Datetime360Day of the calendar '360_day' and the time of initial is DatetimeNoLeap",
+        ),
+        (
+            initial.assign_coords(time=cftime.DatetimeNoLeap(2020, 1, 1)), obs, None, CoordinateError,
+            "The time of obs is datetime64 and that of initial is DatetimeNoLeap",
+        ),
+    ]  # fmt: skip
+    for start, table, given, error, message in bad:
+        with pytest.raises(error, match=re.escape(message)):
+            xgenda.cycle(start, table, times=given, **first)
+
+
+@pytest.mark.filterwarnings("ignore:.*observations were not used|.*fall in no window")
+def test_observations_on_the_border_of_windows_count_once(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    at = pd.to_datetime(
+        ["2019-12-31T21", "2020-01-01T02:59:59.999999999", "2020-01-01T03", "2020-01-01T09", "2020-01-01T15"], format="ISO8601"
+    )
+    table = pd.concat([obs.iloc[[0]]] * 5).assign(time=at, t2m=280.0, latitude=np.linspace(50, 53, 5))
+    first = {
+        "forecast": persistence("1h"),
+        "model": xgenda.LETKF(),
+        "seed": 0,
+        "times": pd.date_range("2020-01-01", periods=3, freq="6h"),
+    }
+    for window, given in (("6h", [2, 1, 1]), ("12h", [2, 1, 2]), ("30D", [2, 1, 2])):  # wider ones overlap: the nearest counts
+        run = xgenda.cycle(initial, table, window=window, **first)
+        assert run.observations_given.values.tolist() == given
+
+
 def test_forecasts_in_several_steps_and_before_the_first_analysis(initial: xr.Dataset, obs: pd.DataFrame) -> None:
     times = pd.to_datetime(["2020-01-01T12", "2020-01-02T00"])
     calls = []
@@ -322,6 +421,41 @@ def test_a_store_is_what_memory_holds(initial: xr.Dataset, obs: pd.DataFrame, tm
     xr.testing.assert_identical(finished.compute().drop_attrs(), run.drop_attrs())
 
 
+def test_packing_does_not_reach_a_store(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """Whatever attributes and encoding say, what is read back is what was computed."""
+    packed = {"scale_factor": 0.01, "add_offset": 280.0, "_FillValue": -32768, "missing_value": -32768, "dtype": "int16"}
+    odd = {
+        "none": None,
+        "flag": np.bool_(True),
+        "when": pd.Timestamp("2020-01-01"),
+        "mapping": {"a": 1},
+        "range": np.array([1.0, 2.0]),
+    }
+    ds = initial.assign(t2m=initial.t2m.assign_attrs(**packed, **odd), orography=initial.orography.assign_attrs(_FillValue=20.0))
+    ds = ds.assign(mask=("latitude", np.array([0, 1, 2, 3], "int16"), {"scale_factor": 0.5})).assign_attrs(odd)
+    for name in ("t2m", "orography"):
+        ds[name].encoding = packed | {"chunks": (1, 2, 3), "zlib": True}
+    ds = ds.assign_coords(time=xr.Variable((), initial.time.values, {"units": "days since 1900-01-01"}))
+    given = options_of(ds, obs) | {"times": pd.unique(obs.time)}
+    expected = xgenda.cycle(**options_of(initial, obs)).drop_attrs()
+    xgenda.cycle(**given | {"times": given["times"][:2]}, store=tmp_path / "run.zarr")
+    found = xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True).compute()
+    np.testing.assert_array_equal(found["mask"], [0.0, 0.5, 1.0, 1.5])
+    xr.testing.assert_identical(found.drop_vars("mask").drop_attrs(), expected)
+    assert found.t2m.attrs["when"] == "2020-01-01 00:00:00"
+    assert found.t2m.attrs["units"] == "K"
+    assert "scale_factor" not in {*found.t2m.attrs, *found.t2m.encoding}
+
+
+@pytest.mark.parametrize(("kind", "native"), [(">f4", "float32"), ("float16", "float32"), ("longdouble", "float64")])
+def test_precisions_and_byte_orders(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, kind: str, native: str) -> None:
+    given = options_of(initial.assign(t2m=initial.t2m.astype(kind)), obs) | {"times": pd.unique(obs.time)[:2]}
+    stored = xgenda.cycle(**given, store=tmp_path / "run.zarr")
+    assert stored.t2m.dtype == native
+    again = xgenda.cycle(**given | {"initial": initial.assign(t2m=initial.t2m.astype(kind).astype(native))})
+    np.testing.assert_array_equal(stored.t2m, again.t2m)
+
+
 def test_a_forecast_that_fails_leaves_a_store_to_go_on_with(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
     given, path = options_of(initial, obs), tmp_path / "run.zarr"
     whole = xgenda.cycle(**given)
@@ -379,7 +513,7 @@ def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.Data
     changes: list[tuple[dict[str, Any], str]] = [
         ({"model": xgenda.LETKF(500e3)}, "model: {'filter': 'LETKF(localization=400000.0, rotation=True)'} then"),
         ({"seed": 2}, "seed: 1 then, 2 now"),
-        ({"window": "5h", "times": pd.unique(obs.time)}, "window: '6h' then, '5h' now"),
+        ({"window": "5h", "times": pd.unique(obs.time)}, "window: '0 days 06:00:00' then, '0 days 05:00:00' now"),
         ({"background_check": 4.0}, "background_check: 5.0 then, 4.0 now"),
         ({"initial": initial + 1e-9 * initial}, "initial: the data differ"),
         ({"obs": obs.assign(t2m=obs.t2m + 1e-9)}, "resume=True goes on with the same observations"),
@@ -393,6 +527,145 @@ def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.Data
     (path / "cycle.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99; this one reads 1"):
         xgenda.open_cycles(path)
+
+
+def test_other_data_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """What has the same options and the same observed values, and is not the same."""
+    obs = obs.iloc[:4]
+    given, path = options_of(initial, obs) | {"times": pd.unique(obs.time)}, tmp_path / "run.zarr"
+    many = pd.concat([obs] * 2).assign(latitude=np.linspace(50, 53, 8))
+    guards = [xgenda.DivergenceGuard(restart=ds) for ds in (initial, initial + 1)]
+    warm = [{"warm": xgenda.operators.Operator(("t2m",), f, "K")} for f in (lambda x: 1.0 * x, lambda x: 1.0 * x + 0.1)]
+    wide = [{"warm": xgenda.operators.footprint("t2m", radius=r)} for r in (100e3, 150e3)]
+    renamed = obs.rename(columns={"t2m": "warm", "t2m_error": "warm_error"})
+    plain = many.drop(columns="t2m_error").reset_index(drop=True)
+    r = 0.2 * np.eye(8) + 0.05
+    r[0, 1] = r[1, 0] = 0.06
+    covariances = [xgenda.ErrorCovariance(matrix=m) for m in (0.2 * np.eye(8) + 0.05, r)]
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"initial": initial.assign_coords(member=initial.member + 1)}, "initial: the data differ"),
+        ({}, {"initial": initial.assign(t2m=initial.t2m.assign_attrs(units="degC"))}, "initial: the data differ"),
+        ({}, {"initial": initial.assign(orography=initial.orography + 1)}, "initial: the data differ"),
+        ({}, {"initial": initial.assign_coords(time=initial.time - STEP)}, "initial: the data differ"),
+        ({"guard": guards[0]}, {"guard": guards[1]}, "guard.restart: the data differ"),
+        ({"obs": renamed, "operators": warm[0]}, {"operators": warm[1]}, "operators: {'warm': 'mean "),
+        ({"obs": renamed, "operators": wide[0]}, {"operators": wide[1]}, "the same observations, errors and operators"),
+        (
+            {"obs": plain, "model": xgenda.LETKF(), "error": covariances[0]}, {"error": covariances[1]},
+            "the same observations, errors and operators",
+        ),
+    ]  # fmt: skip
+    for first, change, message in cases:
+        begun = given | {"overwrite": path.exists()} | first
+        xgenda.cycle(**begun, store=path)
+        with pytest.raises(OptionError, match=re.escape(message)):
+            xgenda.cycle(**begun | {"overwrite": False} | change, store=path, resume=True)
+    xgenda.cycle(**given | {"overwrite": True}, store=path)
+    same = xgenda.cycle(**given | {"window": pd.Timedelta(hours=6)}, store=path, resume=True)
+    assert same.sizes["time"] == 2
+
+
+def test_a_forecast_of_other_steps_is_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given = options_of(initial, obs) | {"forecast": persistence("3h"), "times": pd.unique(obs.time)}
+    xgenda.cycle(**given | {"times": pd.unique(obs.time)[:3]}, store=tmp_path / "run.zarr")
+    with pytest.raises(OptionError, match="this one goes 21600 s ahead at a time, that of the cycles in the store 10800 s"):
+        xgenda.cycle(**given | {"forecast": persistence("6h")}, store=tmp_path / "run.zarr", resume=True)
+    assert xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True).sizes["time"] == 5
+
+
+def test_times_to_come_may_change(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    def fails(ds: xr.Dataset) -> xr.Dataset:
+        if ds.time.values >= np.datetime64("2020-01-01T12"):
+            raise RuntimeError("no more")
+        return persistence("1h")(ds)
+
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    with pytest.raises(RuntimeError, match="no more"):
+        xgenda.cycle(**given | {"forecast": fails}, store=path)
+    others = [*pd.date_range("2020-01-01", periods=3, freq="6h"), pd.Timestamp("2020-01-01T17"), pd.Timestamp("2020-01-02")]
+    for times in (others[:4], others):
+        given |= {"forecast": persistence("1h"), "times": times}
+        resumed = xgenda.cycle(**given, store=path, resume=True)
+        xr.testing.assert_identical(resumed.compute().drop_attrs(), xgenda.cycle(**given).drop_attrs())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "whole"),
+    [
+        ("t2m/2.0.0.0.0", None, 2),
+        ("t2m/2.0.0.0.0", b"cut", 2),
+        ("t2m/2.0.0.0.0", b"\0" * 2 * 6 * 20 * 8, 2),  # of the right size
+        ("chi2/2", b"", 2),
+        ("t2m/1.0.0.0.0", b"cut", 1),
+        ("spread/0.0.0", None, 0),
+    ],
+)
+def test_cycles_that_are_damaged_are_computed_again(
+    initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, file: str, content: bytes | None, whole: int
+) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given | {"obs": obs.iloc[:6]}, store=path)
+    (path / file).unlink() if content is None else (path / file).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"is damaged: {re.escape(file)} .* Of its 3 cycles the first {whole} are whole"):
+        resumed = xgenda.cycle(**given, store=path, resume=True)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), xgenda.cycle(**given).drop_attrs())
+
+
+def test_stores_that_are_damaged_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given | {"obs": obs.iloc[:6]}, store=path)
+    record = json.loads((path / "cycle.json").read_text())
+    header = json.loads((path / "t2m" / ".zarray").read_text())
+    cases: list[tuple[str, str | None, str]] = [
+        ("t2m/.zarray", None, "its array 't2m' cannot be read: FileNotFoundError"),
+        ("chi2/.zarray", "{", "its array 'chi2' cannot be read: JSONDecodeError"),
+        ("t2m/.zarray", json.dumps(header | {"dtype": "<f4"}), "its array 't2m' is of float32 (2, 6, 4, 5), and float64 (2, 6, 4, 5) was laid out"),
+        (".zmetadata", None, "it cannot be opened as a Zarr group"),
+        ("time/0", None, "its times do not ascend"),
+        ("cycle.json", json.dumps(record | {"done": 99}), "says that 99 cycles are whole, and there is room for 3"),
+        ("cycle.json", json.dumps(record | {"done": "x"}), "cycle.json has done='x'"),
+        ("cycle.json", json.dumps({k: v for k, v in record.items() if k != "seed"}), "cycle.json has seed=None"),
+    ]  # fmt: skip
+    for file, content, message in cases:
+        before = (path / file).read_bytes()
+        (path / file).unlink() if content is None else (path / file).write_text(content)
+        with pytest.raises(
+            CheckpointError, match=f"is damaged: .*{re.escape(message)}.* start again: resume=False, overwrite=True"
+        ):
+            xgenda.cycle(**given | {"seed": None}, store=path, resume=True)
+        (path / file).write_bytes(before)
+    assert xgenda.cycle(**given, store=path, resume=True).sizes["time"] == 5
+
+
+def test_all_of_a_cycle_is_on_the_disk_before_it_is_said_to_be_whole(
+    initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, path = options_of(initial, obs), tmp_path / "run.zarr"
+    xgenda.cycle(**given | {"obs": obs.iloc[:4]}, store=path)
+    flushed, flush, replace = [], os.fsync, os.replace
+    events: list[tuple[str, str]] = []
+
+    def flushes(handle: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        flush(handle)
+
+    def replaces(source: Any, target: Any) -> Any:
+        if "/.z" in os.fspath(target) or "/time/" in os.fspath(target):  # by zarr, to make room
+            return replace(source, target)
+        events.append((os.fspath(source), os.fspath(target)))
+        if str(target).endswith("cycle.json"):
+            written = [(s, t) for s, t in events if not t.endswith("cycle.json")]
+            assert all(s in flushed and os.path.dirname(t) in flushed for s, t in written)
+        assert os.fspath(source) in flushed
+        return replace(source, target)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs the names of open files")
+    monkeypatch.setattr(os, "fsync", flushes)
+    monkeypatch.setattr(os, "replace", replaces)
+    xgenda.cycle(**given | {"obs": obs.iloc[:6]}, store=path, resume=True)
+    assert {os.path.relpath(t, path) for _, t in events} >= {"t2m/2.0.0.0.0", "chi2/2", "cycle.json"}
+    assert flushed[-1] == str(path)
 
 
 def test_what_is_no_store_is_left_alone(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
@@ -516,6 +789,38 @@ def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
         xgenda.cycle(**given, guard=xgenda.DivergenceGuard(limits={"t2m": (279.9, 300)}))
 
 
+@pytest.mark.parametrize("limits", [None, {"t2m": (200, 400)}])
+def test_the_guard_replaces_states_that_are_broken(
+    initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path, limits: dict[str, tuple[float, float]] | None
+) -> None:
+    def breaks(ds: xr.Dataset) -> xr.Dataset:
+        out, at = drift(ds), ds.time.values == np.datetime64("2020-01-01T06")
+        return out.assign(t2m=out.t2m.where((out.member != 3) | ~at, 1e3 if limits else np.nan))
+
+    guard = xgenda.DivergenceGuard(restart=initial.drop_vars("time").rename(member="time"), limits=limits, most=1)
+    given = options_of(initial, obs) | {"forecast": breaks, "guard": guard}
+    message = "reaches 1000" if limits else "is not finite in 1 of 6 members"
+    with pytest.warns(
+        UserWarning, match=rf"Cycle 2 of 5 .* is broken: 't2m' {message}.* It goes on from states of DivergenceGuard"
+    ):
+        run = xgenda.cycle(**given)
+    assert (run.notice.values & 2).tolist() == [0, 0, 2, 0, 0]
+    np.testing.assert_array_equal(run.t2m[2, 0], initial.t2m)  # six of six
+    with pytest.warns(UserWarning, match="It goes on"):
+        xgenda.cycle(**given | {"obs": obs.iloc[:8]}, store=tmp_path / "run.zarr")
+    resumed = xgenda.cycle(**given, store=tmp_path / "run.zarr", resume=True)
+    xr.testing.assert_identical(resumed.compute().drop_attrs(), run.drop_attrs())
+
+    def breaks_again(ds: xr.Dataset) -> xr.Dataset:
+        return drift(ds) * np.where(ds.time.values > np.datetime64("2020-01-01T00"), np.nan, 1.0)
+
+    with (
+        pytest.warns(UserWarning, match="Cycle 2 of 5"),
+        pytest.raises(DivergenceError, match="Cycle 3 of 5 .* is broken: 't2m' is not finite in 6 of 6 members"),
+    ):
+        xgenda.cycle(**given | {"forecast": breaks_again})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -534,9 +839,39 @@ def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
             "has shape (3, 4, 5) along ('member', 'latitude', 'longitude'); (6, 4, 5)",
         ),
         (
-            lambda ds: later(ds).isel(latitude=slice(None, None, -1)),
+            lambda ds: later(ds).assign_coords(latitude=[54.0, 53.0, 52.0, 51.0]),
             GridError,
-            "its 'latitude' goes from 50 to 53, and that of initial from 53",
+            "its 'latitude' goes from 54 to 51, and that of initial from 53 to 50. Interpolate: out.interp_like(ds)",
+        ),
+        (
+            lambda ds: later(ds).assign_coords(latitude=[53.0, np.nan, 51.0, 50.0]),
+            GridError,
+            "coordinate 'latitude' with values that are not finite",
+        ),
+        (
+            lambda ds: later(ds).assign_coords(member=ds.member.values + 1),
+            StateError,
+            "has 6 members, called 1, 2, 3, 4, 5, 6, and the state has 6, called 0, 1, 2, 3, 4, 5",
+        ),
+        (
+            lambda ds: later(ds.assign(t2m=ds.t2m.assign_attrs(units="Pa"))),
+            UnitsError,
+            "What forecast returned['t2m'] is in 'Pa', and the state in 'K'",
+        ),
+        (
+            lambda ds: later(ds).astype("int32"),
+            StateError,
+            "What forecast returned['t2m'] has dtype int32; real numbers are needed",
+        ),
+        (lambda ds: later(ds).astype(complex), StateError, "What forecast returned['t2m'] has dtype complex128"),
+        (lambda ds: later(ds).astype(object), StateError, "What forecast returned['t2m'] has dtype object"),
+        (lambda ds: ds.assign_coords(time=6), CoordinateError, "has the time 6, a int64, and the state has datetime64"),
+        (lambda ds: ds.assign_coords(time="2020-01-01T06"), CoordinateError, "has the time 2020-01-01T06, a str_"),
+        (lambda ds: ds.assign_coords(time=np.datetime64("NaT", "ns")), StateError, "returned the time NaT; it must be later"),
+        (
+            lambda ds: ds.assign_coords(time=cftime.DatetimeGregorian(2020, 1, 1, 6)),
+            CoordinateError,
+            "cftime of the calendar 'standard', and the state has datetime64. Count from that: out.assign_coords(time=ds.time + step)",
         ),
         (lambda ds: later(ds).t2m, OptionError, "What forecast returned is a xarray.core.dataarray.DataArray"),
         (
@@ -549,6 +884,59 @@ def test_states_that_are_broken(initial: xr.Dataset, obs: pd.DataFrame) -> None:
 def test_forecasts_that_return_no_state(initial: xr.Dataset, obs: pd.DataFrame, change: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         xgenda.cycle(**options_of(initial, obs) | {"forecast": change})
+
+
+def turned(ds: xr.Dataset) -> xr.Dataset:
+    """The same state as another program would write it: other orders, degrees Celsius, longitudes to 360, and time since a date."""
+    hours = (ds.time.values - np.datetime64("2020-01-01")) / np.timedelta64(1, "h")
+    out = ds.isel(latitude=slice(None, None, -1), member=[3, 1, 5, 0, 4, 2]).transpose("longitude", "member", "latitude")
+    out = out.assign(t2m=(out.t2m - 273.15).assign_attrs(units="degC"), orography=out.orography + 1)
+    out = out.assign_coords(longitude=out.longitude.astype("float32") % 360).sortby("longitude")
+    return out.assign_coords(time=((), float(hours), {"units": "hours since 2020-01-01"}))
+
+
+def test_what_a_forecast_returns_is_read_by_its_labels(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    west = initial.assign_coords(longitude=initial.longitude - 2)  # on both sides of Greenwich
+    given = options_of(west, obs.assign(longitude=obs.longitude - 2))
+    plain = xgenda.cycle(**given)
+    other = xgenda.cycle(**given | {"forecast": lambda ds: turned(drift(ds))})
+    xr.testing.assert_allclose(other.drop_attrs(), plain.drop_attrs(), rtol=1e-12)
+    xr.testing.assert_identical(other.orography, plain.orography)  # only the state is forecast
+
+
+def test_a_forecast_may_write_into_what_it_gets(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    def writes(ds: xr.Dataset) -> xr.Dataset:
+        out = drift(ds)
+        for name in ("t2m", "orography"):
+            ds[name].values[:] = -1.0
+        ds.attrs["title"] = "another"
+        return out
+
+    given = options_of(initial, obs)
+    plain, found = xgenda.cycle(**given), xgenda.cycle(**given | {"forecast": writes})
+    xr.testing.assert_identical(found.drop_attrs(deep=False), plain.drop_attrs(deep=False))
+    assert found.attrs["title"] == "a test"
+
+
+def test_a_forecast_may_leave_anything_on_land(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    sea = initial.assign(t2m=initial.t2m.where(initial.longitude > 0))
+    given = options_of(sea, obs.assign(longitude=obs.longitude.clip(1.5)))
+    plain, filled = (xgenda.cycle(**given | {"forecast": f}) for f in (later, lambda ds: later(ds.fillna(0.0))))
+    xr.testing.assert_identical(filled.drop_attrs(), plain.drop_attrs())
+
+
+def test_curvilinear_forecasts_are_compared(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    latitude, longitude = xr.broadcast(initial.latitude, initial.longitude)
+    tilted = (
+        initial.assign_coords(lat=latitude + 0.1 * longitude, lon=longitude)
+        .rename(latitude="y", longitude="x")
+        .drop_vars(["x", "y"])
+    )
+    given = options_of(tilted, obs)
+    same = xgenda.cycle(**given | {"forecast": lambda ds: later(ds.assign_coords(lon=ds.lon + 360))})
+    xr.testing.assert_identical(same.drop_attrs(), xgenda.cycle(**given | {"forecast": later}).drop_attrs())
+    with pytest.raises(GridError, match="its 'lat' differs by up to"):
+        xgenda.cycle(**given | {"forecast": lambda ds: later(ds.isel(y=slice(None, None, -1)))})
 
 
 def test_initial_states_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame) -> None:
@@ -596,6 +984,15 @@ def test_options_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tiny_p
         ({"model": tiny_prior}, GridError, "model='tiny-prior' works on the grid 8 x 12"),
         ({"guard": xgenda.DivergenceGuard(limits={"q": (0, 1)})}, OptionError, "limits names 'q'"),
         ({"guard": xgenda.DivergenceGuard(restart=initial.isel(member=slice(0, 3)))}, OptionError, "restart has 3 states"),
+        (
+            {"guard": xgenda.DivergenceGuard(restart=initial.where(initial.member != 4))}, StateError,
+            "restart: 't2m' is not finite in 1 of 6 members, first in member 4, where initial has values",
+        ),
+        (
+            {"guard": xgenda.DivergenceGuard(restart=initial, limits={"t2m": (0, 280)})}, StateError,
+            "restart is beyond the limits itself: 't2m' reaches",
+        ),
+        ({"initial": initial.isel(member=[0, 0]).assign_coords(member=[0, 1])}, StateError, "All members of initial are the same"),
         ({"guard": xgenda.DivergenceGuard(restart=initial.isel(member=0, drop=True))}, OptionError, "neither a dimension 'member' nor 'time'"),
     ]  # fmt: skip
     for change, error, message in cases:
@@ -603,7 +1000,9 @@ def test_options_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tiny_p
             xgenda.cycle(**given | change)
     for wrong, message in (
         ({"chi2": 0.5}, "chi2=0.5 is not accepted"), ({"cycles": 0}, "cycles=0"), ({"limits": {"t": (2, 1)}}, "limits['t']=(2, 1)"),
-        ({"restart": 3}, "restart is a int"),
+        ({"restart": 3}, "restart is a int"), ({"limits": {"t": (None, 2)}}, "limits['t']=(None, 2) is not accepted"),
+        ({"limits": {"t": "ab"}}, "limits['t']='ab'"), ({"limits": (1, 2)}, "limits=(1, 2) is not accepted; give a mapping"),
+        ({"limits": {"t": (float("nan"), 2)}}, "limits['t']=(nan, 2)"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=re.escape(message)):
             xgenda.DivergenceGuard(**wrong)
@@ -631,6 +1030,7 @@ def test_the_guard_is_told_by_the_last_cycles() -> None:
     assert guard.lost([9, 9, 1, 9]) is None
     assert "9.0 to 10.0 times" in str(guard.lost([1, 9, nan, 10, nan, 9]))
     assert dataclasses.replace(guard, cycles=1).lost([nan]) is None
+    assert "inf times" in str(guard.lost([float("inf")] * 3))
 
 
 def test_background_models_and_diffusion_forecasts_cycle(climate: xr.Dataset) -> None:

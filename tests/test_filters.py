@@ -165,6 +165,39 @@ def test_neighbours_of_a_box_that_wraps() -> None:
     assert one_by_one == pytest.approx([one_by_one[0]] * 3)
 
 
+def test_boxes_that_do_not_wrap_are_refused() -> None:
+    even, place = 0.125 * np.arange(12), (np.array([38.0]), np.array([0.5]))
+    with pytest.raises(GridError, match="that of latitude goes from 0.1 to 0.6 degrees"):
+        find_neighbours(Grid(np.array([38.0, 38.1, 38.3, 38.9]), even), *place, 25e3, wraps=True)
+    with pytest.raises(GridError, match="this grid goes around the globe"):
+        find_neighbours(Grid(np.arange(-60.0, 61.0, 30.0), np.arange(-180.0, 180.0, 30.0)), *place, 25e3, wraps=True)
+    row = find_neighbours(Grid(np.array([0.0]), even), np.zeros(1), np.zeros(1), 28e3, wraps=True)  # one row: a ring
+    assert row.cell.tolist() == [0, 1, 2, 10, 11]
+    south = find_neighbours(Grid(38 + 0.1 * np.arange(10), even), np.array([38 - 1e-14]), np.array([-1e-18]), 25e3, wraps=True)
+    assert 0 in south.cell  # a whole side away but for rounding
+
+
+@pytest.mark.parametrize(("latitude", "longitude"), [(10.0, 179.5), (10.0, -179.5), (90.0, 0.0), (-90.0, 77.0), (88.0, 3.0)])
+def test_increments_cross_the_date_line_and_the_poles(latitude: float, longitude: float) -> None:
+    rng = np.random.default_rng(7)
+    rows, columns = np.linspace(-90, 90, 13), np.arange(0, 360, 20.0)
+    ds = xr.Dataset(
+        {"t": (("member", "latitude", "longitude"), rng.normal(280, 2, (8, 13, 18)), {"units": "K"})},
+        coords={"latitude": rows, "longitude": columns, "time": pd.Timestamp("2020-01-01")},
+    )
+    obs = xr.Dataset({"t": ("obs", [283.0])}, coords={"latitude": ("obs", [latitude]), "longitude": ("obs", [longitude])})
+    found = xgenda.assimilate(ds, obs, model=xgenda.LETKF(localization=3000e3), error=1.0, background_check=None)
+    phi, lam, at = (np.radians(x) for x in (ds.latitude, ds.longitude, (latitude, longitude)))
+    cosine = np.sin(phi) * np.sin(at[0]) + np.cos(phi) * np.cos(at[0]) * np.cos(lam - at[1])
+    distance = EARTH_RADIUS * np.arccos(cosine.clip(-1, 1)).transpose("latitude", "longitude").values
+    changed = (found.t != ds.t).any("member").values
+    np.testing.assert_array_equal(changed, gaspari_cohn(distance / 3000e3) > 1e-9)
+    turned = ds.assign_coords(longitude=(ds.longitude + 180) % 360 - 180).sortby("longitude")
+    other = xgenda.assimilate(turned, obs, model=xgenda.LETKF(localization=3000e3), error=1.0, background_check=None)
+    back = other.assign_coords(longitude=other.longitude % 360).sortby("longitude")
+    np.testing.assert_allclose(back.t, found.t, rtol=0, atol=1e-9)
+
+
 def test_distances_go_around_the_globe() -> None:
     ring = Grid(np.zeros(1), 9.0 * np.arange(40) - 180)
     near = find_neighbours(ring, np.zeros(1), np.array([178.5]), 2.1 * np.radians(9) * EARTH_RADIUS)
@@ -194,6 +227,14 @@ def test_relaxation_formulas() -> None:
     np.testing.assert_allclose(found.mean(0), analysis.mean(0), atol=1e-14)
     np.testing.assert_allclose(Inflation(1.1).before(background).std(0), 1.1 * background.std(0))
     assert np.isfinite(Inflation(rtps=1.0).after(np.ones((3, 2)), background[:3, :2])).all()
+
+
+def test_relaxation_where_there_is_no_spread(ensemble: xr.Dataset, table: xr.Dataset) -> None:
+    flat_row = ensemble.assign(t2m=ensemble.t2m.where(ensemble.latitude > 40, 280.0))
+    analysis = xgenda.assimilate(flat_row, table, model=xgenda.LETKF(rtps=1.0, inflation=1.2), background_check=None, members=12)
+    np.testing.assert_allclose(analysis.t2m.sel(latitude=40.0), 280.0, rtol=1e-12)
+    expected = 1.2 * flat_row.t2m.std("member")  # wholly relaxed: that of the inflated background
+    np.testing.assert_allclose(analysis.t2m.std("member"), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_rotations_leave_mean_and_covariance(ensemble: xr.Dataset, table: xr.Dataset) -> None:
@@ -297,6 +338,7 @@ def test_without_observations_it_is_the_background(ensemble: xr.Dataset, table: 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"model": xgenda.LETKF(), "members": 16}, OptionError, "members=16 is not accepted: a filter has the 12 members of ds"),
         ({"model": xgenda.LETKF(), "members": 40}, OptionError, "a filter has the 12 members of ds"),
         ({"model": xgenda.LETKF(), "guidance": "mmps"}, OptionError, "guidance='mmps' has no effect: a filter draws nothing"),
         ({"model": xgenda.LETKF(), "background_check": -1}, OptionError, "background_check=-1 is not accepted"),
@@ -314,6 +356,9 @@ def test_backgrounds_are_refused(ensemble: xr.Dataset, table: xr.Dataset) -> Non
         xgenda.assimilate(ensemble.isel(member=[0]), table, model=xgenda.LETKF())
     with pytest.raises(ChunkingError, match=r"ds\.compute\(\)"):
         xgenda.assimilate(ensemble.chunk(member=1), table, model=xgenda.LETKF())
+    same = ensemble.isel(member=[0] * 4)
+    with pytest.raises(StateError, match="All members of ds are the same, so that a filter cannot learn"):
+        xgenda.assimilate(same.assign_coords(member=range(4)), table, model=xgenda.LETKF())
     broken = ensemble.copy(deep=True)
     broken.t2m[3, 1, 1] = np.nan
     with pytest.raises(StateError, match="in 1 of 12 members where others, or other times, have values, first in member 3"):
@@ -331,6 +376,10 @@ def test_backgrounds_are_refused(ensemble: xr.Dataset, table: xr.Dataset) -> Non
         ({"inflation": True}, "inflation=True"),
         ({"rtps": 1.5}, "rtps=1.5 is not accepted; it is a part"),
         ({"rtpp": -0.1}, "rtpp=-0.1"),
+        ({"inflation": 0}, "inflation=0 is not accepted; it is a factor"),
+        ({"inflation": {"t2m": 1.1}}, "inflation={'t2m': 1.1} is not accepted; it is a factor"),
+        ({"rtps": {"t2m": 0.5}}, "rtps={'t2m': 0.5} is not accepted; it is a part"),
+        ({"rtps": float("nan")}, "rtps=nan is not accepted"),
         ({"rotation": 1}, "rotation=1 is not accepted"),
         ({"wraps": True}, "wraps=True has no effect without localization"),
     ],

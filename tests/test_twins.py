@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import xarray as xr
 
 import xgenda
 from xgenda import tutorial
-from xgenda.errors import GridError, OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError, UnitsError
 from xgenda.metadata import unit_factors
 from xgenda.ocean import geostrophic_velocity
 from xgenda.twins import OCEAN_VARIABLES, Tracer, TwoLayerQG, simulate_ocean
@@ -363,3 +364,23 @@ def test_forecasts_that_are_refused() -> None:
         forecast(run.isel(latitude=slice(None, None, -1)))
     with pytest.raises(OptionError, match="rd=0 is not accepted"):
         xgenda.tutorial.ocean_forecast("1D", rd=0)
+
+
+def test_the_forecast_of_the_ocean_reads_units() -> None:
+    state = xgenda.tutorial.simulate_ocean(times=1, size=16, spinup="20D", lower=True).isel(time=0)
+    forecast = xgenda.tutorial.ocean_forecast("6h")
+    expected = forecast(state)
+    centimetres, kelvin = state.ssh * 100.0, state.temperature.astype("float64") + 273.15
+    found = forecast(state.assign(ssh=centimetres.assign_attrs(units="cm"), temperature=kelvin.assign_attrs(units="K")))
+    np.testing.assert_allclose(found.ssh, 100 * expected.ssh, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found.temperature, expected.temperature + 273.15, atol=1e-3)
+    assert found.ssh.attrs["units"] == "cm"
+    bad = [
+        (state.assign(ssh=state.ssh.assign_attrs(units="K")), UnitsError, "Units 'K' cannot be converted to 'm'"),
+        (state.assign(ssh=state.ssh.where(state.ssh > 0)), StateError, "ds['ssh'] holds NaN"),
+        (state.assign(ssh=state.ssh.astype(int)), StateError, "'ssh' has dtype int64; real numbers are needed"),
+        (state.assign(ssh=state.ssh.expand_dims(member=2)), StateError, "'lower' has dimensions ('latitude', 'longitude'), and 'ssh'"),
+    ]  # fmt: skip
+    for ds, error, message in bad:
+        with pytest.raises(error, match=re.escape(message)):
+            forecast(ds)

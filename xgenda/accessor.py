@@ -40,7 +40,7 @@ class GendaAccessor:
         *,
         model: ModelLike | LETKF = None,
         error: ErrorLike = None,
-        members: int = 16,
+        members: int | None = None,
         seed: int | None = None,
         guidance: str = "auto",
         guidance_options: Mapping[str, Any] | None = None,

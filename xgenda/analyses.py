@@ -13,13 +13,13 @@ import numpy as np
 from xgenda import engine
 from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
-from xgenda.filtering import Departures, analyse
+from xgenda.filtering import Departures, analyse, spread_ratio
 from xgenda.filters import LETKF, Inflation
 from xgenda.formatting import brief
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality
-from xgenda.preparation import Prepared, at_times
+from xgenda.preparation import Prepared, at_times, observed_state
 
 BACKGROUNDS = ("control", "mean", "members")
 
@@ -123,8 +123,7 @@ class FilterAnalyst:
         fields = [frame.fields(background, c) for c in channels]
         found, departures = analyse(setup, located, self.filter, fields, self.threshold, self.seed, str(setup.labels[t]))
         analysed = dict(zip(channels, found, strict=True)) if (departures.code == Quality.USED).any() else {}
-        inflation = self.filter.inflation if analysed else 1.0
-        return _step(setup, located, departures, frame.replace(background, analysed), inflation)
+        return _step(setup, located, departures, frame.replace(background, analysed), departures.inflation)
 
     def to_forecast(self, state: Arrays) -> Arrays:
         """See `Analyst`."""
@@ -205,8 +204,6 @@ class ModelAnalyst:
         setup, frame = self.setup, self.frame
         channels = list(setup.variables.values())
         located = observations_of(setup, t)
-        if self.background == "members" and self.inflation.prior != 1:
-            background = {n: self.inflation.before(v.astype(np.float64)).astype(v.dtype) for n, v in background.items()}
         fields = [frame.fields(background, c) for c in channels]
         one = [f[:1] if self.background == "control" else f.mean(0, dtype=np.float64, keepdims=True) for f in fields]
         job = at_times(self.job, np.array([t]))
@@ -219,6 +216,8 @@ class ModelAnalyst:
         )
         index = np.zeros(1, dtype=np.int64)
         if self.background == "members":
+            if self.inflation.prior != 1:
+                fields = [self.inflation.before(f.astype(np.float64)).astype(f.dtype) for f in fields]
             parts = [
                 engine.run(index, *(f[k : k + 1] for f in fields), payload=dataclasses.replace(job, members=(k,)))
                 for k in job.members
@@ -231,7 +230,7 @@ class ModelAnalyst:
             found = found + (exact - found.mean(0, dtype=np.float64)).astype(found.dtype)
         before = np.stack(fields, 1)
         relaxed = self.inflation.after(found, before)
-        ratio = float(relaxed.std(0).mean() / found.std(0).mean()) if relaxed is not found else 1.0
+        ratio = spread_ratio(relaxed, found, [np.isfinite(f).all(0) for f in found.swapaxes(0, 1)])
         return _step(
             setup, located, departures, frame.replace(background, dict(zip(channels, relaxed.swapaxes(0, 1), strict=True))), ratio
         )
@@ -270,11 +269,24 @@ class ModelAnalyst:
         }  # fmt: skip
 
 
+def fingerprints(setup: Prepared, frame: Frame, state: Arrays) -> dict[str, str]:
+    """Return of each operator that is not linear what it makes of the first state, by which another one of the same name is told."""
+    if not setup.operators:
+        return {}
+    fields = [np.nan_to_num(frame.fields(state, c)[:1].astype(np.float64)) for c in setup.variables.values()]
+    seen = observed_state(setup, fields).reshape(-1, setup.state.grid.size)[len(fields) :]
+    names = [w.name for w in setup.observable[-len(setup.operators) :]]
+    return {
+        n: f"mean {v.mean():.5g} and standard deviation {v.std():.5g} of the first state"
+        for n, v in zip(names, seen, strict=True)
+    }
+
+
 def summary_of(
-    error: Any, quality: Any, representativeness: Any, lapse_rate: Any, operators: Mapping[str, Any] | None
+    error: Any, quality: Any, representativeness: Any, lapse_rate: Any, operators: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return options of the observations for a record; their values are in a checksum of what was made of them."""
+    """Return options of the observations for a record; their values, and linear operators, are in a checksum of what was made of them."""
     shown = {"error": error, "quality": quality, "representativeness": representativeness, "lapse_rate": lapse_rate}
     out: dict[str, Any] = {key: brief(value) for key, value in shown.items()}
-    out["operators"] = None if operators is None else ", ".join(operators)
+    out["operators"] = dict(operators) or None
     return out

@@ -21,7 +21,7 @@ from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl, count_codes
 from xgenda.operators import AnyOperator
-from xgenda.preparation import ModelLike, Prepared, check_trajectory, departure_chi2, prepare, warn_of_departures
+from xgenda.preparation import MEMBERS, ModelLike, Prepared, check_trajectory, departure_chi2, prepare, warn_of_departures
 
 
 def assimilate(
@@ -30,7 +30,7 @@ def assimilate(
     *,
     model: ModelLike | LETKF = None,
     error: ErrorLike = None,
-    members: int = 16,
+    members: int | None = None,
     seed: int | None = None,
     guidance: str = "auto",
     guidance_options: Mapping[str, Any] | None = None,
@@ -73,7 +73,7 @@ def assimilate(
         Standard deviation of the observation error in the units of the observation, instrument and representativeness together:
         a number, an `ErrorCovariance`, or a mapping per variable (one of these, or one per row). None where `obs` carries ``<name>_error``.
     members
-        Ensemble size. Member k does not depend on it. A filter has the members of `ds`.
+        Ensemble size. Member k does not depend on it. None: 16, and for a filter the members of `ds`, which are all that it can have.
     seed
         Key of the random numbers; None draws one and records it in the result.
     guidance
@@ -154,7 +154,7 @@ def assimilate(
     {'member': 2, 'time': 1, 'latitude': 97, 'longitude': 165}
     """
     ds = metadata.as_dataset(ds)
-    member_numbers, drawn_seed = engine.check_members(members), engine.check_seed(seed)
+    member_numbers, drawn_seed = engine.check_members(MEMBERS if members is None else members), engine.check_seed(seed)
     resolve_device(device)
     if isinstance(model, LETKF):
         asked = SamplingOptions(
@@ -181,7 +181,7 @@ def assimilate(
         "steps": options.steps or None,
         **_what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess),
     }
-    call = f"assimilate(model={setup.model.spec.name!r}, members={members}, seed={drawn_seed}, guidance={options.guidance!r})"
+    call = f"assimilate(model={setup.model.spec.name!r}, members={len(member_numbers)}, seed={drawn_seed}, guidance={options.guidance!r})"
     member = xr.DataArray(np.array(member_numbers), dims="member", attrs=metadata.MEMBER_ATTRS)
     return analysed(setup, job, ds, member, asked_for, call)
 
@@ -271,7 +271,8 @@ def analysed(
         values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
         given = {"model": setup.model.spec.name, "model_sha256": setup.model.sha256, **asked_for}
         return _described_as(setup, values, ds, lead, call, given)
-    if setup.located is None or not (setup.located.table.code == Quality.USED).any():
+    nothing = setup.located is None or not (setup.located.table.code == Quality.USED).any()
+    if nothing:
         count = 0 if setup.located is None else len(setup.located.table)
         warnings.warn(
             f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons.",
@@ -282,7 +283,14 @@ def analysed(
     if not chunking.is_chunked(setup.arrays):
         codes, chi2 = _final_codes(setup, job)
         counts = json.dumps(count_codes(codes))
-        warn_of_departures(codes, chi2, setup.model.spec.needs_background)
+        if not nothing and not (codes == Quality.USED).any():
+            warnings.warn(
+                f"No observation can be used: of {len(codes)} given, all on the grid are too far from what the model expects; the result is the "
+                f"prior. See xgenda.innovations(ds, obs, ...).",
+                stacklevel=3,
+            )
+        else:
+            warn_of_departures(codes, chi2, setup.model.spec.needs_background)
     provenance = {
         "model": setup.model.spec.name,
         "model_sha256": setup.model.sha256,
@@ -306,7 +314,7 @@ def _filtered(
     ds: xr.Dataset,
     obs: Observations,
     filter: LETKF,
-    members: int,
+    members: int | None,
     seed: int,
     error: ErrorLike,
     window: Any,
@@ -322,7 +330,7 @@ def _filtered(
         ds, obs, error, window, check, quality, representativeness, lapse_rate, operators, first_guess
     )
     count = ds.sizes[dim]
-    if members not in (16, count):
+    if members not in (None, count):
         raise OptionError(f"members={members} is not accepted: a filter has the {count} members of ds. Leave it out.")
     check_filter(setup, filter, count)
     lead = [setup.time] if setup.time else []

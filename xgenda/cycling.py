@@ -15,29 +15,27 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from xgenda import engine, metadata, storage
-from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, summary_of
+from xgenda import engine, labels, metadata, storage
+from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, fingerprints, summary_of
+from xgenda.analysis_times import analysis_times, shortest
 from xgenda.devices import resolve_device
 from xgenda.diffusion.noise import seed_for
 from xgenda.divergence import DivergenceGuard
 from xgenda.ensembles import Arrays, Frame, read_initial
-from xgenda.errors import CoordinateError, DivergenceError, OptionError, StateError, check_choice, check_flag
-from xgenda.filtering import check_filter, ensemble_threshold
+from xgenda.errors import DivergenceError, OptionError, StateError, check_choice, check_flag
+from xgenda.filtering import check_filter, check_spread, ensemble_threshold
 from xgenda.filters import LETKF, Inflation
 from xgenda.forecasts import identity_of
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl
-from xgenda.observations.shapes import decoded, open_container
 from xgenda.observations.times import parse_window
 from xgenda.operators import AnyOperator
-from xgenda.preparation import MANY, REJECTED, ModelLike, Prepared, prepare
+from xgenda.preparation import MANY, MEMBERS, REJECTED, ModelLike, Prepared, prepare
 from xgenda.runs import DIAGNOSTICS, EMPTY, RESTARTED, SUSPECT, Memory, Outline, Stored
 
 #: Names of the result that no variable of a state may have.
 RESERVED = (*DIAGNOSTICS, "stage", "field", "observed")
-#: Ensemble size where nothing says it.
-MEMBERS = 16
 #: Of chi2, where no guard says it.
 SUSPICIOUS = 4.0
 
@@ -220,8 +218,8 @@ def cycle(
             f"initial has a variable {clash[0]!r}, a name that the result has for something else; rename it: "
             f"initial.rename({clash[0]}='my_{clash[0]}')"
         )
-    moments = _times(times, window, frame, obs)
-    width = window if window is not None else _shortest(moments)
+    moments = analysis_times(times, window, frame, obs)
+    width = window if window is not None else shortest(moments)
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
@@ -243,6 +241,7 @@ def cycle(
                 f"A filter has its own inflation: model=xgenda.LETKF(inflation={inflation!r}, rtpp={rtpp!r}, rtps={rtps!r}, ...)"
             )
         check_filter(setup, model, len(frame.numbers))
+        check_spread(state.values(), "initial")
         analyst = FilterAnalyst(frame, setup, model, ensemble_threshold(background_check), drawn)
     else:
         check_choice("background", background, BACKGROUNDS)
@@ -252,8 +251,8 @@ def cycle(
         "model": analyst.described(),
         "members": len(frame.numbers),
         "seed": drawn,
-        "window": str(width),
-        **summary_of(error, quality, representativeness, lapse_rate, operators),
+        "window": None if width is None else str(pd.Timedelta(parse_window(width))),
+        **summary_of(error, quality, representativeness, lapse_rate, fingerprints(setup, frame, state)),
         "background_check": analyst.threshold,
         "guard": None if guard is None else guard.described(),
     }
@@ -261,7 +260,8 @@ def cycle(
         described["forecast"] = dict(identity)
     outline = Outline(frame, setup, moments, _attributes(frame, described))
     plan = _Plan(frame, setup, analyst, forecast, moments, drawn, guard, restart)
-    record = {"options": described, "content": {"initial": frame.digest(state)}, "seed": drawn}
+    content = {"initial": frame.digest(state)} | ({} if restart is None else {"guard.restart": frame.digest(restart)})
+    record = {"options": described, "content": content, "seed": drawn}
     total = len(moments)
     with ExitStack() as stack:
         kept: Memory | Stored
@@ -291,24 +291,35 @@ def _run(plan: _Plan, state: Arrays, kept: Memory | Stored) -> Iterator[None]:
         now = plan.times[kept.done - 1]
     else:
         now, state = frame.template[frame.time].values[()], plan.analyst.from_forecast(state)
-    for t in range(kept.done, len(plan.times)):
+    first = kept.done
+    for t in range(first, len(plan.times)):
         label = str(plan.setup.labels[t])
         where = f"Cycle {t} of {len(plan.times)} ({label[:19]})"
-        state = _to(plan, state, now, plan.times[t], where, kept)
+        state, leads, what = _to(plan, state, now, plan.times[t], where, kept)
+        if t == first:
+            _refuse_other_steps(kept, leads, where)
         now = plan.times[t]
-        _refuse_broken(plan, state, "the forecast", where, t, kept)
-        step = plan.analyst.analyse(t, state)
         notice = 0
-        why = None if guard is None else guard.lost([*kept.chi2_since_restart(), step.chi2])
-        if why is not None and plan.restart is not None and guard is not None and kept.restarts() < guard.most:
-            warnings.warn(f"{where}: {why}. It goes on from states of DivergenceGuard(restart=...).", stacklevel=4)
-            state, why = _others(plan, label), None
-            step = plan.analyst.analyse(t, state)
+        problem = _broken(plan, state)
+        if problem is not None:
+            if not _may_restart(plan, kept):
+                raise _stopped(f"{where}: {what} is broken: {problem}.", t, kept)
+            state = _restarted(plan, f"{where}: {what} is broken: {problem}", label)
             notice |= RESTARTED
+        step = plan.analyst.analyse(t, state)
+        problem = _broken(plan, step.analysis)
+        why = None if guard is None or notice & RESTARTED else guard.lost([*kept.chi2_since_restart(), step.chi2])
+        told = why if problem is None else f"the analysis is broken: {problem}"
+        if told is not None and not notice & RESTARTED and _may_restart(plan, kept):
+            state, why = _restarted(plan, f"{where}: {told}", label), None
+            step = plan.analyst.analyse(t, state)
+            problem = _broken(plan, step.analysis)
+            notice |= RESTARTED
+        if problem is not None:
+            raise _stopped(f"{where}: the analysis is broken: {problem}.", t, kept)
         notice |= SUSPECT if step.chi2 > (SUSPICIOUS if guard is None else guard.chi2) else 0
         notice |= EMPTY if not step.used else 0
-        _refuse_broken(plan, step.analysis, "the analysis", where, t, kept)
-        kept.keep(t, state, step, notice)
+        kept.keep(t, state, step, notice, leads)
         if why is not None:
             raise DivergenceError(
                 f"{where}: the run has diverged: {why}. Raise the inflation (xgenda.LETKF(inflation=1.05) or rtps=0.5), localise, check the "
@@ -321,18 +332,41 @@ def _run(plan: _Plan, state: Arrays, kept: Memory | Stored) -> Iterator[None]:
         yield
 
 
-def _refuse_broken(plan: _Plan, state: Arrays, what: str, where: str, cycle: int, kept: Memory | Stored) -> None:
-    """Stop where a state is no state."""
+def _broken(plan: _Plan, state: Arrays) -> str | None:
+    """Return in words why a state is no state; None where it is one."""
     problem = plan.frame.missing(state)
+    return problem if problem is not None or plan.guard is None else plan.guard.beyond(state)
+
+
+def _stopped(what: str, cycle: int, kept: Memory | Stored) -> DivergenceError:
     advice = "Shorter time steps of the forecast, or more inflation and localisation, may help."
-    if problem is None and plan.guard is not None:
-        problem = plan.guard.beyond(state)
-    if problem is not None:
-        raise DivergenceError(f"{where}: {what} is broken: {problem}. {advice}", cycle, kept.result())
+    return DivergenceError(f"{what} {advice}", cycle, kept.result())
 
 
-def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Memory | Stored) -> Arrays:
-    """Return the forecast of all members at a time."""
+def _may_restart(plan: _Plan, kept: Memory | Stored) -> bool:
+    return plan.restart is not None and plan.guard is not None and kept.restarts() < plan.guard.most
+
+
+def _restarted(plan: _Plan, why: str, label: str) -> Arrays:
+    """Return other states, and say so."""
+    warnings.warn(f"{why}. It goes on from states of DivergenceGuard(restart=...).", stacklevel=5)
+    return _others(plan, label)
+
+
+def _refuse_other_steps(kept: Memory | Stored, leads: list[float], where: str) -> None:
+    """Refuse to go on with a forecast of other steps, over the same time as before."""
+    before = kept.leads
+    if before and leads and abs(sum(before) - sum(leads)) < 1 and len(before) != len(leads):
+        raise OptionError(
+            f"{where}: resume=True goes on with the same forecast, and this one goes {leads[0]:g} s ahead at a time, that of the cycles in the "
+            f"store {before[0]:g} s. Call cycle as before, or start again: resume=False, overwrite=True"
+        )
+
+
+def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Memory | Stored) -> tuple[Arrays, list[float], str]:
+    """Return the forecast of all members at a time, or where it breaks before; the seconds that each call of it went ahead; what this is."""
+    leads: list[float] = []
+    what = "the forecast"
     frame = plan.frame
     first = now
     while now < target:
@@ -354,20 +388,23 @@ def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Mem
             "What forecast returned",
             call="A forecast of one member at a time needs an adapter: xgenda.forecasts.by_member(forecast)",
         )
-        later = np.ravel(out.variables[frame.time].values) if frame.time in out.variables else None
-        if later is None or len(later) != 1 or not later[0] > now or later[0] > target:
+        later = labels.time_in(out, frame.time, now, f"{where}: what forecast returned from {now}")
+        if later is None or not later > now or later > target:
             step = (
                 f"numpy.timedelta64({(target - first) // np.timedelta64(1, 's')}, 's')"
                 if isinstance(target, np.datetime64)
                 else "step"
             )
             raise StateError(
-                f"{where}: the forecast from {now} returned the time {'none' if later is None else ', '.join(map(str, later))}; it must be "
+                f"{where}: the forecast from {now} returned the time {'none' if later is None else later}; it must be "
                 f"later, and not beyond the next analysis at {target}. Set it: out.assign_coords({frame.time}=ds.{frame.time} + {step})"
             )
-        state, now = plan.analyst.from_forecast(found), later[0]
-        _refuse_broken(plan, state, f"the forecast for {now}", where, kept.done, kept)
-    return state
+        leads += metadata.in_seconds(np.array([later - now])).tolist()
+        state, now = plan.analyst.from_forecast(found), later
+        what = f"the forecast for {now}"
+        if _broken(plan, state) is not None:
+            break
+    return state, leads, what
 
 
 def _others(plan: _Plan, label: str) -> Arrays:
@@ -399,66 +436,15 @@ def _restart_states(guard: DivergenceGuard, frame: Frame) -> Arrays | None:
         raise OptionError(
             f"DivergenceGuard: restart has {size} states, and the cycle has {len(frame.numbers)} members; give as many."
         )
+    problem = frame.missing(found)
+    if problem is not None:
+        raise StateError(
+            f"DivergenceGuard: restart: {problem}, where initial has values. Fill or drop those: restart.fillna(...)"
+        )
+    problem = guard.beyond(found)
+    if problem is not None:
+        raise StateError(f"DivergenceGuard: restart is beyond the limits itself: {problem}.")
     return found
-
-
-def _times(given: Any, window: Any, frame: Frame, obs: Observations) -> np.ndarray:
-    """Return the analysis times."""
-    start = frame.template[frame.time].values[()]
-    if given is None:
-        if window is None:
-            raise OptionError(
-                "times or window is needed: times=pandas.date_range('2020-01-01', periods=8, freq='6h'), or window='6h'"
-            )
-        return _every(parse_window(window), start, obs)
-    values = np.atleast_1d(np.asarray(given.values if isinstance(given, (xr.DataArray, pd.Index, pd.Series)) else given))
-    if values.dtype.kind in "UO" and not (values.dtype.kind == "O" and len(values) and hasattr(values[0], "calendar")):
-        try:
-            values = pd.to_datetime(values).values
-        except (ValueError, TypeError):
-            values = np.zeros(0)
-    if values.ndim != 1 or not len(values) or values.dtype.kind not in "MO":
-        raise OptionError(
-            f"times={given!r} is not accepted; give the analysis times: times=pandas.date_range('2020-01-01', periods=8, freq='6h')"
-        )
-    if values.dtype.kind == "M":
-        values = values.astype("datetime64[ns]")
-    if values.dtype.kind != frame.template[frame.time].dtype.kind:
-        raise CoordinateError(
-            f"times are {type(values[0]).__name__} and the time of initial is {type(start).__name__}; use one calendar."
-        )
-    if not (values[1:] > values[:-1]).all():
-        raise OptionError("times must ascend and not repeat: times=numpy.unique(times)")
-    if values[0] < start:
-        raise OptionError(f"times begin at {values[0]}, before initial, which is of {start}. Leave out those before it.")
-    return values
-
-
-def _every(width: np.timedelta64, start: Any, obs: Observations) -> np.ndarray:
-    """Return times every `width` to the last observation."""
-    seen = []
-    for item in obs if isinstance(obs, (list, tuple)) else [obs]:
-        container = None if item is None else open_container(item, "obs")
-        if container is not None and container.time is not None:
-            found = np.ravel(decoded(container.ds[container.time], "obs"))
-            seen.append(found[~pd.isnull(found)])
-    moments = np.concatenate(seen) if seen else np.zeros(0)
-    if not len(moments):
-        raise OptionError("times is needed where obs has none: times=pandas.date_range('2020-01-01', periods=8, freq='6h')")
-    one = width if isinstance(start, np.datetime64) else width.astype("timedelta64[us]").item()
-    first, last = moments.min(), moments.max()
-    begin = start if first < start + one / 2 else start + one
-    count = int(np.floor((last - begin) / one + 0.5)) + 1
-    if count < 1:
-        raise OptionError(f"obs end at {last}, before the first analysis time {begin}. Give later ones, or times.")
-    return np.array([begin + k * one for k in range(count)])
-
-
-def _shortest(times: np.ndarray) -> Any:
-    """Return the shortest spacing of times; None for a single one."""
-    if len(times) < 2:
-        return None
-    return pd.Timedelta(seconds=float(metadata.seconds_between(times).min()))
 
 
 def _all_times(frame: Frame, times: np.ndarray) -> xr.Dataset:

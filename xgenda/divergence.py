@@ -25,12 +25,12 @@ class DivergenceGuard:
         Diverged is a cycle whose chi2, over all observations that were used or refused by the background check, was above `chi2` in this one
         and the ones before it, `cycles` in a row; those without observations do not count.
     limits
-        Lowest and highest value of a variable that is possible, in its units; an analysis or a background beyond is diverged at once. Values
-        that are not finite always are.
+        Lowest and highest value of a variable that is possible, in the units of `initial`; an analysis or a background beyond is diverged at
+        once. Values that are not finite always are.
     restart
         States to go on from, a Dataset along ``member`` or ``time`` with at least as many as the cycle has members: such as a
-        climatology. The background is then replaced by some of them, drawn at random, and analysed anew. None: the cycle stops with a
-        `DivergenceError`.
+        climatology. The background is then replaced by some of them, drawn by seed and time, and analysed anew: also where a forecast or an
+        analysis is not finite or beyond `limits`. None: the cycle stops with a `DivergenceError`.
     most
         How many restarts before it stops after all.
 
@@ -59,9 +59,16 @@ class DivergenceGuard:
             )
         check_count("DivergenceGuard: cycles", self.cycles)
         check_count("DivergenceGuard: most", self.most, 0)
+        if self.limits is not None and not isinstance(self.limits, Mapping):
+            raise OptionError(
+                f"DivergenceGuard: limits={self.limits!r} is not accepted; give a mapping: limits={{'t2m': (180.0, 340.0)}}"
+            )
         for name, pair in (self.limits or {}).items():
-            if np.shape(pair) != (2,) or not float(pair[0]) < float(pair[1]):
-                raise OptionError(f"DivergenceGuard: limits[{name!r}]={pair!r} is not accepted; give (lowest, highest).")
+            if not _is_range(pair):
+                raise OptionError(
+                    f"DivergenceGuard: limits[{name!r}]={pair!r} is not accepted; give (lowest, highest), with infinity where there is none: "
+                    f"limits={{{name!r}: (0.0, float('inf'))}}"
+                )
         if self.restart is not None and not isinstance(self.restart, xr.Dataset):
             raise OptionError(
                 f"DivergenceGuard: restart is a {type(self.restart).__name__}; give a Dataset of states along 'member' or 'time'."
@@ -73,7 +80,7 @@ class DivergenceGuard:
         for value in reversed(chi2):
             if value <= self.chi2:
                 return None
-            if np.isfinite(value):
+            if not np.isnan(value):  # infinity is beyond all limits
                 some.append(value)
             if len(some) == self.cycles:
                 break
@@ -88,7 +95,7 @@ class DivergenceGuard:
         """Return in words which variable is out of its limits; None where none is."""
         for name, (low, high) in (self.limits or {}).items():
             if name in arrays:
-                least, most = float(np.nanmin(arrays[name])), float(np.nanmax(arrays[name]))
+                least, most = float(np.nanmin(arrays[name])), float(np.nanmax(arrays[name]))  # of some cells they are NaN: land
                 if least < low or most > high:
                     return f"{name!r} reaches {least if least < low else most:.6g}, and its limits are {low:g} to {high:g}"
         return None
@@ -98,3 +105,12 @@ class DivergenceGuard:
         sizes = None if self.restart is None else {str(k): int(v) for k, v in self.restart.sizes.items()}
         limits = {k: list(map(float, v)) for k, v in (self.limits or {}).items()}
         return {"chi2": self.chi2, "cycles": self.cycles, "limits": limits, "restart": sizes, "most": self.most}
+
+
+def _is_range(pair: object) -> bool:
+    """Whether this is two real numbers, the lower one first."""
+    if not isinstance(pair, (Sequence, np.ndarray)) or isinstance(pair, str) or len(pair) != 2:
+        return False
+    if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in pair):
+        return False
+    return bool(float(pair[0]) < float(pair[1]))  # False for NaN

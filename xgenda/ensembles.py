@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xgenda import metadata, states
+from xgenda import labels, metadata, states
+from xgenda.curvilinear import PointSet
 from xgenda.errors import CoordinateError, GridError, OptionError, StateError, did_you_mean
-from xgenda.grids import Grid
 from xgenda.states import State
-
-#: Part of the largest absolute value by which coordinates of a forecast may differ: rounding of single precision.
-ROUNDING = 1e-6
 
 Arrays = dict[str, np.ndarray]
 
@@ -61,7 +58,9 @@ class Frame:
         return out
 
     def read(self, ds: object, argument: str, *, sample: str | None = None, call: str = "") -> Arrays:
-        """Return the variables of a state of all members, shape (members, ...) each, in the order of the template.
+        """Return the variables of a state of all members, shape (members, ...) each, in the order and the units of the template.
+
+        Places and members are found by their coordinates, where they have some; what has no units is taken to be in those of the template.
 
         Parameters
         ----------
@@ -76,12 +75,13 @@ class Frame:
 
         Raises
         ------
-        StateError, GridError, OptionError
-            If variables are missing, or are on other dimensions or coordinates.
+        StateError, GridError, UnitsError, OptionError
+            If variables are missing, are no real numbers, or are on other dimensions, coordinates or members, or in units that do not fit.
         """
         if not isinstance(ds, xr.Dataset):
             raise OptionError(f"{argument} is a {type(ds).__module__}.{type(ds).__name__}; an xarray Dataset is needed.")
         lead = sample or self.member
+        ds = self._in_order(ds, argument, sample)
         out: Arrays = {}
         for name in self.names:
             if name not in ds.variables:
@@ -100,22 +100,37 @@ class Frame:
                 raise StateError(
                     f"{argument}[{name!r}] has dimensions {variable.dims}; {(lead, *self.dims[name])} are needed, in any order."
                 )
-            values = variable.transpose(lead, *self.dims[name]).values
-            shape = self.template.variables[name].shape
-            if values.shape[1:] != shape or (sample is None and len(values) != len(self.numbers)):
+            variable = variable.transpose(lead, *self.dims[name])
+            template = self.template.variables[name]
+            if variable.shape[1:] != template.shape or (sample is None and len(variable) != len(self.numbers)):
                 raise GridError(
-                    f"{argument}[{name!r}] has shape {values.shape} along {(lead, *self.dims[name])}; {(len(self.numbers), *shape)} is needed."
+                    f"{argument}[{name!r}] has shape {variable.shape} along {(lead, *self.dims[name])}; "
+                    f"{(len(self.numbers), *template.shape)} is needed."
                 )
-            out[name] = values.astype(self.template.variables[name].dtype, copy=False)
-        for dim in {d for n in self.names for d in self.dims[n]}:
-            mine, theirs = (x.variables[dim].values if dim in x.variables else None for x in (self.template, ds))
-            if mine is None or theirs is None or mine.dtype.kind not in "fiu":
+            values = labels.in_units_of(variable, template, f"{argument}[{name!r}]")
+            # a forecast may leave anything where there is no state, such as on land
+            out[name] = np.where(self.masks[name], values, values.dtype.type(np.nan)) if name in self.masks else values
+        return out
+
+    def _in_order(self, ds: xr.Dataset, argument: str, sample: str | None) -> xr.Dataset:
+        """Return a Dataset with its places and members in the order of the frame, as its coordinates say."""
+        dims = {d for n in self.names for d in self.dims[n]}
+        latitude, longitude = self.state.layout.latitude, self.state.layout.longitude
+        index = {}
+        for dim in sorted(dims):
+            mine, theirs = (x.variables.get(dim) for x in (self.template, ds))
+            if mine is None or theirs is None or theirs.dims != (dim,) or mine.shape != theirs.shape:
                 continue
-            if np.abs(mine - theirs).max() > ROUNDING * np.abs(mine).max():
-                raise GridError(
-                    f"{argument} is on another grid than the initial state: its {dim!r} goes from {theirs[0]:.6g} to {theirs[-1]:.6g}, and that of "
-                    f"initial from {mine[0]:.6g} to {mine[-1]:.6g}. Interpolate: out.interp_like(ds), or sort it back."
-                )
+            order = labels.order_along(dim, mine, theirs, argument, turns=dim == longitude)
+            if order is not None:
+                index[dim] = order
+        given = ds.variables.get(self.member)
+        if sample is None and given is not None and given.dims == (self.member,) and len(given) == len(self.numbers):
+            order = labels.order_of_members(self.member, self.numbers, given, argument)
+            if order is not None:
+                index[self.member] = order
+        out = ds.isel(index)
+        labels.check_positions(self.template, out, latitude, longitude, dims, argument)
         return out
 
     def missing(self, arrays: Arrays) -> str | None:
@@ -127,11 +142,12 @@ class Frame:
             if not fine.all():
                 bad = np.flatnonzero(~fine.reshape(len(fine), -1).all(1))
                 what = f"is beyond {metadata.LARGEST_PLAUSIBLE:g}" if np.isfinite(values[bad]).all() else "is not finite"
-                return f"{name!r} {what} in {len(bad)} of {len(values)} members, first in member {self.numbers[bad[0]]}"
+                kind, first = ("members", self.numbers[bad[0]]) if len(values) == len(self.numbers) else ("states", bad[0])
+                return f"{name!r} {what} in {len(bad)} of {len(values)} {kind}, first in {kind[:-1]} {first}"
         return None
 
     def dataset(self, arrays: Arrays, time: Any) -> xr.Dataset:
-        """Return a state of all members as a Dataset, as forecasts get it."""
+        """Return a state of all members as a Dataset of its own, as forecasts get it: they may write into it."""
         template = self.template
         data = {str(n): (self.member, *self.dims[str(n)]) if n in arrays else None for n in template.data_vars}
         variables = {
@@ -141,7 +157,7 @@ class Frame:
         coords: dict[str, Any] = {str(n): template.variables[n] for n in template.coords if n != self.time}
         coords[self.member] = (self.member, self.numbers, metadata.MEMBER_ATTRS)
         coords[self.time] = ((), time, template.variables[self.time].attrs)
-        return xr.Dataset(variables, coords, template.attrs)
+        return xr.Dataset(variables, coords, template.attrs).copy(deep=True)
 
     def fields(self, arrays: Arrays, channel: str) -> np.ndarray:
         """Return a channel of all members, shape (members, rows, columns), as the user has it."""
@@ -169,20 +185,30 @@ class Frame:
         out = []
         for name in self.names:
             variance = self._leveled(name, arrays[name].astype(np.float64)).var(0, ddof=1)
-            weight = self.state.orientation.from_model(grid.areas()) if isinstance(grid, Grid) else np.ones(variance.shape[1:])
+            weight = (
+                np.ones(variance.shape[1:]) if isinstance(grid, PointSet) else self.state.orientation.from_model(grid.areas())
+            )
             weight = np.where(np.isfinite(variance), weight, 0.0)
             out.append(float(np.sqrt((np.nan_to_num(variance) * weight).sum() / weight.sum())))
         return out
 
     def digest(self, arrays: Arrays) -> str:
-        """Return a checksum of a state and of all that stays as it is."""
+        """Return a checksum of a state, its time, members, places and units, and of all that stays as it is."""
         found = hashlib.sha256()
         for name in self.names:
-            found.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+            found.update(
+                f"{name}{arrays[name].dtype}{arrays[name].shape}{self.template.variables[name].attrs.get('units')}".encode()
+            )
             found.update(np.ascontiguousarray(arrays[name]).tobytes())
-        for name in sorted(map(str, {d for n in self.names for d in self.dims[n]})):
-            if name in self.template.variables:
-                found.update(np.ascontiguousarray(self.template.variables[name].values).tobytes())
+        found.update(f"{metadata.time_labels(self.template[self.time])[0]}{self.numbers.tolist()}".encode())
+        for name in sorted(map(str, self.template.variables)):
+            if name not in self.names and name != self.time:
+                variable = self.template.variables[name]
+                found.update(f"{name}{variable.dims}{variable.attrs.get('units')}".encode())
+                values = variable.values
+                found.update(
+                    str(values.tolist()).encode() if values.dtype.kind == "O" else np.ascontiguousarray(values).tobytes()
+                )
         return found.hexdigest()
 
 
@@ -237,6 +263,9 @@ def read_initial(initial: xr.Dataset | xr.DataArray, members: int | None, otherw
             f"initial has no variable of real numbers on {' and '.join(map(repr, state.layout.dims))}"
             + (f" with {member!r}." if member else ".")
         )
+    # half and long precision and foreign byte orders, which neither filters nor stores know, as the nearest that they do
+    ds = ds.assign({n: ds[n].astype(np.float32 if ds[n].dtype.itemsize <= 4 else np.float64, copy=False) for n in chosen})
+    template = template.assign({n: template[n].astype(ds[n].dtype, copy=False) for n in chosen})
     metadata.check_dims(state.ds, [c for c in channels if c in _channels_of(state, chosen)], state.layout, "initial")
     dims = {n: tuple(str(d) for d in ds[n].dims if d != member) for n in chosen}
     dims = {n: _levels_first(d, state, n) for n, d in dims.items()}

@@ -38,14 +38,36 @@ def check_output(path: str | os.PathLike[str], call: str, *, overwrite: bool, er
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to, which is renamed in the end: a reader sees the old file or the new one."""
+def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a name beside `path` to write to, which is renamed in the end: a reader sees the old file or the new one.
+
+    Parameters
+    ----------
+    path
+        Where the file goes.
+    durable
+        Whether its content is on the disk before it has its name, so that a power failure leaves no name without content; the name itself is
+        there for good after `flush` of the folder.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
         mask = os.umask(0)  # there is no other way to read it
         os.umask(mask)
         partial.chmod(0o666 & ~mask)  # some writers make files that only their owner can read
+        if durable:
+            flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +36,15 @@ class Departures:
         `Quality` of each, shape (m,).
     innovation, error, spread
         O - B with the mean of the background; standard deviations of observation and background, shapes (m,).
+    inflation
+        Standard deviation of the analysis over that without inflation and relaxation, as a mean over channels and cells.
     """
 
     code: np.ndarray
     innovation: np.ndarray
     error: np.ndarray
     spread: np.ndarray
+    inflation: float = 1.0
 
 
 def ensemble_threshold(check: float | str | None) -> float | None:
@@ -135,11 +139,39 @@ def analyse(
         flat = transform(stacked.reshape(*stacked.shape[:2], -1), seen, value, variance, neighbours)
         whole = orientation.from_model(flat.reshape(stacked.shape))
         relaxed = filter.relaxation.after(whole, np.stack(inflated, 1))
+        departures = dataclasses.replace(departures, inflation=filter.inflation * spread_ratio(relaxed, whole, wet))
         if filter.rotation:
             rng = np.random.default_rng(seed_for(seed, label, -1))
             relaxed = rotated(relaxed, random_rotation(len(relaxed), rng))
         analysis = [relaxed[:, c] for c in range(relaxed.shape[1])]
     return [np.where(w, a, np.nan) if not w.all() else a for w, a in zip(wet, analysis, strict=True)], departures
+
+
+def spread_ratio(relaxed: np.ndarray, whole: np.ndarray, wet: Sequence[np.ndarray]) -> float:
+    """Return how many times wider an ensemble is than another, as a mean over channels and cells with a state; 1 where neither has a width.
+
+    Both have the shape (members, channels, rows, columns).
+    """
+    if relaxed is whole or len(whole) < 2:
+        return 1.0
+    there = np.stack(wet)
+    now, then = (float(e.std(0)[there].mean()) for e in (relaxed, whole))
+    return now / then if then > 0 else 1.0
+
+
+def check_spread(fields: Iterable[np.ndarray], argument: str) -> None:
+    """Refuse an ensemble whose members, along the first axis, are all the same: a filter would believe it whatever is observed.
+
+    Raises
+    ------
+    StateError
+        If they are.
+    """
+    if not any((np.nan_to_num(f) != np.nan_to_num(f[:1])).any() for f in fields):
+        raise StateError(
+            f"All members of {argument} are the same, so that a filter cannot learn from observations. Give an ensemble with a spread, such as "
+            f"states of other times: xarray.concat([ds.isel(time=t, drop=True) for t in ...], 'member')"
+        )
 
 
 def _check(located: Located, seen: np.ndarray, threshold: float | None, quality: QualityControl) -> Departures:
@@ -197,12 +229,16 @@ def prepare_ensemble(
     )  # fmt: skip
     if chunking.is_chunked(setup.arrays):
         raise ChunkingError("A filter works on fields in memory, and ds is chunked; type ds.compute().")
+    fields: list[np.ndarray] = []
     for name in setup.variables.values():
         if member not in ensemble.ds[name].dims:
             raise StateError(f"ds[{name!r}] has no dimension {member!r}, and others have; drop it: ds.drop_vars({name!r})")
         lead = [d for d in (setup.time, member) if d in ensemble.ds[name].dims]
         values = ensemble.ds[name].transpose(*lead, ...).values
+        fields.append(np.moveaxis(values, lead.index(member), 0))
         _check_members(values.reshape(-1, *values.shape[len(lead) :]), ds.sizes[member], name)
+    if ds.sizes[member] > 1:
+        check_spread(fields, "ds")
     return setup, ensemble, member, ensemble_threshold(check)
 
 

@@ -21,12 +21,13 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from xgenda.curvilinear import AnyGrid
-from xgenda.errors import OptionError, check_flag
-from xgenda.grids import EARTH_RADIUS, rectilinear
+from xgenda.errors import GridError, OptionError, check_flag
+from xgenda.grids import EARTH_RADIUS, Grid, rectilinear
 from xgenda.spherical import unit_vectors
 
 ENTRIES = 2**24  # numbers of one array of a batch of cells
 NEAREST = 1e-9  # tapers below it are zero
+EVEN = 0.01  # part of the spacing by which that of a box that wraps may vary
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class LETKF:
         Whether the anomalies are mixed after the analysis by a random rotation that leaves mean and covariance as they are (Sakov and
         Oke 2008, section 4), keyed by seed and time.
     wraps
-        Whether the state is a doubly periodic box on a rectilinear grid: distances are then the shortest ones across its edges, in a
-        plane, instead of great circles.
+        Whether the state is a doubly periodic box on a rectilinear grid of even spacing: distances are then the shortest ones across its
+        edges, in a plane, instead of great circles.
 
     Raises
     ------
@@ -240,17 +241,17 @@ def find_neighbours(
     Raises
     ------
     GridError
-        If a box that wraps is not rectilinear.
+        If a box that wraps is not rectilinear and even, or is the globe.
     """
     at = [np.asarray(a, dtype=float) for a in grid.points()]
     if wraps:
         box = rectilinear(grid, "LETKF(wraps=True)")
+        sides = _sides(box)
+        origin = box.latitude[0], box.longitude[0]
         metre = np.radians(1.0) * EARTH_RADIUS
         scale = metre, metre * np.cos(np.radians(box.latitude.mean()))
-        origin = box.latitude[0], box.longitude[0]
-        sides = [s * len(a) * np.diff(a).mean() for s, a in zip(scale, (box.latitude, box.longitude), strict=True)]
         cells, places = (
-            np.stack([(s * (a - o)) % side for s, a, o, side in zip(scale, pair, origin, sides, strict=True)], -1)
+            np.stack([_turned(s * (a - o), side) for s, a, o, side in zip(scale, pair, origin, sides, strict=True)], -1)
             for pair in (at, (latitude, box.locate(longitude)))
         )
         trees = [cKDTree(p, boxsize=sides) for p in (cells, places)]
@@ -265,6 +266,42 @@ def find_neighbours(
     order = np.lexsort((found.col, found.row))
     order = order[taper[order] > NEAREST]
     return Neighbours(found.row[order], found.col[order], taper[order], grid.size)
+
+
+def _sides(box: Grid) -> list[float]:
+    """Return the lengths in metres after which a box repeats itself, along latitude and longitude; 0 along an axis of one cell.
+
+    Raises
+    ------
+    GridError
+        If cells are not evenly spaced, or go around the globe.
+    """
+    metre = np.radians(1.0) * EARTH_RADIUS
+    out = []
+    for name, axis, scale in (
+        ("latitude", box.latitude, 1.0),
+        ("longitude", box.longitude, np.cos(np.radians(box.latitude.mean()))),
+    ):
+        step = np.diff(axis)
+        if len(step) and np.ptp(step) > EVEN * step.mean():
+            raise GridError(
+                f"LETKF(wraps=True) needs a box with even spacing, and that of {name} goes from {step.min():.4g} to {step.max():.4g} degrees. "
+                f"Regrid it, or leave wraps out: distances are then great circles."
+            )
+        out.append(float(metre * scale * len(axis) * step.mean()) if len(step) else 0.0)
+    if box.periodic:
+        raise GridError(
+            "LETKF(wraps=True) is for a box, and this grid goes around the globe, where great circles do so already. Leave wraps out."
+        )
+    return out
+
+
+def _turned(place: np.ndarray, side: float) -> np.ndarray:
+    """Return places within a side, which rounding could leave."""
+    if side == 0:
+        return place
+    out = place % side
+    return np.where(out < side, out, 0.0)
 
 
 def transform(

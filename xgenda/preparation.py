@@ -41,6 +41,9 @@ REJECTED, MANY = 0.2, 10
 #: Around a background, and around a climatology, which a warming world leaves behind.
 LARGE_CHI2, LARGE_CLIMATE_CHI2 = 4.0, 100.0
 
+#: Ensemble size where nothing says it.
+MEMBERS = 16
+
 ModelLike = GenerativeModel | str | os.PathLike[str] | None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from xgenda import metadata, storage
 from xgenda.analyses import Step, observations_of
 from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
+from xgenda.observations.correlations import blocks
 from xgenda.observations.operators import Located
 from xgenda.preparation import Prepared
 
@@ -69,6 +70,7 @@ class Kept:
     done: int
     chi2: list[float]
     notices: list[int]
+    leads: Sequence[float] = ()
 
     def restarts(self) -> int:
         """Return how many there were."""
@@ -109,7 +111,7 @@ class Memory(Kept):
                 f"The result takes {size / 2**30:.0f} GiB of memory. Write it to a disk instead: store='run.zarr'", stacklevel=3
             )
 
-    def keep(self, t: int, state: Arrays, step: Step, notice: int) -> None:
+    def keep(self, t: int, state: Arrays, step: Step, notice: int, leads: Sequence[float] = ()) -> None:
         """Add a cycle."""
         for name, value in self.values(state, step, notice).items():
             if name not in self.arrays:
@@ -137,6 +139,7 @@ class Stored(Kept):
         self.outline, self.store, self.done = outline, store, store.done
         with storage.open_cycles(store.path) as before:
             self.chi2, self.notices = before["chi2"].values.tolist(), before["notice"].values.tolist()
+        self.leads = tuple(store.record.get("leads", ()))
         self.digest = _digest_of(outline.setup, self.done)
 
     @classmethod
@@ -146,30 +149,38 @@ class Stored(Kept):
         if not (resume and path.exists()):
             return cls(outline, storage.create(path, layout, record, overwrite=overwrite))
         store = storage.reopen(path)
-        content = dict(record["content"])
-        store.compare(record["options"], content)
+        store.compare(record["options"], record["content"])
+        store.check_layout(layout)
         with storage.open_cycles(path) as before:
             mine, theirs = outline.setup.labels, metadata.time_labels(before["time"])
+        if (theirs[1:] <= theirs[:-1]).any():
+            raise storage.damaged(path, f"its times do not ascend: {', '.join(t[:19] for t in theirs[:4])}")
         if len(mine) < len(theirs) or (mine[: len(theirs)] != theirs).any():
             spans = [f"{len(x)} from {x[0][:19]} to {x[-1][:19]}" for x in (theirs, mine)]
             raise OptionError(
                 f"resume=True goes on with the same times, and {path} holds {spans[0]}; times has {spans[1]}. Call cycle as before, or start "
                 f"again: resume=False, overwrite=True"
             )
-        out = cls(outline, store)
-        if out.done and out.digest != store.record["observations"]:
+        if store.done and _digest_of(outline.setup, store.done) != store.record["observations"]:
             raise OptionError(
-                f"resume=True goes on with the same observations, and those of the {out.done} cycles in {path} differ. Only later ones may be "
-                f"added. Call cycle as before, or start again: resume=False, overwrite=True"
+                f"resume=True goes on with the same observations, errors and operators, and those of the {store.done} cycles in {path} differ. "
+                f"Only later ones may be added. Call cycle as before, or start again: resume=False, overwrite=True"
             )
+        whole, why = store.whole(layout)
+        if whole < store.done:
+            warnings.warn(
+                f"{path} is damaged: {why}. Of its {store.done} cycles the first {whole} are whole; the others are computed again.",
+                stacklevel=3,
+            )
+            store.back_to(whole, _digest_of(outline.setup, whole))
         store.extend(layout)
-        return out
+        return cls(outline, store)
 
-    def keep(self, t: int, state: Arrays, step: Step, notice: int) -> None:
+    def keep(self, t: int, state: Arrays, step: Step, notice: int, leads: Sequence[float] = ()) -> None:
         """Write a cycle."""
         self.digest = _chained(self.digest, observations_of(self.outline.setup, t))
         try:
-            self.store.write(t, self.values(state, step, notice), self.digest)
+            self.store.write(t, self.values(state, step, notice), self.digest, leads)
         except OSError as problem:
             problem.add_note(
                 f"In xgenda.cycle: {self.store.path} is whole up to cycle {self.done}; go on from there with resume=True."
@@ -200,8 +211,23 @@ def _chained(before: str, located: Located | None) -> str:
     found = hashlib.sha256(before.encode())
     if located is not None:
         table = located.table
-        for column in (table.latitude, table.longitude, table.value, table.error, table.level, table.variable, table.code):
+        columns = (
+            table.latitude,
+            table.longitude,
+            table.value,
+            table.error,
+            table.level,
+            table.variable,
+            table.code,
+            table.correlation,
+        )
+        matrix = located.operator.matrix
+        for column in (*columns, matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data):
             found.update(np.ascontiguousarray(column).tobytes())
+        for rows in blocks(table, located.time_index):
+            given = table.correlated[table.correlation[rows[0]]]
+            covariance = given.covariance(table.row[rows], table.latitude[rows], table.longitude[rows])
+            found.update(np.ascontiguousarray(covariance).tobytes())
     return found.hexdigest()
 
 

@@ -1,19 +1,21 @@
 """The Zarr store of a cycle: what a run leaves on disk, whole up to its last cycle whatever happens, so that it can go on.
 
 A store is a folder, a Zarr group of format 2 (which all versions of zarr read) without compression, with all times laid out from the start.
-Nothing that was written is touched again: each cycle adds its own chunks, and then ``cycle.json`` in the folder, renamed into its place,
-says that it is whole. Chunks behind that are those of a cycle that was interrupted, and are written again.
+Nothing that was written is touched again: each cycle adds its own chunks, and when the disk has them, ``cycle.json`` in the folder, renamed into
+its place, says that it is whole. Chunks behind that are those of a cycle that was interrupted, and are written again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import numbers
 import os
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ import numpy as np
 import xarray as xr
 
 from xgenda.errors import CheckpointError, OptionError, OutputExistsError
-from xgenda.files import aside
+from xgenda.files import aside, flush
 
 FORMAT = 1
 RECORD = "cycle.json"
 LARGEST_CHUNK = 2**26  # bytes
+#: Attributes of how values were packed in a file, of all arrays and of times.
+PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned", "dtype", "coordinates")
+TIME_PACKING = ("units", "calendar")
 
 
 @dataclass
@@ -39,7 +44,8 @@ class CycleStore:
         Its folder.
     record
         What ``cycle.json`` holds: 'done', the number of whole cycles; 'options'; 'content', checksums; 'seed'; 'observations', a
-        checksum of those of the cycles that are whole.
+        checksum of those of the cycles that are whole; 'leads', seconds that each forecast before the last of these went; 'checksums', CRC-32 of
+        the chunks of the last.
     """
 
     path: Path
@@ -51,22 +57,109 @@ class CycleStore:
         """Number of whole cycles."""
         return int(self.record["done"])
 
-    def write(self, cycle: int, values: Mapping[str, np.ndarray], observations: str) -> None:
-        """Write the next cycle, and then that it is whole."""
+    def write(self, cycle: int, values: Mapping[str, np.ndarray], observations: str, leads: Sequence[float] = ()) -> None:
+        """Write the next cycle, and when all of it is on the disk that it is whole.
+
+        Parameters
+        ----------
+        cycle
+            Its number.
+        values
+            Of each array.
+        observations
+            Checksum of those up to here.
+        leads
+            Seconds that each call of the forecast went ahead, from the analysis before.
+        """
+        sums: dict[str, int] = {}
         for name, array in values.items():
-            self._write(name, cycle, array)
-        self.record |= {"done": cycle + 1, "observations": observations}
+            for place, block in self._blocks(name, array):
+                data, file = np.ascontiguousarray(block).tobytes(), f"{name}/{'.'.join(map(str, (cycle, *place)))}"
+                with aside(self.path / file, durable=True) as partial:
+                    partial.write_bytes(data)
+                sums[file] = zlib.crc32(data)
+            flush(self.path / name)
+        self.record |= {"done": cycle + 1, "observations": observations, "leads": list(leads), "checksums": sums}
         _write_record(self.path, self.record)
 
-    def _write(self, name: str, cycle: int, values: np.ndarray) -> None:
-        """Write the chunks of one cycle of an array, which without compression are its bytes."""
+    def _header(self, name: str) -> dict[str, Any]:
         if name not in self._headers:
             self._headers[name] = json.loads((self.path / name / ".zarray").read_text(encoding="utf-8"))
-        chunks, kind = self._headers[name]["chunks"][1:], np.dtype(self._headers[name]["dtype"])
+        return self._headers[name]
+
+    def _blocks(self, name: str, values: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Yield the places of the chunks of one cycle of an array and their values, which without compression are their bytes."""
+        header = self._header(name)
+        chunks, kind = header["chunks"][1:], np.dtype(header["dtype"])
         for place in np.ndindex(*(n // c for n, c in zip(values.shape, chunks, strict=True))):
             block = values[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunks, strict=True))]
-            with aside(self.path / name / ".".join(map(str, (cycle, *place)))) as partial:
-                partial.write_bytes(np.ascontiguousarray(block, dtype=kind).tobytes())
+            yield place, np.asarray(block, dtype=kind)
+
+    def check_layout(self, layout: xr.Dataset) -> None:
+        """Refuse a store whose arrays are not there, or not as they were laid out.
+
+        Raises
+        ------
+        CheckpointError
+            With the first that is not.
+        """
+        for name, variable in layout.variables.items():
+            if "time" not in variable.dims:
+                continue
+            try:
+                header = self._header(str(name))
+                found = tuple(header["shape"][1:]), np.dtype(header["dtype"])
+            except (OSError, ValueError, KeyError, TypeError) as problem:
+                raise damaged(self.path, f"its array {name!r} cannot be read: {type(problem).__name__}: {problem}") from problem
+            wanted = variable.shape[1:], variable.dtype
+            if name != "time" and (found != wanted or header.get("compressor") is not None or header.get("filters")):
+                raise damaged(
+                    self.path, f"its array {name!r} is of {found[1]} {found[0]}, and {wanted[1]} {wanted[0]} was laid out"
+                )
+
+    def whole(self, layout: xr.Dataset) -> tuple[int, str]:
+        """Return how many of the cycles that were written are still whole, by the sizes of their chunks and the checksums of the last.
+
+        Returns
+        -------
+        int
+            The number of the first that is not, else that of all.
+        str
+            What is wrong with it; empty where all is well.
+        """
+        worst, why = self.done, ""
+        sums = self.record.get("checksums", {})
+        for name in (str(n) for n, v in layout.variables.items() if "time" in v.dims and n != "time"):
+            header = self._header(name)
+            size = int(np.prod(header["chunks"])) * np.dtype(header["dtype"]).itemsize
+            places = list(np.ndindex(*(n // c for n, c in zip(header["shape"][1:], header["chunks"][1:], strict=True))))
+            for cycle in range(worst):
+                for place in places:
+                    file = f"{name}/{'.'.join(map(str, (cycle, *place)))}"
+                    problem = self._problem(file, size, sums.get(file))
+                    if problem:
+                        worst, why = cycle, f"{file} {problem}"
+                        break
+                if worst == cycle:
+                    break
+        return worst, why
+
+    def _problem(self, file: str, size: int, checksum: int | None) -> str:
+        path = self.path / file
+        try:
+            found = path.stat().st_size
+        except OSError:
+            return "is missing"
+        if found != size:
+            return f"has {found} bytes instead of {size}"
+        if checksum is not None and zlib.crc32(path.read_bytes()) != checksum:
+            return "has another content than was written"
+        return ""
+
+    def back_to(self, cycle: int, observations: str) -> None:
+        """Forget the cycles from this one on."""
+        self.record |= {"done": cycle, "observations": observations, "leads": [], "checksums": {}}
+        _write_record(self.path, self.record)
 
     def read(self, name: str, cycle: int) -> np.ndarray:
         """Return what was written of one cycle, as it was."""
@@ -106,22 +199,30 @@ class CycleStore:
 
         times = layout.sizes["time"]
         group = self._group("r+")
-        if group["time"].shape[0] >= times:
-            return
         stored = xr.open_zarr(self.path, consolidated=True, decode_cf=False)
+        names = [str(n) for n in stored.variables if "time" in stored[n].dims]
         encoding = {k: stored["time"].attrs[k] for k in ("units", "calendar")}
         encoded = xr.conventions.encode_cf_variable(
             xr.Variable("time", layout["time"].values, encoding=encoding | {"dtype": stored["time"].dtype}), name="time"
-        )
-        for name in stored.variables:
-            if "time" in stored[name].dims:
-                array = group[str(name)]
-                array.resize((times, *array.shape[1:]))
-                if name == "time":
-                    array[:] = encoded.values
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other formats have no consolidated metadata; this one has
-            zarr.consolidate_metadata(str(self.path))
+        ).values
+        arrays = {n: group[n] for n in names}
+        longer = any(a.shape[0] < times for a in arrays.values()) or stored.sizes["time"] < times
+        for array in arrays.values() if longer else ():  # also those that an extension which was interrupted had resized
+            array.resize((max(times, array.shape[0]), *array.shape[1:]))
+        if longer or (arrays["time"][:times] != encoded).any():  # those of cycles that are yet to come may have changed
+            arrays["time"][:times] = encoded
+        if longer:
+            self._headers.clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # other formats have no consolidated metadata; this one has
+                zarr.consolidate_metadata(str(self.path))
+        for file in (*self.path.glob(".z*"), *self.path.glob("*/.z*"), *(self.path / "time").iterdir()):
+            flush(file)
+
+
+def damaged(path: Path, why: str) -> CheckpointError:
+    """Return the error of a store that cannot be gone on from."""
+    return CheckpointError(f"{path} is damaged: {why}. Put back a copy of it, or start again: resume=False, overwrite=True")
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -171,6 +272,7 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
             raise OutputExistsError(
                 f"{path} holds a cycle of {read_record(path)['done']} analyses. Go on with it: resume=True, or start again: overwrite=True"
             )
+    layout = _storable(layout)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     plain = "compressors" if int(zarr.__version__.split(".")[0]) > 2 else "compressor"
@@ -185,14 +287,47 @@ def create(path: Path, layout: xr.Dataset, record: Mapping[str, Any], *, overwri
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata")
             layout.to_zarr(partial, mode="w", compute=False, encoding=encoding, consolidated=True, zarr_format=2)
-        whole = {"format": FORMAT, "done": 0, "observations": "", **record}
+        whole = {"format": FORMAT, "done": 0, "observations": "", "leads": [], "checksums": {}, **record}
         _write_record(partial, whole)
         if path.exists():
             shutil.rmtree(path)
+        for file in (p for p in partial.rglob("*") if p.is_file()):
+            flush(file)
         partial.rename(path)
+        flush(path.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return CycleStore(path, whole)
+
+
+def _storable(layout: xr.Dataset) -> xr.Dataset:
+    """Return a Dataset whose values are read back as they are, and whose attributes Zarr can hold.
+
+    Attributes that tell of packing would have the values unpacked once more. Integers that still are packed are unpacked now.
+    """
+    variables: dict[Hashable, xr.Variable] = {}
+    for name, given in layout.variables.items():
+        variable = given.copy(deep=False)
+        if variable.dtype.kind in "iu" and {"scale_factor", "add_offset"} & set(variable.attrs):
+            variable = xr.conventions.decode_cf_variable(str(name), variable, decode_times=False)
+        dropped = (*PACKING, *TIME_PACKING) if variable.dtype.kind in "mMO" else PACKING
+        variable.attrs = {k: _plain(v) for k, v in variable.attrs.items() if k not in dropped}
+        variable.encoding = {}
+        variables[name] = variable
+    coords = {n: v for n, v in variables.items() if n in layout.coords}
+    attrs = {k: _plain(v) for k, v in layout.attrs.items()}
+    return xr.Dataset({n: v for n, v in variables.items() if n not in coords}, coords, attrs)
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of an attribute as something that Zarr holds; what it cannot hold as text."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, (str, numbers.Number)) or (isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in "fiub"):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (str, numbers.Number)) for v in value):
+        return value
+    return str(value)
 
 
 def reopen(path: Path) -> CycleStore:
@@ -209,7 +344,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If there is none, or one of another version.
+        If there is none, or one of another version, or one that is damaged.
     """
     try:
         found: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
@@ -218,6 +353,9 @@ def read_record(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no store of a cycle ({problem}).") from problem
     if version != FORMAT:
         raise CheckpointError(f"{path} was written by another version of xgenda (format {version}; this one reads {FORMAT}).")
+    for key, kind in (("done", int), ("seed", int), ("observations", str), ("options", dict), ("content", dict)):
+        if not isinstance(found.get(key), kind) or (key == "done" and found[key] < 0):
+            raise damaged(path, f"{RECORD} has {key}={found.get(key)!r}")
     return found
 
 
@@ -237,12 +375,17 @@ def open_cycles(path: str | os.PathLike[str]) -> xr.Dataset:
     Raises
     ------
     CheckpointError
-        If it is none.
+        If it is none, or one that is damaged.
     """
     folder = check_path(path)
     done = int(read_record(folder)["done"])
-    found: xr.Dataset = xr.open_zarr(folder, consolidated=True).isel(time=slice(0, done))
-    return found
+    try:
+        found: xr.Dataset = xr.open_zarr(folder, consolidated=True)
+    except (OSError, ValueError, KeyError) as problem:
+        raise damaged(folder, f"it cannot be opened as a Zarr group ({type(problem).__name__}: {problem})") from problem
+    if done > found.sizes.get("time", 0):
+        raise damaged(folder, f"{RECORD} says that {done} cycles are whole, and there is room for {found.sizes.get('time', 0)}")
+    return found.isel(time=slice(0, done))
 
 
 @contextlib.contextmanager
@@ -309,5 +452,6 @@ def _chunks(variable: xr.Variable) -> tuple[int, ...]:
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    with aside(path / RECORD) as partial:
+    with aside(path / RECORD, durable=True) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    flush(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,21 @@ import xarray as xr
 
 from xgenda.errors import GridError, OptionError, StateError
 from xgenda.grids import EARTH_RADIUS, GRAVITY, ROTATION
-from xgenda.metadata import find_layout
+from xgenda.metadata import check_values, find_layout, unit_factors_of
 from xgenda.observations.times import at_time, later, parse_window
-from xgenda.twins import MEAN_SALINITY, MEAN_TEMPERATURE, OCEAN_VARIABLES, QGState, TwoLayerQG, ocean_model, ocean_surface
+from xgenda.twins import (
+    LOWER_LAYER,
+    MEAN_SALINITY,
+    MEAN_TEMPERATURE,
+    OCEAN_VARIABLES,
+    QGState,
+    TwoLayerQG,
+    ocean_model,
+    ocean_surface,
+)
 
 COMPLETE = ("ssh", "lower", "temperature", "salinity")  # what a state must hold
+UNITS = {n: attrs["units"] for n, attrs in (OCEAN_VARIABLES | LOWER_LAYER).items()}  # of the model
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,8 @@ class OceanForecast:
             )
         layout = find_layout(ds)
         model, coriolis = self._model(*(ds[n].values.astype(float).tobytes() for n in (layout.latitude, layout.longitude)))
-        fields = {n: ds[n].transpose(..., *layout.dims) for n in COMPLETE}
-        dims = fields["ssh"].dims
-        values = [np.asarray(fields[n].transpose(*dims).values, dtype=float) for n in COMPLETE]
+        dims = ds["ssh"].transpose(..., *layout.dims).dims
+        values = [_in_units_of_the_model(ds[n], n, dims) for n in COMPLETE]
         psi = scipy.fft.rfft2(np.stack(values[:2]) * (GRAVITY / coriolis))
         k, l = model.wavenumbers  # noqa: E741
         upper, lower = model.stretching
@@ -53,9 +63,12 @@ class OceanForecast:
         state = model.advance(state, round(self.step / np.timedelta64(1, "s") / model.dt))
         surface = dict(zip(OCEAN_VARIABLES, ocean_surface(model, state, coriolis, True), strict=True))
         surface["lower"] = model.streamfunction(state)[1] * (coriolis / GRAVITY)
-        made = {
-            n: xr.Variable(dims, v.astype(ds[n].dtype), ds[n].attrs).transpose(*ds[n].dims) for n, v in surface.items() if n in ds
-        }
+        made = {}
+        for n, v in surface.items():
+            if n in ds:
+                scale, offset = unit_factors_of(ds[n], UNITS[n])
+                as_given = v if (scale, offset) == (1.0, 0.0) else (v - offset) / scale
+                made[n] = xr.Variable(dims, as_given.astype(ds[n].dtype), ds[n].attrs).transpose(*ds[n].dims)
         return at_time(ds.assign(made), later(ds, self.step))
 
     @functools.cache  # noqa: B019  (small, and as long as the forecast)
@@ -76,6 +89,29 @@ class OceanForecast:
             len(rows), spacing, middle, dt=seconds / math.ceil(seconds / longest), rd=self.rd, U1=self.U1, rek=self.rek
         )
         return model, 2 * ROTATION * math.sin(math.radians(middle))
+
+
+def _in_units_of_the_model(array: xr.DataArray, name: str, dims: tuple[Hashable, ...]) -> np.ndarray:
+    """Return a variable in the units and the order of the model, in double precision.
+
+    Raises
+    ------
+    StateError
+        If it holds no real numbers, or some that are not finite, or is on other dimensions than ``ssh``.
+    UnitsError
+        If its units cannot be converted.
+    """
+    if array.dtype.kind != "f":
+        raise StateError(f"The state's {name!r} has dtype {array.dtype}; real numbers are needed: ds[{name!r}].astype('float64')")
+    if set(array.dims) != set(dims):
+        raise StateError(
+            f"The state's {name!r} has dimensions {array.dims}, and 'ssh' has {dims}; give all of them the same: "
+            f"ds[{name!r}].broadcast_like(ds['ssh'])"
+        )
+    values = np.asarray(array.transpose(*dims).values, dtype=float)
+    check_values(values, name)
+    scale, offset = unit_factors_of(array, UNITS[name])
+    return values if (scale, offset) == (1.0, 0.0) else values * scale + offset
 
 
 def ocean_forecast(
@@ -99,7 +135,8 @@ def ocean_forecast(
     -------
     OceanForecast
         Takes and returns Datasets of one time with ``ssh``, ``lower``, ``temperature`` and ``salinity``, and ``u`` and ``v`` where they are
-        there, on the whole doubly periodic square, with or without ``member``.
+        there, on the whole doubly periodic square, with or without ``member``; in other units than those of the simulation (m, degC, psu, m s-1)
+        where the attribute says so, and then back in these.
 
     Examples
     --------

@@ -161,7 +161,7 @@ def common_ticks(moments: np.ndarray, times: xr.DataArray, argument: str) -> tup
         If they have different calendars, or years that nanoseconds cannot count.
     """
     stamps = np.atleast_1d(times.values)
-    if stamps.dtype.kind == moments.dtype.kind == "M" and not (_fits_nanoseconds(stamps) and _fits_nanoseconds(moments)):
+    if stamps.dtype.kind == moments.dtype.kind == "M" and not (fits_nanoseconds(stamps) and fits_nanoseconds(moments)):
         raise ObservationError(
             f"The times of {argument} or of the state lie outside the years 1678 to 2262, which numpy counts in nanoseconds; use "
             f"cftime in both: ds.convert_calendar('proleptic_gregorian', use_cftime=True)"
@@ -177,7 +177,8 @@ def common_ticks(moments: np.ndarray, times: xr.DataArray, argument: str) -> tup
     return ticks(stamps, stamps), ticks(moments, stamps), tick
 
 
-def _fits_nanoseconds(stamps: np.ndarray) -> bool:
+def fits_nanoseconds(stamps: np.ndarray) -> bool:
+    """Whether datetime64 of any resolution lie in the years 1678 to 2262."""
     seconds = stamps[~np.isnat(stamps)].astype("datetime64[s]").astype(np.int64)
     return bool((np.abs(seconds) < np.iinfo(np.int64).max // 10**9).all())
 
