@@ -116,7 +116,7 @@ class Posterior:
     prior
         Whether the latent prior N(0, I) counts.
     published
-        Whether the misfit is the plain mean of squared departures (Brohan 2022), instead of what `whiten` makes of it.
+        Whether the misfit is the mean of the squares (Brohan 2022), instead of half their sum.
     value, centre
         Observations and prior means instead of those of the evidence and zero, for randomised minima; shapes (batch, m) and (batch, k).
     """
@@ -138,7 +138,7 @@ class Posterior:
         real = self.evidence.seen().to(departures.device)
         departures = torch.where(real, departures, 0.0)
         if self.published:
-            out = departures.square().sum(1) / real.sum(1).clamp(min=1)
+            out = self.whiten(departures).square().sum(1) / real.sum(1).clamp(min=1)
         else:
             out = self._misfit(self.whiten(departures).square()).sum(1)
         if self.prior:

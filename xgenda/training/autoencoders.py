@@ -167,7 +167,7 @@ def open_gappy(
         return open_corpus(ds, variables, memory, 1, climatology, transform, offset, bounds, progress), None
     values = source.read_all().astype(np.float64)
     holes = np.isnan(values)
-    missing = np.asarray(holes.all((2, 3))).any(1)
+    missing = np.asarray(np.asarray(holes.all((2, 3))).any(1))
     partial = (holes & ~missing[:, None, None, None]).any(0) & ~holes[~missing].all(0)
     found = Survey(source)
     counts = (~holes[~missing]).sum(0)
@@ -219,7 +219,7 @@ def train_autoencoder(
     }  # fmt: skip
     network = build_autoencoder(options)
     if components is not None:
-        _start(network, components.first(latent), recipe.variational, channels)
+        _start(network, components.first(latent), recipe.variational, channels, withheld)
     valid = torch.ones(channels, *grid.plane) if samples.valid is None else torch.as_tensor(samples.valid).float()
     counts = loss_weights(recipe.weights, samples.variables, grid, samples.valid)
     fields = corpus.fields(scaling, z, np.arange(corpus.size)[:, None])
@@ -228,7 +228,7 @@ def train_autoencoder(
     if (
         components is not None and not report["correction_weight"]
     ):  # the linear maps then are all there is, and may know all states
-        _start(network, Components.of(torch.as_tensor(z), latent).first(latent), recipe.variational, channels)
+        _start(network, Components.of(torch.as_tensor(z), latent).first(latent), recipe.variational, channels, withheld)
     seed = optimiser.seed
     if not recipe.variational:
         encoded = _encoded(network, fields, rows[torch.linspace(0, len(rows) - 1, min(len(rows), 2000)).long()], None)[1]
@@ -284,9 +284,14 @@ def _suitable_length(components: Components | None, withheld: Tensor) -> int:
     return max(lengths, key=lambda k: components.first(k).likelihood(withheld))
 
 
-def _start(network: Any, components: Components, variational: bool, channels: int) -> None:
+def _start(network: Any, components: Components, variational: bool, channels: int, withheld: Tensor) -> None:
+    """Give the network the linear maps, with the error that they make of withheld states: of those that they were fitted to it is too small."""
     basis, projection, log_variance = components.maps(variational)
-    network.start_from(basis, projection, log_variance, torch.full((channels,), math.log(components.left)))
+    left = (withheld - (withheld @ projection.T) @ basis).square()
+    if variational:
+        left = left + (log_variance.exp()[:, None] * basis.square()).sum(0)
+    counts = components.patterns.any(0).reshape(channels, -1).sum(1).clamp(min=1)
+    network.start_from(basis, projection, log_variance, (left.mean(0).reshape(channels, -1).sum(1) / counts).log())
 
 
 @torch.no_grad()
