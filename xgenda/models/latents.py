@@ -41,8 +41,8 @@ SAMPLERS: Mapping[str, Mapping[str, Any]] = {
 }
 OPTIMISERS = {"lbfgs": 1e-6, "adam": 1e-5}  # with the tolerances of each
 PERTURBED = ("both", "observations")
-STEPS = {"lbfgs": 200, "adam": 1000, "hmc": 24}
-BATCH = 64
+STEPS = {"lbfgs": 200, "adam": 1000, "hmc": 12}
+BATCH = 16  # those of one time, usually: a batch ends with the last of its members
 ERRORS = ("white", "exponential", "matern32", "matern52")
 DRAWS, AT_ONCE = 512, 64  # of the prior, for its moments
 
