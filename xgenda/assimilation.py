@@ -79,20 +79,20 @@ def assimilate(
     guidance
         How observations act on a diffusion model: 'anchor', 'mmps', 'sda', 'w2c', 'pigdm', 'dps', 'diffpir' or 'inpaint'; see the
         methods page. 'auto' is 'anchor' where the model has a Gaussian and all operators are linear, else 'mmps'; the result
-        records which.
+        records which. On an autoencoder 'posterior' or, as published, 'mse'.
     guidance_options
         Such as ``{"gamma": 0.1}`` for 'sda', ``{"iterations": 8, "solver": "gmres"}`` for 'mmps', or ``{"preset": "published"}`` for
         'inpaint': the soft mask of DiffDA in its 2,910 calls of the network ('soft': the same in 48).
     likelihood
-        Of the observation errors: 'gaussian', or for suspect data 'student-t' or 'huber', for diffusion models.
+        Of the observation errors: 'gaussian', or for suspect data 'student-t' or 'huber', for diffusion models and autoencoders.
     sampler
-        'auto', or for diffusion models 'heun', 'ddim', 'ancestral', 'dpm++', 'adams' or 'pc'.
+        'auto', or for diffusion models 'heun', 'ddim', 'ancestral', 'dpm++', 'adams' or 'pc'; for autoencoders 'map', 'rmap' ('auto') or 'hmc'.
     sampler_options
         Such as ``{"churn": 20}`` for 'heun', ``{"corrections": 2, "tau": 0.25}`` for 'pc', ``{"resample": 5}`` for any.
     schedule
         Spacing of the noise levels: 'auto' ('karras'), 'karras', 'log', 'vp-cosine', 'vp-linear' or 'rectified'.
     steps
-        Noise levels of the sampler.
+        Noise levels of the sampler; for autoencoders iterations of the optimiser, or trajectories of 'hmc'.
     window
         Width of the half-open time window around each analysis time, such as '6h'; by default 1 h. An observation in several
         windows goes to the nearest time.
@@ -108,7 +108,7 @@ def assimilate(
         from the height of their station to that of the ground (``surface_altitude`` of `ds`), where both are known.
     operators
         Observed quantities that are functions of the state, by their name in `obs`: see `xgenda.operators`, for example
-        ``{"wind_speed": xgenda.operators.wind_speed("u", "v")}``. Those that are not linear need a diffusion model.
+        ``{"wind_speed": xgenda.operators.wind_speed("u", "v")}``. Those that are not linear need a diffusion model or an autoencoder.
     first_guess
         The background at more times than those of `ds`, on its grid: each observation is compared with it at its own time (first guess at
         appropriate time), linearly between its times, which are read when called. None: all observations of a window count as of its centre.

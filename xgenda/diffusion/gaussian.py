@@ -91,6 +91,11 @@ class GaussianPosterior:
             out += values[self._place[:, j]] * self.weights[:, j, None]
         return out
 
+    @property
+    def factor(self) -> Tensor:
+        """The lower Cholesky factor of H S H^T + R, shape (m, m)."""
+        return self._factor
+
     def observe(self, state: Tensor) -> Tensor:
         """Return H x for states (..., n), shape (..., m)."""
         if self._dense is not None:

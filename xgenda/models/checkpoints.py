@@ -123,6 +123,8 @@ def _reader(spec: ModelSpec) -> Any:
     """Return the class of a model."""
     if spec.kind == "gaussian":
         from xgenda.models.gaussian import GaussianModel as reader
+    elif spec.kind == "latent":
+        from xgenda.models.latents import LatentModel as reader  # type: ignore[assignment]
     elif spec.kind != "diffusion":
         from xgenda.models.classical import ClassicalModel as reader  # type: ignore[assignment]
     elif spec.needs_background:

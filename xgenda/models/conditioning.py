@@ -187,14 +187,15 @@ class Conditioning:
         derives = self.trajectory or bool((self.observed[span].indices >= len(self.std)).any())
         if self.request.operators and derives:  # something beside the channels may be observed
             return 0, True, span
-        evidence = self._evidence([span], torch.zeros(1, dtype=torch.int64))
+        evidence = self.evidence([span], torch.zeros(1, dtype=torch.int64))
         return (
             finer_levels(evidence.sharpness(), self.sigmas[0]),
             evidence.values.shape[1] <= direct_limit(self.covariance),
             -1,
         )
 
-    def _evidence(self, which: list[int], group: Tensor) -> LinearEvidence:
+    def evidence(self, which: list[int], group: Tensor) -> LinearEvidence:
+        """Return the observations of some spans; `group` says which of these each sample of a batch has."""
         return stack_evidence(
             [self.observed[s] for s in which],
             [(self.mean[list(self.spans[s])].reshape(-1), self.std.repeat(len(self.spans[s]))) for s in which],
@@ -210,9 +211,9 @@ class Conditioning:
         low, high = self.sigmas
         groups = sorted({s for s, _ in batch})
         evidence: Evidence = (
-            self._through_operators(batch[0][0])
+            self.through_operators(batch[0][0])
             if operators >= 0
-            else self._evidence(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
+            else self.evidence(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
         )
         levels = noise_levels(options.schedule, options.steps, low, high)
         added = [low / FINER ** (j + 1) for j in range(finer)]
@@ -237,7 +238,7 @@ class Conditioning:
             )  # fmt: skip
         return x.reshape(len(batch), -1).cpu()
 
-    def _through_operators(self, span: int) -> FunctionEvidence:
+    def through_operators(self, span: int) -> FunctionEvidence:
         """Return observations of the states of a span through the operators."""
         device, observed, rows = self.request.device, self.observed[span], list(self.spans[span])
         std = self.std.reshape(self.channels, *self.plane)

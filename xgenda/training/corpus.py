@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ SAMPLE = 1000  # fields of a sample, at most
 COPIES = 8  # of a field, in the working arrays of the fits
 RUN = 64  # consecutive fields of a sample for windows
 BUFFER = 256 * 2**20  # bytes of streamed fields that wait
+FEWEST_WAITING = 32  # fields that wait at least, however large they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,8 @@ class Corpus:
     def fields(self, scaling: Scaling, z: np.ndarray, windows: np.ndarray, crop: tuple[int, int] | None = None) -> Fields:
         """Return the standardised windows of states (n, window): in memory from `z`, else read when asked for, or parts of them."""
         if self.source is not None:
-            return Streamed(self.source, scaling, windows, memory=BUFFER, crop=crop)
+            each = 4 * windows.shape[1] * len(self.source.variables) * math.prod(self.source.grid.plane)
+            return Streamed(self.source, scaling, windows, memory=max(BUFFER, FEWEST_WAITING * each), crop=crop)
         states = torch.as_tensor(z, dtype=torch.float32)[torch.as_tensor(windows)]
         return InMemory(states.reshape(len(windows), -1, *self.samples.grid.plane))
 

@@ -36,6 +36,7 @@ from xgenda.models.loading import load_model
 from xgenda.scaling import CYCLES, check_kinds
 from xgenda.training.anchoring import ANCHORS
 from xgenda.training.architectures import check_network_options
+from xgenda.training.autoencoders import AutoencoderRecipe, open_gappy, train_autoencoder
 from xgenda.training.classical import train_classical
 from xgenda.training.corpus import open_corpus
 from xgenda.training.crops import check_tile
@@ -59,7 +60,7 @@ CLASSICAL = (
     "method",
     "calibrate",
 )  # what methods in closed form take of what belongs to task 'downscale', or do without
-TASKS = ("prior", "downscale", "background", "forecast")
+TASKS = ("prior", "downscale", "background", "forecast", "autoencoder")
 OF_BACKGROUND = ("target", "lag", "stages", "statics", "time_features", "lead_time", "mean_condition", "architecture")
 #: Which of the options that belong to a task each one has.
 OF_TASK: Mapping[str, tuple[str, ...]] = {
@@ -69,6 +70,7 @@ OF_TASK: Mapping[str, tuple[str, ...]] = {
     ),
     "background": OF_BACKGROUND,
     "forecast": tuple(n for n in OF_BACKGROUND if n not in ("target", "lead_time")),
+    "autoencoder": ("latent", "variational", "beta"),
 }  # fmt: skip
 LEARNING_RATE = 2e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,6 +93,9 @@ def train(
     calibrate: bool = True,
     mean_condition: bool = True,
     tile: int | tuple[int, int] | Mapping[str, int] | Literal["auto"] | None = None,
+    latent: int | None = None,
+    variational: bool = True,
+    beta: float = 1.0,
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "auto",
@@ -145,6 +150,7 @@ def train(
     task
         'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind coarse ones, for `downscale`.
         'background': the truth given a forecast of it, for `assimilate` around that forecast. 'forecast': the state `lag` later, for `forecast`.
+        'autoencoder': a latent space of a few numbers, whose search `assimilate` does; cells may be NaN at some of the times.
     target
         For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`. For
         'background': the truth, at times of `ds` and on its grid; the model is of its variables, and others of `ds` are not used.
@@ -180,6 +186,15 @@ def train(
         large; `assimilate` and `downscale` then call them on such tiles. Of a prior also a mapping of dimensions, and all of an axis where it is
         not cut: its Gaussian remains that of the whole grid. A downscaler then has none. 'auto': where the grid is larger than 448 cells, twice the
         distance at which fields, or the residuals of the linear mean, are no longer correlated. Not on doubly periodic boxes.
+    latent
+        For 'autoencoder': the length of the latent vector; by default that of 8, 16, 32, 64 and 100 with which principal components describe the
+        validation block best.
+    variational
+        For 'autoencoder': whether it is a variational one, whose latent vectors are standard normal by its loss; without, by their covariance in
+        training.
+    beta
+        For 'autoencoder': weight of the divergence from the latent prior. The error of the decoder is learned, so that 1 is the probability of
+        the fields.
     start
         Model, name or path to go on from, of the same task (for 'downscale' of method 'diffusion'). Its networks are kept layer by layer, and
         trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
@@ -203,7 +218,8 @@ def train(
         The network corrects the exact denoiser of a Gaussian, fitted and cross-validated: 'eof' (EOFs plus a residual), 'hybrid' (the
         sample covariance, under a taper or not, blended with a function of distance), 'localized' (the sample covariance under a taper; for
         small grids), 'spectral' (homogeneous fields on a doubly periodic grid), or 'auto': the better of the first two by
-        cross-validation. None: a plain EDM denoiser; a Gaussian is then still fitted, for guidance='anchor'.
+        cross-validation. None: a plain EDM denoiser; a Gaussian is then still fitted, for guidance='anchor'. For 'autoencoder' the network
+        corrects principal components ('auto'), or there is only the network (None).
     window
         For 'prior': number of consecutive times that the model sees together, odd; they are equally spaced, or calendar months.
         Above 1, `assimilate` solves all times of the Dataset together, composed of such windows.
@@ -308,6 +324,10 @@ def train(
         raise OptionError(
             f"window={window} is not accepted; it must be odd: a state with as many before it as after it, such as 5."
         )
+    if task == "autoencoder" and anchor not in ("auto", None):
+        raise OptionError(
+            f"anchor={anchor!r} has no effect with task='autoencoder', which starts from principal components: leave it out, or pass anchor=None."
+        )
     if window > 1 and task != "prior":
         raise OptionError(f"window={window} belongs to task='prior'.")
     if not isinstance(neighbours, (tuple, list, range)):
@@ -319,17 +339,18 @@ def train(
         "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
         "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
+        "latent": (latent, None), "variational": (variational, True), "beta": (beta, 1.0),
     }  # fmt: skip
     for argument, (given, default) in own.items():
         if given is default or (argument not in ("target", "statics") and given == default):
             continue
-        if argument == "architecture" and given == "mesh" and method not in METHODS:
+        if argument == "architecture" and given == "mesh" and method not in METHODS and task != "autoencoder":
             continue
         if argument == "tile" and task == "prior":
             continue
         shown = "..." if argument in ("target", "statics") else repr(given)
         if task == "prior":
-            of = "background" if argument == "lag" else "downscale"
+            of = "background" if argument == "lag" else "autoencoder" if argument in OF_TASK["autoencoder"] else "downscale"
             raise OptionError(f"{argument}={shown} belongs to task={of!r}; pass it too: task={of!r}")
         if argument not in OF_TASK[task] or (task != "downscale" and (argument, given) == ("stages", "single")):
             raise OptionError(f"{argument}={shown} has no effect with task={task!r}. Leave it out.")
@@ -346,7 +367,12 @@ def train(
         raise OptionError(f"weights={weights!r} has no effect with method={method!r}, which has a closed form. Leave it out.")
     for argument, cycle in (("time_features", time_features), ("climatology", climatology)):
         check_choice(argument, cycle, ("auto", *CYCLES))
-    for argument, flag in (("lead_time", lead_time), ("calibrate", calibrate), ("mean_condition", mean_condition)):
+    for argument, flag in (
+        ("lead_time", lead_time),
+        ("calibrate", calibrate),
+        ("mean_condition", mean_condition),
+        ("variational", variational),
+    ):
         check_flag(argument, flag)
     if conserve != "auto":
         check_flag("conserve", conserve)
@@ -354,7 +380,11 @@ def train(
         check_count(argument, number)
     if width is not None and width % 8:
         raise OptionError(f"width={width} is not accepted; it must be a multiple of 8, for example width=16.")
-    for argument, real, highest in (("learning_rate", learning_rate, np.inf), ("ema", ema, 0.3)):
+    if latent is not None:
+        check_count("latent", latent)
+    if not variational and beta != 1.0:
+        raise OptionError(f"beta={beta!r} has no effect with variational=False. Leave it out.")
+    for argument, real, highest in (("learning_rate", learning_rate, np.inf), ("ema", ema, 0.3), ("beta", beta, np.inf)):
         if real is None:
             continue
         if isinstance(real, bool) or not isinstance(real, numbers.Real) or not 0 < real < highest:
@@ -362,6 +392,8 @@ def train(
             why = "" if argument != "ema" else ": the part of training that the average reaches over, for example ema=0.1"
             raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
     check_kinds(transform, offset, bounds)
+    if task == "autoencoder" and start is not None:
+        raise OptionError("start has no effect with task='autoencoder': autoencoders are trained from scratch. Leave it out.")
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
@@ -408,6 +440,9 @@ def train(
             ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time, large=large
         )
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
+    elif task == "autoencoder":
+        corpus, observed = open_gappy(ds, chosen, parse_memory(memory), climatology, transform, offset, bounds, progress)
+        content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
     elif task != "prior":
         if task == "forecast" and lag is None:
             raise OptionError(
@@ -437,8 +472,11 @@ def train(
             "weights": weights if isinstance(weights, str) else dict(weights), "freeze": freeze, "adapters": adapters, "augment": augment,
             "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
-            "memory": None if (corpus.source if task == "prior" else pairs.reservoir) is None else parse_memory(memory),
+            "memory": None
+            if (pairs.reservoir if task not in ("prior", "autoencoder") else corpus.source) is None
+            else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
+            **({"latent": latent, "variational": variational, "beta": beta} if task == "autoencoder" else {}),
         }  # fmt: skip
         journal = Journal(target_file.with_suffix(".training"), asked)
         if resume and not journal.holds and (found := _finished(target_file, journal)) is not None:
@@ -472,6 +510,22 @@ def train(
                 crops,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
+        elif task == "autoencoder":
+            encoding = AutoencoderRecipe(
+                latent,
+                variational,
+                float(beta),
+                climatology,
+                transform,
+                offset,
+                bounds,
+                anchor is not None,
+                periodic,
+                width,
+                validation,
+                weights,
+            )
+            model = train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,

@@ -11,13 +11,14 @@ import math
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from xgenda.engine import progress_bar
 from xgenda.errors import OptionError, StateError
+from xgenda.networks.autoencoder import Autoencoder
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
@@ -72,6 +73,15 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnLoss(Protocol):
+    """An objective whose loss is no mean square of what the network returns."""
+
+    def losses(self, network: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+        """Return the loss of each sample, shape (n,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to train: the first of these that is reached ends it; `begin` is when the clock of `seconds` started."""
@@ -82,9 +92,9 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet | MeshNet
+Network = UNet | SongUNet | MeshNet | Autoencoder
 #: Returns scores of a network, by name; see `Progress`.
-Scorer = Callable[[Network], Mapping[str, float]]
+Scorer = Callable[[Any], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -459,6 +469,9 @@ class _Fit:
         for batch in self.checks:
             own = torch.arange(len(batch.x)).tensor_split(self.processes.count)[self.processes.index]
             mine = batch.of(own)
+            if isinstance(self.objective, OwnLoss):
+                total += self._own_losses(self.objective, mine) * self.processes.count / len(batch.x)
+                continue
             count = max(1, batch.target[0].numel()) * len(batch.x)
             total += (
                 float(weighted((self._answers(mine) - mine.target).double().square(), batch).sum()) * self.processes.count / count
@@ -475,6 +488,8 @@ class _Fit:
         training. A correction that explains nothing there gets a weight of zero, which leaves the classical answer.
         """
         self.shown.eval()
+        if isinstance(self.objective, OwnLoss):
+            return self._earn_all(self.objective)
         product = power = target = 0.0
         for batch in self.checks:
             found, wanted = self._answers(batch), batch.target
@@ -486,6 +501,29 @@ class _Fit:
             weight = 1.0
         self.network.scale_output(weight)
         return weight, weight**2 * power - 2 * weight * product + target, target
+
+    def _earn_all(self, objective: OwnLoss) -> tuple[float, float, float]:
+        """Keep what the network adds to its classical start where that lowers a loss of another form, and nothing of it elsewhere."""
+        bare = copy.deepcopy(self.shown)
+        bare.scale_output(0.0)
+        count = sum(len(batch.x) for batch in self.checks)
+        kept, without = (
+            sum(self._own_losses(objective, batch, network) for batch in self.checks) / count for network in (self.shown, bare)
+        )
+        weight = float(kept < without)
+        self.network.scale_output(weight)
+        return weight, min(kept, without), without
+
+    def _own_losses(self, objective: OwnLoss, batch: Batch, network: nn.Module | None = None) -> float:
+        """Return the sum of the losses of a large batch, a few samples at a time."""
+        parts = torch.arange(len(batch.x)).split(self.how.batch_size)
+        network = self.shown if network is None else network
+        with self._arithmetic():
+            return math.fsum(float(objective.losses(network, batch.of(rows), self.how.device).double().sum()) for rows in parts)
+
+    def _arithmetic(self) -> torch.autocast:
+        """Return the context of the network's arithmetic."""
+        return torch.autocast(self.how.device.type, self.how.dtype, enabled=self.how.dtype != torch.float32)
 
     def _answers(self, batch: Batch) -> Tensor:
         """Return what the averaged network gives for a large batch, a few samples at a time, on the CPU."""
@@ -500,11 +538,14 @@ class _Fit:
         own = None if batch.corner is None else (self.shown if network is self.shown else self.network).position_channels()
         if own is not None:
             position = (cut(own[None], batch.corner, batch.x.shape[-2:]).expand(len(batch.x), -1, -1, -1),)
-        with torch.autocast(device.type, self.how.dtype, enabled=self.how.dtype != torch.float32):
+        with self._arithmetic():
             found: Tensor = network(batch.x.to(device), batch.label.to(device), condition, *position)
         return found.float()
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        if isinstance(self.objective, OwnLoss):
+            with self._arithmetic():
+                return self.objective.losses(network, batch, self.how.device).mean()
         found = self._apply(network, batch)
         loss: Tensor = weighted((found - batch.target.to(self.how.device)).square(), batch).mean()
         return loss
