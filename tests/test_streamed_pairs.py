@@ -33,7 +33,7 @@ SMALL = 1000.0  # bytes, which no store here fits into
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XGENDA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XGENDA_CACHE", str(tmp_path / "cache"))
 
 
 def weather(n: int = 60, seed: int = 0, memory: float = 0.0) -> xr.Dataset:
@@ -393,14 +393,14 @@ def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
 
 
 def test_no_more_is_held_than_fits(tmp_path: Path) -> None:
-    ds = weather(1500)
+    ds = weather(600)
     pairs = read(stored(coarsened(ds), tmp_path / "c", 50), stored(ds, tmp_path / "f", 50), large=large())
     ready = prepared(pairs)
     assert pairs.reservoir is not None
     sides = Sides(pairs.reservoir, ready, memory=1)  # the least that will do: 64 pairs
-    rows = torch.arange(1500)
+    rows = torch.arange(600)
     batches = sides.batches(rows, 4, 0)
-    seen = [r for r, _ in itertools.islice(batches, 375)]
+    seen = [r for r, _ in itertools.islice(batches, 150)]
     batches.close()
     assert sorted(torch.cat(seen).tolist()) == rows.tolist()
     assert sides.memory == 64 * sides.row_bytes
@@ -459,7 +459,7 @@ OPTIONS: dict[str, Any] = {"width": 8, "batch_size": 4, "anchor": "eof", "calibr
 
 def test_a_training_on_pairs_larger_than_memory_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
     ds = stored(weather(150), tmp_path / "f", 10)
-    options = {**OPTIONS, "task": "downscale", "factor": 2, "steps": 30, "memory": "10kB"}
+    options = {**OPTIONS, "task": "downscale", "factor": 2, "steps": 8, "memory": "10kB"}
 
     def stop(report: Progress) -> None:
         if report.stage == "residual":
