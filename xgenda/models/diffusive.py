@@ -32,11 +32,13 @@ from xgenda.models.spec import ModelSpec
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
+from xgenda.networks.uno import UNO
 from xgenda.scaling import Scaling
 
 __all__ = ["ARCHITECTURES", "BATCH", "SIGMA_MIN", "STEPS", "DiffusionModel", "build_network", "highest_sigma", "stack_evidence"]
 
-NETWORKS: dict[str, Any] = {"unet": UNet, "songunet": SongUNet, "mesh": MeshNet}
+Network = UNet | SongUNet | MeshNet | UNO
+NETWORKS: dict[str, Any] = {"unet": UNet, "songunet": SongUNet, "mesh": MeshNet, "uno": UNO}
 ARCHITECTURES = tuple(NETWORKS)
 
 
@@ -136,12 +138,12 @@ class DiffusionModel(GenerativeModel):
         return cls(spec, EDMDenoiser(network, anchor, bool(spec.options.get("feeds_state", False))), covariance, valid)
 
 
-def build_network(options: Mapping[str, Any]) -> UNet | SongUNet | MeshNet:
+def build_network(options: Mapping[str, Any]) -> Network:
     """Build a network from stored options; 'architecture' says which, by default the small U-Net."""
     known = dict(options)
     architecture = check_choice("architecture", known.pop("architecture", "unet"), ARCHITECTURES)
     lists = {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
-    built: UNet | SongUNet | MeshNet = NETWORKS[architecture](**known | lists)
+    built: Network = NETWORKS[architecture](**known | lists)
     return built
 
 
