@@ -29,6 +29,8 @@ from xgenda.errors import GridError, OptionError, check_count, check_flag, check
 
 LARGEST_EMBEDDING = 2**24  # cells of a torus around a plane
 INEXACT = 1e-9  # share of the variance in negative eigenvalues of a torus, below which it is exact to rounding
+HIGHEST = 1e4  # standard deviations; a level beyond it says that the noise is of the wrong kind
+MOST_BEYOND = 0.1  # share of the variance of a prior in waves that a cutoff leaves out
 DROWNED = 10.0  # times the standard deviation of the prior that the highest noise must have in every wave
 
 
@@ -231,12 +233,20 @@ class TorusField(_Waves):
         """Return the same fields on another grid of the same box."""
         return TorusField(shape, self.kernel, size=self.size, std=self.std, cutoff=self.cutoff, folded=self.folded)
 
+    def limited(self, x: Tensor) -> Tensor:
+        """Return fields (..., ny, nx) without the waves that this noise does not have, those beyond `cutoff`."""
+        if self.cutoff is None:
+            return x
+        kept = (self.power > 0).to(device=x.device, dtype=x.dtype)
+        out: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * kept, s=self.shape)
+        return out
+
     def highest_sigma(self, power: Tensor, share: float = 1e-4) -> float:
         """Return the noise level at which this noise drowns a prior tenfold in every wave.
 
         Sampling starts from noise alone, which is right only where the prior adds nothing to be seen: sigma^2 times the power of the noise must
         be far above that of the prior at every wavenumber, not only in total. So the spectrum of the noise must not fall faster than that of
-        the prior, and there must be noise in every wave that the prior has.
+        the prior. Of waves beyond `cutoff` there is no noise, and there must be no prior: see `limited`.
 
         Parameters
         ----------
@@ -248,19 +258,26 @@ class TorusField(_Waves):
         Raises
         ------
         OptionError
-            If there are waves without noise, or with so little that the level would be above 10,000.
+            If the level would be above 10,000, or more than a tenth of the variance lies beyond the cutoff.
         """
         known = (_multiplicity(self.torus[1]) * power).flatten().double()
-        order = known.argsort()
-        asked = torch.ones_like(known, dtype=torch.bool)
-        asked[order[known[order].cumsum(0) < share * known.sum()]] = False
-        ratio = power.double().flatten()[asked] / self.power.flatten()[asked].clamp(min=1e-300)
-        level = DROWNED * math.sqrt(float(ratio.max()))
-        if level > 1e4:
+        noise, total = self.power.flatten(), float(known.sum())
+        if (beyond := float(known[noise == 0].sum())) > MOST_BEYOND * total:
             raise OptionError(
-                f"The noise (kind={self.kernel.kind!r}, length={self.kernel.length:g}, cutoff={self.cutoff}) is smoother than the prior: it "
-                f"would have to be {level:.2g} standard deviations to drown every wave. Use a rougher or shorter kernel, "
-                f"noise={{'kind': 'exponential', 'length': {self.kernel.scale / 2:.3g}}}, or leave out cutoff."
+                f"cutoff={self.cutoff} leaves out waves that hold {beyond / total:.0%} of the variance of the prior; the noise must reach them: "
+                f"use a larger cutoff, up to {min(self.shape) // 2}, or none."
+            )
+        known = torch.where(noise > 0, known, 0.0)
+        order = known.argsort()
+        asked = known > 0
+        asked[order[known[order].cumsum(0) < share * total]] = False
+        ratio = power.double().flatten()[asked] / noise[asked]
+        level = DROWNED * math.sqrt(float(ratio.max()))
+        if level > HIGHEST:
+            raise OptionError(
+                f"The noise (kind={self.kernel.kind!r}, length={self.kernel.length:g}) is smoother than the prior: it would have to be "
+                f"{level:.2g} standard deviations to drown every wave. Use a rougher or shorter kernel: "
+                f"noise={{'kind': 'exponential', 'length': {self.kernel.scale / 2:.3g}}}"
             )
         return level
 

@@ -62,7 +62,8 @@ class SpectralConv(nn.Module):
             low = waves[:, :, shown, : most[1] + 1]
             out = torch.zeros(len(x), self.outputs, ny, nx // 2 + 1, dtype=waves.dtype, device=x.device)
             out[:, :, shown, : most[1] + 1] = self._multiply(low, own, most[1] + 1)
-            return torch.fft.irfft2(out, s=(ny, nx), norm="forward")
+            found: Tensor = torch.fft.irfft2(out, s=(ny, nx), norm="forward")
+            return found
 
     def _multiply(self, low: Tensor, own: Tensor, columns: int) -> Tensor:
         if self.rank is None:
@@ -73,10 +74,13 @@ class SpectralConv(nn.Module):
         return torch.einsum("bryx,or->boyx", inner, b)
 
 
-def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return fields on another grid of the same torus, by their Fourier coefficients: those that both grids show, and no others."""
+def resample(x: Tensor, size: tuple[int, int], *, limit: bool = False) -> Tensor:
+    """Return fields on another grid of the same torus, by their Fourier coefficients: those that both grids show, and no others.
+
+    On the same grid that is the fields themselves; with `limit` without what is half of a wave there (in rows or columns of even number).
+    """
     ny, nx = x.shape[-2:]
-    if (ny, nx) == size:
+    if (ny, nx) == size and not (limit and (ny % 2 == 0 or nx % 2 == 0)):
         return x
     with torch.autocast(x.device.type, enabled=False):
         waves = torch.fft.rfft2(x.float(), norm="forward")
@@ -84,7 +88,8 @@ def resample(x: Tensor, size: tuple[int, int]) -> Tensor:
         ky = torch.arange(-most[0], most[0] + 1, device=x.device)
         out = torch.zeros(*x.shape[:-2], size[0], size[1] // 2 + 1, dtype=waves.dtype, device=x.device)
         out[..., ky % size[0], : most[1] + 1] = waves[..., ky % ny, : most[1] + 1]
-        return torch.fft.irfft2(out, s=size, norm="forward")
+        found: Tensor = torch.fft.irfft2(out, s=size, norm="forward")
+        return found
 
 
 class OperatorBlock(nn.Module):
@@ -164,7 +169,7 @@ class UNO(nn.Module):
             "channels": channels, "condition_channels": condition_channels, "width": width, "multipliers": multipliers, "modes": modes,
             "rank": rank, "position": position, "shape": shape, "periodic": periodic, "resolution": resolution,
         }  # fmt: skip
-        self.periodic = periodic
+        self.periodic, self.stride = periodic, 2 ** (len(multipliers) - 1)
         embedding = 4 * width
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2)))
@@ -222,7 +227,7 @@ class UNO(nn.Module):
         inner = whole
         if self.resolution is not None:  # with the same share of margin
             inner = (round(self.resolution[0] * whole[0] / size[0]), round(self.resolution[1] * whole[1] / size[1]))
-        h = self.first(resample(joined, inner))
+        h = self.first(resample(joined, inner, limit=self.resolution is not None))
         kept = []
         for i, block in enumerate(self.down):
             h = block(resample(h, _halved(inner, i)), embedding)
@@ -231,7 +236,7 @@ class UNO(nn.Module):
         for i, block in reversed(list(enumerate(self.up[::-1]))):
             h = block(torch.cat([resample(h, _halved(inner, i)), kept.pop()], 1), embedding)
         h = self.last(functional.silu(self.norm(h)))
-        return resample(h, whole)[..., : size[0], : size[1]]
+        return resample(h, whole, limit=self.resolution is not None)[..., : size[0], : size[1]]
 
     def _joined(self, x: Tensor) -> Tensor:
         """Continue axes that do not wrap by a margin in which the last value goes over into the first."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import precondition
+from xgenda.diffusion.random_fields import TorusField
 from xgenda.training.fields import Fields, InMemory
 
 LEVELS = 48
@@ -106,6 +107,9 @@ class Denoising:
         Rows and columns of the random part of the grid that a batch shows, for grids that are too large; None: the whole grid.
     weights
         Of the values of a state in the loss, shape (channels, ny, nx), with a mean of 1; None: all the same.
+    noise
+        Covariance of the noise, on the grid of the states; None for white noise. Where it is band-limited, so are the states that are learnt:
+        what is never under noise would give away the answer.
     """
 
     def __init__(
@@ -120,8 +124,9 @@ class Denoising:
         shifts: int | tuple[int, int] = 0,
         tile: tuple[int, int] | None = None,
         weights: Tensor | None = None,
+        noise: TorusField | None = None,
     ) -> None:
-        self.weights = weights
+        self.weights, self.noise = weights, noise
         self.fields = InMemory(states) if isinstance(states, Tensor) else states
         self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
         self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
@@ -137,6 +142,8 @@ class Denoising:
             clean, condition = rolled(clean, cells), None if condition is None else rolled(condition, cells)
         level = draws.integers(len(self.levels))
         noise = draws.normal(clean.shape[1:])
+        if self.noise is not None:
+            noise, clean = self.noise.root(noise), self.noise.limited(clean)
         inputs, targets, labels, fed = [], [], [], []
         for i in range(len(rows)):
             sigma = self.levels[int(level[i])]

@@ -21,6 +21,7 @@ from xgenda.errors import OptionError, StateError
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
+from xgenda.networks.uno import UNO
 from xgenda.training.averaging import CHOICES, WIDTHS, PowerAverages
 from xgenda.training.fields import Fields
 from xgenda.training.journal import Interrupts, Journal
@@ -74,7 +75,7 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet | MeshNet
+Network = UNet | SongUNet | MeshNet | UNO
 #: Returns scores of a network, by name; see `Progress`.
 Scorer = Callable[[Network], Mapping[str, float]]
 

@@ -18,7 +18,8 @@ from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import OptionError, StateError, UnitsError
-from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma
+from xgenda.models.colouring import noise_on
+from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, Network, build_network, highest_sigma
 from xgenda.models.fitting import standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
@@ -28,7 +29,7 @@ from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
-from xgenda.training.architectures import WIDTHS, around_the_sphere, check_architecture, mesh_arguments
+from xgenda.training.architectures import WIDTHS, around_the_sphere, check_architecture, mesh_arguments, operator_arguments
 from xgenda.training.corpus import Corpus
 from xgenda.training.defaults import warn_of_little
 from xgenda.training.fields import Fields
@@ -74,6 +75,7 @@ class PriorRecipe:
     architecture: str = "unet"
     network_options: Mapping[str, Any] = field(default_factory=dict)
     weights: str | Mapping[str, float] = "auto"
+    noise: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +136,11 @@ def train_prior(
         if recipe.adapters is not None:
             add_adapters(network, recipe.adapters, optimiser.seed)
     fields = corpus.fields(fitted.scaling, z, windows)
-    sigma_max = highest_sigma(final)
+    noise = noise_on(recipe.noise, samples.grid.plane)
+    sigma_max = highest_sigma(final) if noise is None else max(80.0, noise.highest_sigma(_spectrum(z, noise.shape)))
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=_shifts(recipe, samples), weights=counts,
+        shifts=_shifts(recipe, samples), weights=counts, noise=noise,
     )  # fmt: skip
     compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
 
@@ -163,7 +166,8 @@ def train_prior(
         "marks": some_marks(samples.values),
         **transferred,
     }
-    extra = {} if spacing is None else {"window": recipe.window, "spacing": spacing}
+    extra: dict[str, Any] = {} if spacing is None else {"window": recipe.window, "spacing": spacing}
+    extra |= {"noise": dict(recipe.noise)} if recipe.noise else {}
     spec = ModelSpec(
         name or (f"{before.spec.name}-tuned" if before is not None else "trained-prior"), "prior", "diffusion", samples.variables,
         samples.grid, fitted.scaling, options={"network": options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
@@ -193,6 +197,14 @@ def _fitted(corpus: Corpus, fold: np.ndarray, recipe: PriorRecipe, progress: boo
         final, crossed = in_time[0], list(in_time[1:])
         note += f", correlation {float(memory[0][1]):.2f} from one time to the next"
     return Gaussians(scaling, final, crossed, note)
+
+
+def _spectrum(z: np.ndarray, plane: tuple[int, int]) -> torch.Tensor:
+    """Return the variance of each wave of anomalies, the largest of all channels, in the order of a real Fourier transform."""
+    fields = torch.as_tensor(z, dtype=torch.float64).reshape(len(z), -1, *plane)
+    power = torch.fft.rfft2(fields, norm="forward").abs().square().mean(0)
+    out: torch.Tensor = power.amax(0)
+    return out
 
 
 def _split(
@@ -400,7 +412,7 @@ def _fits_better(kept: Gaussians, fitted: Gaussians, samples: Samples, fold: np.
 
 
 def _transferred(
-    network: UNet | SongUNet | MeshNet, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
+    network: Network, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
 ) -> dict[str, Any]:
     """Give the network the weights of the other model, and return what is to be recorded."""
     own, other = (
@@ -428,6 +440,8 @@ def network_arguments(
     """Return the arguments of the U-Net, or of a mesh network; on a doubly periodic grid no place differs from another."""
     if architecture == "mesh":
         return mesh_arguments(channels, condition, width, samples.grid, periodic, options)
+    if architecture == "uno":
+        return operator_arguments(channels, condition, width, samples.grid, periodic, options)
     given, periodic = periodic, samples.grid.periodic if periodic is None else periodic
     ny, nx = samples.grid.plane
     wrapped = (ny, nx) if periodic == "both" else (nx,) if periodic else ()
