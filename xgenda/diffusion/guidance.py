@@ -21,6 +21,9 @@ inpaint  none: the observed cells are replaced       none                       
          under a hard or a soft mask                                                Huang et al. 2024, 2401.05932
 ======== =========================================== ============================== ================================
 
+With coloured noise, x = x0 + sigma K^1/2 e, the table holds with sigma^2 K for sigma^2 and r^2 K for r^2: K is applied to the gradient and stands
+between A and A^T in V (`xgenda.diffusion.coloured`). 'anchor' and 'inpaint' are for white noise.
+
 States are in units of their climatological standard deviation, in which the scalars of the table are meant. Nothing is shared between
 samples: losses, norms and the iterations of the solvers are per sample.
 """
@@ -42,9 +45,11 @@ from xgenda.diffusion.gaussian import factor_of
 from xgenda.diffusion.guides import Guide
 from xgenda.diffusion.inpainting import INTERPOLATIONS, Inpaint
 from xgenda.diffusion.masks import Places
+from xgenda.diffusion.random_fields import Colour
 from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
 from xgenda.errors import OptionError, check_choice, check_count, check_flag, check_option
 
+WHITE_ONLY = ("anchor", "inpaint")
 GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint")
 LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
 #: Options of each guidance with their defaults, chosen on the closed form (docs/benchmarks/closed_form.py).
@@ -104,6 +109,7 @@ def guide(
     likelihood: str = "gaussian",
     likelihood_scale: float | None = None,
     places: Places | None = None,
+    colour: Colour | None = None,
     **options: Any,
 ) -> Denoiser:
     """Return the posterior denoiser.
@@ -124,16 +130,22 @@ def guide(
         Degrees of freedom of Student's t (4), or Huber's threshold in standard deviations (1.345).
     places
         Where the cells are, for the distances of 'inpaint'; by default on a plane with the last two axes of the state.
+    colour
+        Covariance of the noise that the denoiser was trained with, of unit variance, the same in all channels; None for white noise.
     **options
         See `OPTIONS`.
 
     Raises
     ------
     OptionError
-        If an option is not known, 'anchor' has no covariance, or 'inpaint' a non-linear operator.
+        If an option is not known, 'anchor' has no covariance, 'inpaint' a non-linear operator, or either of them coloured noise.
     """
     known = guidance_options(kind, options)
     check_choice("likelihood", likelihood, LIKELIHOODS)
+    if colour is not None and kind in WHITE_ONLY:
+        raise OptionError(
+            f"guidance={kind!r} is for white noise, and this model was trained with coloured noise; use guidance='mmps'."
+        )
     if kind == "anchor" and anchor is None:
         raise OptionError("guidance='anchor' needs a Gaussian anchor, and there is none; use guidance='mmps'.")
     if kind == "inpaint" and not evidence.linear:
@@ -147,7 +159,7 @@ def guide(
         both = None if also is None else functools.partial(guide, denoise, evidence, also, anchor=anchor, likelihood=likelihood)
         best = functools.partial(_Anchor, denoise, evidence, OPTIONS["anchor"], anchor, ("gaussian", 0.0))
         return Inpaint(denoise, evidence, known, anchor, heavy, places, both, best)
-    return _KINDS[kind](denoise, evidence, known, anchor, heavy, places)
+    return _KINDS[kind](denoise, evidence, known, anchor, heavy, places, colour)
 
 
 class _ThroughNetwork(Guide):
@@ -161,14 +173,14 @@ class _ThroughNetwork(Guide):
         flat = state.flatten(1)
 
         def through(vector: Tensor, keep: bool) -> Tensor:
-            """Return J^T v."""
+            """Return K J^T v."""
             (out,) = torch.autograd.grad(clean, x, vector.reshape(x.shape), retain_graph=keep)
-            return out.flatten(1)
+            return self.coloured(out.flatten(1))
 
         return state + sigma**2 * self.pull(flat, sigma, through).reshape(x.shape)
 
     def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
-        """Return the gradient of log p(y | x) with respect to the noisy state, flat."""
+        """Return K times the gradient of log p(y | x) with respect to the noisy state, flat; `through` is K J^T."""
         raise NotImplementedError
 
 
@@ -191,11 +203,11 @@ class _Sda(_ThroughNetwork):
             return super().__call__(x, sigma)
         with torch.no_grad():
             clean = self.denoise(x, sigma)
-            return clean + sigma**2 * self.pull(clean.flatten(1), sigma, lambda v, _: v).reshape(x.shape)
+            return clean + sigma**2 * self.pull(clean.flatten(1), sigma, lambda v, _: self.coloured(v)).reshape(x.shape)
 
     def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
         departure, error = self.departure(clean, sigma)
-        total = error + self.options["gamma"] * sigma**2 * self.evidence.gain(clean).to(clean)
+        total = error + self.options["gamma"] * sigma**2 * self.gain(clean)
         return through(self.evidence.tangent(clean).back(departure / total), False)
 
 
@@ -203,28 +215,29 @@ class _W2c(Guide):
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         departure, error = self.departure(clean, sigma)
         share = sigma**2 / (1 + sigma**2)
-        total = error + self.options["gamma"] * share * self.evidence.gain(clean).to(clean)
-        return share * self.evidence.tangent(clean).back(departure / total)
+        total = error + self.options["gamma"] * share * self.gain(clean)
+        return share * self.coloured(self.evidence.tangent(clean).back(departure / total))
 
 
 class _Pigdm(_ThroughNetwork):
     def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
         share = sigma**2 / (1 + sigma**2)
-        return through(self.proximal(clean, sigma, lambda v: share * v, share, self.options["iterations"]), False)
+        return through(self.proximal(clean, sigma, lambda v: share * self.coloured(v), share, self.options["iterations"]), False)
 
 
 class _Diffpir(Guide):
     def update(self, clean: Tensor, sigma: float) -> Tensor:
         share = sigma**2 / float(self.options["lambda"])
-        return share * self.proximal(clean, sigma, lambda v: share * v, share, self.options["iterations"])
+        found = self.proximal(clean, sigma, lambda v: share * self.coloured(v), share, self.options["iterations"])
+        return share * self.coloured(found)
 
 
 class _Mmps(_ThroughNetwork):
     r"""Solve (I + R^-1/2 A sigma^2 J A^T R^-1/2) v = R^-1/2 (y - A xhat), and pull back R^-1/2 v.
 
-    sigma^2 J is a covariance for a true denoiser. For a network it is neither symmetric nor positive, and the system may
-    be singular; see `arnoldi_solve`. A member whose solution or gradient is not finite gets the step of 'pigdm' without its
-    gradient through the network at that level.
+    sigma^2 J (sigma^2 K J^T under coloured noise) is a covariance for a true denoiser. For a network it is neither symmetric nor
+    positive, and the system may be singular; see `arnoldi_solve`. A member whose solution or gradient is not finite gets the step
+    of 'pigdm' without its gradient through the network at that level.
     """
 
     def pull(self, clean: Tensor, sigma: float, through: Callable[[Tensor, bool], Tensor]) -> Tensor:
@@ -245,7 +258,7 @@ class _Mmps(_ThroughNetwork):
         failed = ~torch.isfinite(left) | ~torch.isfinite(out).all(1)
         if failed.any():
             share = sigma**2 / (1 + sigma**2)
-            plain = self.proximal(clean, sigma, lambda v: share * v, share, 30) / (1 + sigma**2)
+            plain = self.coloured(self.proximal(clean, sigma, lambda v: share * self.coloured(v), share, 30)) / (1 + sigma**2)
             out = torch.where(failed[:, None], plain, out)
         return out
 

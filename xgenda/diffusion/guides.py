@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from xgenda.diffusion.anchors import Anchor
+from xgenda.diffusion.coloured import like_fields
 from xgenda.diffusion.denoisers import Denoiser
-from xgenda.diffusion.evidence import Evidence, reweighted
+from xgenda.diffusion.evidence import Evidence, LinearEvidence, reweighted
 from xgenda.diffusion.masks import Places
+from xgenda.diffusion.random_fields import Colour
 from xgenda.diffusion.solvers import conjugate_gradients
+from xgenda.errors import OptionError
+
+WIDEST = 64  # cells of an observation up to which its variance under coloured noise is summed pair by pair
 
 
 class Guide:
@@ -26,9 +31,10 @@ class Guide:
         anchor: Anchor | None,
         likelihood: tuple[str, float],
         places: Places | None = None,
+        colour: Colour | None = None,
     ) -> None:
         self.denoise, self.evidence, self.options, self.anchor, self.likelihood = denoise, evidence, options, anchor, likelihood
-        self.places = places
+        self.places, self.colour = places, colour
         self.value, self.error = evidence.value, evidence.variance
         self.sigma_range = getattr(denoise, "sigma_range", None)
         self._guess: Tensor | None = None
@@ -51,6 +57,34 @@ class Guide:
             expected = error + self.evidence.gain(clean) * sigma**2 / (1 + sigma**2)
             error = reweighted(self.likelihood[0], departure, error, expected, self.likelihood[1])
         return departure, error
+
+    def coloured(self, vector: Tensor) -> Tensor:
+        """Return K v, the covariance of the noise times flat states; v where it is white."""
+        return vector if self.colour is None else like_fields(self.colour, vector)
+
+    def gain(self, clean: Tensor) -> Tensor:
+        """Return diag(A' K A'^T) at the flat denoised state, shape (batch, m).
+
+        Raises
+        ------
+        OptionError
+            Under coloured noise, if the operator does not say which cells it looks at, or looks at many.
+        """
+        if self.colour is None:
+            return self.evidence.gain(clean).to(clean)
+        rows = self.evidence
+        if not isinstance(rows, LinearEvidence) or rows.indices.shape[-1] > WIDEST:
+            raise OptionError(
+                f"With coloured noise guidance 'sda' and 'w2c' are for observations of at most {WIDEST} cells each, and not for operators= that "
+                f"are functions; use guidance='mmps'."
+            )
+        cells, slope = self.colour.shape[0] * self.colour.shape[1], rows.slope(clean)
+        one, other = rows.indices[rows.group, :, :, None], rows.indices[rows.group, :, None, :]
+        between = torch.where(
+            one // cells == other // cells, self.colour.block(one.cpu() % cells, other.cpu() % cells).to(slope), 0.0
+        )
+        total = torch.einsum("bmi,bmij,bmj->bm", slope, between, slope)
+        return total.expand(len(clean), -1).to(clean)
 
     def proximal(
         self,

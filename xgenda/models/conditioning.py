@@ -20,11 +20,13 @@ from torch import Tensor
 from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.batches import in_batches
+from xgenda.diffusion.coloured import ColouredNoise
 from xgenda.diffusion.denoisers import Denoiser
 from xgenda.diffusion.evidence import Evidence, FunctionEvidence, LinearEvidence
 from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, direct_limit, guidance_options, guide
 from xgenda.diffusion.masks import OnPlane, OnSphere, Places
 from xgenda.diffusion.noise import LabelledNoise
+from xgenda.diffusion.random_fields import Colour
 from xgenda.diffusion.samplers import SAMPLERS, integrate, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.errors import OptionError, check_choice, check_count
@@ -146,6 +148,8 @@ class Conditioning:
         Of the times.
     trajectory
         Whether the spans are of several times, along the first axis of a sample.
+    colour
+        Covariance of the noise, None where it is white.
     """
 
     request: Request
@@ -161,6 +165,7 @@ class Conditioning:
     places: Places
     labels: Sequence[str]
     trajectory: bool = False
+    colour: Colour | None = None
 
     @property
     def channels(self) -> int:
@@ -217,12 +222,14 @@ class Conditioning:
         )
         levels = noise_levels(options.schedule, options.steps, low, high)
         added = [low / FINER ** (j + 1) for j in range(finer)]
-        noise = LabelledNoise([[(request.seed, self.labels[t], m) for t in spans[s]] for s, m in batch])
+        keys = [[(request.seed, self.labels[t], m) for t in spans[s]] for s, m in batch]
+        noise = LabelledNoise(keys) if self.colour is None else ColouredNoise(keys, self.colour)
         shape = (len(spans[0]), self.channels, *self.plane) if self.trajectory else (self.channels, *self.plane)
         # double precision: at large sigma single precision loses what the last steps need, and batches would differ
         x = high * noise.normal(*shape, dtype=torch.float64).to(request.device)
         guided = guide(
             self.denoiser(batch), evidence, options.guidance, anchor=self.covariance, likelihood=options.likelihood, places=self.places,
+            colour=self.colour,
             **options.guidance_options,
         )  # fmt: skip
         if added:  # below the training the anchor, or the skip connection, has the answer: see EDMDenoiser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from xgenda.diffusion.anchors import Anchor, Separable, anchor_tensors, read_anchor
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
+from xgenda.diffusion.guidance import WHITE_ONLY
 from xgenda.diffusion.samplers import network_calls
 from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
-from xgenda.errors import OptionError, check_choice
+from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.grids import Grid
 from xgenda.models.checkpoints import load_weights
+from xgenda.models.colouring import noise_on
 from xgenda.models.conditioning import (
     BATCH,
     SIGMA_MIN,
@@ -33,11 +37,13 @@ from xgenda.models.spec import ModelSpec
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
+from xgenda.networks.uno import UNO
 from xgenda.scaling import Scaling
 
 __all__ = ["ARCHITECTURES", "BATCH", "SIGMA_MIN", "STEPS", "DiffusionModel", "build_network", "highest_sigma", "stack_evidence"]
 
-NETWORKS: dict[str, Any] = {"unet": UNet, "songunet": SongUNet, "mesh": MeshNet}
+Network = UNet | SongUNet | MeshNet | UNO
+NETWORKS: dict[str, Any] = {"unet": UNet, "songunet": SongUNet, "mesh": MeshNet, "uno": UNO}
 ARCHITECTURES = tuple(NETWORKS)
 
 
@@ -48,7 +54,8 @@ class DiffusionModel(GenerativeModel):
     ----------
     spec
         With grid, scaling and ``options``: 'network' (arguments of the U-Net), 'sigma_max', and where they apply 'feeds_state',
-        'window' (number of states) and 'spacing' (seconds between them), 'tile' and 'overlap' (rows and columns of the parts of the grid
+        'window' (number of states) and 'spacing' (seconds between them), 'noise' (of what covariance, if it is not
+        white), 'tile' and 'overlap' (rows and columns of the parts of the grid
         that the network is called on, and those that neighbours share).
     denoiser
         Network and, where trained with one, Gaussian anchor.
@@ -69,6 +76,7 @@ class DiffusionModel(GenerativeModel):
         self.valid = valid
         self.sigma_max = float(spec.options["sigma_max"])
         self.denoiser.sigma_range = (SIGMA_MIN, self.sigma_max)
+        self.colour = noise_on(spec.options.get("noise"), spec.grid.plane)
 
     @property
     def window(self) -> int:
@@ -77,7 +85,13 @@ class DiffusionModel(GenerativeModel):
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options, see `plan_guided`."""
-        has_anchor = self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
+        has_anchor = (
+            self.colour is None and self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
+        )
+        if self.colour is not None and asked.guidance in WHITE_ONLY:
+            raise OptionError(
+                f"guidance={asked.guidance!r} is for white noise, and {self.spec.name!r} was trained with coloured noise; use guidance='mmps'."
+            )
         return plan_guided(asked, self.spec.name, has_anchor=has_anchor, linear=linear and self.scaling.is_affine)
 
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
@@ -112,7 +126,7 @@ class DiffusionModel(GenerativeModel):
         places = places_of(_grid(self.spec), self.spec.options["network"].get("periodic"))
         z = Conditioning(
             request, self.scaling, _grid(self.spec).plane, request.climatology.flatten(1), std, spans, observed, lambda _: denoiser,
-            covariance, (SIGMA_MIN, self.sigma_max), places, request.labels, trajectory=k > 0,
+            covariance, (SIGMA_MIN, self.sigma_max), places, request.labels, trajectory=k > 0, colour=self.colour,
         ).samples()  # fmt: skip
         return without_logarithms(self.scaling, z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
 
@@ -121,6 +135,51 @@ class DiffusionModel(GenerativeModel):
         own = self.denoiser
         network = in_tiles(own.network, self.spec.grid, self.spec.options, batch)
         return own if network is own.network else EDMDenoiser(network, own.anchor, own.feeds_state, own.sigma_range)
+
+    def refined(self, factor: int) -> DiffusionModel:
+        """Return the same model on a grid of `factor` times as many rows and columns, whose every `factor`-th is one of this model's.
+
+        It must be a model of functions: of a neural operator, with coloured noise, on a doubly periodic box. What is shorter than the waves
+        that it was trained on is noise, unless that noise has none ('cutoff').
+
+        Parameters
+        ----------
+        factor
+            A whole number of at least 2.
+
+        Raises
+        ------
+        OptionError
+            If the model is not one of functions, or its box has masked cells.
+        """
+        check_count("factor", factor, 2)
+        network, grid, scaling = dict(self.spec.options["network"]), self.spec.grid, self.scaling
+        if self.colour is None or not isinstance(self.denoiser.network, UNO):
+            raise OptionError(
+                f"{self.spec.name!r} knows one resolution only; train a model of functions: xgenda.train(ds, periodic='both', "
+                f"architecture='uno', noise={{'kind': 'exponential', 'length': 0.1, 'cutoff': {min(self.spec.grid.plane) // 3}}})"  # type: ignore[union-attr]
+            )
+        if not isinstance(grid, Grid) or self.valid is not None or network["position"]:
+            raise OptionError(
+                f"{self.spec.name!r} cannot be refined: it needs rows and columns, all cells valid, and position=0."
+            )
+        finer = Grid(*(_between(axis, factor) for axis in (grid.latitude, grid.longitude)))
+        moments = [
+            np.broadcast_to(m.mean((-2, -1), keepdims=True), (*m.shape[:-2], *finer.plane)).copy()
+            for m in (scaling.mean, scaling.std)
+        ]
+        scaling = dataclasses.replace(scaling, mean=moments[0], std=moments[1])
+        network |= {"shape": list(finer.plane), "resolution": network["resolution"] or list(grid.plane)}
+        spec = dataclasses.replace(
+            self.spec,
+            name=f"{self.spec.name}-x{factor}",
+            grid=finer,
+            scaling=scaling,
+            options={**self.spec.options, "network": network},
+        )
+        built = build_network(network)
+        built.load_state_dict(self.denoiser.network.state_dict())
+        return DiffusionModel(spec, EDMDenoiser(built, None, False))
 
     def calls(self, options: SamplingOptions) -> int:
         """Return the number of network evaluations of one member."""
@@ -156,18 +215,24 @@ def in_tiles(network: nn.Module, grid: Any, options: Mapping[str, Any], batch: i
     return TiledNetwork(network, tiling, batch)
 
 
-def build_network(options: Mapping[str, Any]) -> UNet | SongUNet | MeshNet:
+def build_network(options: Mapping[str, Any]) -> Network:
     """Build a network from stored options; 'architecture' says which, by default the small U-Net."""
     known = dict(options)
     architecture = check_choice("architecture", known.pop("architecture", "unet"), ARCHITECTURES)
     lists = {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
-    built: UNet | SongUNet | MeshNet = NETWORKS[architecture](**known | lists)
+    built: Network = NETWORKS[architecture](**known | lists)
     return built
 
 
 def highest_sigma(anchor: Anchor | None) -> float:
     """Return a noise level that drowns the largest mode of the state tenfold (a correlated field's is far above 1)."""
     return 80.0 if anchor is None else max(80.0, 10.0 * math.sqrt(anchor.largest()))
+
+
+def _between(axis: np.ndarray, factor: int) -> np.ndarray:
+    """Return an evenly spaced axis with `factor` - 1 places after each of its own."""
+    step = float(np.diff(axis).mean()) if len(axis) > 1 else 1.0
+    return np.asarray(axis[0] + step / factor * np.arange(factor * len(axis)))
 
 
 def _grid(spec: ModelSpec) -> Any:

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from xgenda.errors import GridError, OptionError, check_count, check_flag
+from xgenda.errors import GridError, OptionError, check_count, check_flag, check_pair
 from xgenda.grids import Grid
 from xgenda.networks.icosahedron import LARGEST_REFINEMENT, suitable_refinement
 from xgenda.networks.unet import SPHERE
 
-WIDTHS = {"unet": 16, "songunet": 16, "mesh": 32}
+WIDTHS = {"unet": 16, "songunet": 16, "mesh": 32, "uno": 16}
 MESH_OPTIONS = ("refinement", "rounds", "position", "checkpointing", "one_at_a_time")
+OPERATOR_OPTIONS = ("modes", "rank", "resolution", "position")
+OPTIONS: Mapping[str, tuple[str, ...]] = {"mesh": MESH_OPTIONS, "uno": OPERATOR_OPTIONS}
 ROUNDS = 4
 STEPS_FOR = {64: 80_000, 32: 20_000}  # planned steps from which a convolutional network is so wide
 VALUES_PER_PARAMETER = 10  # of independent training values, at least, where it is wider than the narrowest
@@ -58,18 +60,21 @@ def check_network_options(architecture: str, given: Any) -> dict[str, Any]:
         raise OptionError(
             f"network_options={given!r} is not accepted; give a mapping: network_options={{'refinement': 4, 'rounds': 8}}"
         )
-    if given and architecture != "mesh":
-        raise OptionError(f"network_options={dict(given)} belongs to architecture='mesh'; pass it too, or leave it out.")
-    if stray := sorted(set(map(str, given)) - set(MESH_OPTIONS)):
-        raise OptionError(
-            f"network_options has {stray}, which a mesh network does not take; it takes {', '.join(map(repr, MESH_OPTIONS))}."
-        )
+    if given and architecture not in OPTIONS:
+        other = next((k for k, names in OPTIONS.items() if set(given) <= set(names)), "mesh")
+        raise OptionError(f"network_options={dict(given)} belongs to architecture={other!r}; pass it too, or leave it out.")
+    known = OPTIONS.get(architecture, ())
+    if stray := sorted(set(map(str, given)) - set(known)):
+        kind = {"mesh": "mesh network", "uno": "neural operator"}[architecture]
+        raise OptionError(f"network_options has {stray}, which a {kind} does not take; it takes {', '.join(map(repr, known))}.")
     for name, value in given.items():
         what = f"network_options[{name!r}]"
         if name in ("checkpointing", "one_at_a_time"):
             check_flag(what, value)
+        elif name == "resolution":
+            check_pair(what, value, 2)
         else:
-            check_count(what, value, 1 if name == "rounds" else 0)
+            check_count(what, value, 0 if name in ("refinement", "position") else 1)
     if given.get("refinement", 0) > LARGEST_REFINEMENT:
         raise OptionError(f"network_options['refinement']={given['refinement']} is not accepted; at most {LARGEST_REFINEMENT}.")
     return dict(given)
@@ -116,6 +121,22 @@ def mesh_arguments(
     return {
         "architecture": "mesh", "channels": channels, "condition_channels": condition, "width": width,
         "latitude": grid.latitude.tolist(), "longitude": grid.longitude.tolist(), **options,
+    }  # fmt: skip
+
+
+def operator_arguments(
+    channels: int, condition: int, width: int, grid: Any, periodic: Any, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a neural operator, which on other grids than this one goes on working on this one's waves."""
+    periodic = bool(grid.periodic) if periodic is None else periodic
+    options: dict[str, Any] = {
+        "modes": max(2, min(grid.plane) // 4), "rank": None, "position": 0 if periodic == "both" else 2, "resolution": list(grid.plane),
+    } | dict(given or {})  # fmt: skip
+    if not isinstance(options["resolution"], int):
+        options["resolution"] = list(options["resolution"])
+    return {
+        "architecture": "uno", "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2],
+        "shape": list(grid.plane), "periodic": periodic, **options,
     }  # fmt: skip
 
 

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from xgenda.models.corrective import CorrectiveModel
+from xgenda.models.diffusive import Network
 from xgenda.models.generative import SamplingOptions
-from xgenda.networks.mesh import MeshNet
-from xgenda.networks.songunet import SongUNet
-from xgenda.networks.unet import UNet
 from xgenda.training.calibrating import withheld_request
 from xgenda.training.pairs import Pairs
 from xgenda.training.scoring import Comparison, fair_crps
@@ -44,7 +42,7 @@ class Withheld:
         self.build, self.ready, self.pairs, self.held, self.batch_size = build, ready, pairs, held, batch_size
         self.linear: list[float] | None = None  # the same throughout the training
 
-    def scores(self, network: UNet | SongUNet | MeshNet) -> dict[str, float]:
+    def scores(self, network: Network) -> dict[str, float]:
         """Return the CRPS of each variable, and that of the linear mean: with its Gaussian, or where there is none its absolute error."""
         if self.linear is None:
             silent = self.build(_silent(network), False)
@@ -56,7 +54,7 @@ class Withheld:
             out |= {f"crps_{v.name}": model, f"crps_{v.name}_linear": linear}
         return out
 
-    def compare(self, network: UNet | SongUNet | MeshNet) -> Comparison:
+    def compare(self, network: Network) -> Comparison:
         """Return what the network is worth as a correction of the Gaussian around the mean."""
         return Comparison.of(self._crps(self.build(_silent(network), True)), self._crps(self.build(network, True)))
 
@@ -72,7 +70,7 @@ class Withheld:
         return fair_crps(members, truth).mean(-1)
 
 
-def _silent(network: UNet | SongUNet | MeshNet) -> UNet | SongUNet | MeshNet:
+def _silent(network: Network) -> Network:
     """Return a network that says zero."""
     out = copy.deepcopy(network)
     out.scale_output(0.0)

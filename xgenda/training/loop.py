@@ -30,6 +30,7 @@ from xgenda.errors import (
 )
 from xgenda.models.checkpoints import as_stored
 from xgenda.models.classical import METHODS
+from xgenda.models.colouring import check_coloured, check_noise
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
@@ -108,6 +109,7 @@ def train(
     width: int | None = None,
     architecture: str = "unet",
     network_options: Mapping[str, Any] | None = None,
+    noise: Mapping[str, Any] | None = None,
     weights: str | Mapping[str, float] = "auto",
     freeze: str = "none",
     adapters: int | None = None,
@@ -232,12 +234,21 @@ def train(
         layers; by default 32.
     architecture
         'unet', small and fast, for any grid; on a global grid it goes on across the poles. 'mesh': messages on an icosahedral mesh (Lam et al.
-        2023), for grids of latitudes and longitudes, global or not, without tiles. For 'downscale' also 'songunet', the network of the
+        2023), for grids of latitudes and longitudes, global or not, without tiles. 'uno': a neural operator with spectral convolutions, for
+        priors on any grid, of which other resolutions can be asked. For 'downscale' also 'songunet', the network of the
         published models, for grids whose rows and columns are multiples of 4.
     network_options
         For 'mesh': 'refinement' of the mesh, by default such that its edges are two to four cells long; 'rounds' of messages, by default 4;
         'position', learned channels that tell where it is, by default 2; 'checkpointing', less memory for a third more time; and 'one_at_a_time',
-        samples of a batch one after the other.
+        samples of a batch one after the other. For 'uno': 'modes', the highest wave of its layers, by default a quarter of the cells of the
+        shorter side; 'rank' of their weights, by default full; 'resolution' that it works on, by default that of `ds`; and 'position', by
+        default 2, on boxes 0.
+    noise
+        For a prior on a doubly periodic box: noise of this covariance instead of white noise, so that the model is one of functions and can
+        be refined (`model.refined(2)`). A mapping: 'kind', 'exponential', 'matern32', 'matern52', 'matern' (with 'nu'), 'gaussian' or
+        'published'; 'length', as a share of the longer side of the box; 'cutoff', the most waves across it, for noise that is the same
+        function on every grid: ``noise={"kind": "exponential", "length": 0.1}``. It must be as rough as the fields. There is no Gaussian to
+        start from then, and observations are assimilated by guidance 'mmps' and others, not by 'anchor'.
     weights
         What counts how much in the loss, in training and validation. 'auto': cells by their area, on grids around the sphere whose areas
         differ by more than a factor of two; 'area': on any grid of latitudes and longitudes; 'none'; 'pressure': as 'auto', and levels in
@@ -344,7 +355,7 @@ def train(
     for argument, (given, default) in own.items():
         if given is default or (argument not in ("target", "statics") and given == default):
             continue
-        if argument == "architecture" and given == "mesh" and method not in METHODS and task != "autoencoder":
+        if argument == "architecture" and given in ("mesh", "uno") and method not in METHODS and task != "autoencoder":
             continue
         if argument == "tile" and task == "prior":
             continue
@@ -360,9 +371,13 @@ def train(
     check_choice("stages", stages, STAGES)
     check_choice("architecture", architecture, ARCHITECTURES)
     network_options = check_network_options(architecture, network_options)
+    noise = check_noise(noise)
+    anchor = check_coloured(noise, task, periodic, anchor, window, start)
     check_weights(weights)
-    if architecture == "mesh" and tile is not None:
-        raise OptionError("architecture='mesh' sees the whole grid, which tile cuts; leave out tile, or use architecture='unet'.")
+    if architecture in ("mesh", "uno") and tile is not None:
+        raise OptionError(
+            f"architecture={architecture!r} sees the whole grid, which tile cuts; leave out tile, or use architecture='unet'."
+        )
     if weights != "auto" and task == "downscale" and method in METHODS:
         raise OptionError(f"weights={weights!r} has no effect with method={method!r}, which has a closed form. Leave it out.")
     for argument, cycle in (("time_features", time_features), ("climatology", climatology)):
@@ -468,7 +483,7 @@ def train(
             "time_features": time_features, "lead_time": lead_time, "conserve": conserve, "calibrate": calibrate,
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
             "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
-            "architecture": architecture, "network_options": network_options or None,
+            "architecture": architecture, "network_options": network_options or None, **({"noise": noise} if noise else {}),
             "weights": weights if isinstance(weights, str) else dict(weights), "freeze": freeze, "adapters": adapters, "augment": augment,
             "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
@@ -508,6 +523,7 @@ def train(
                 network_options,
                 weights,
                 crops,
+                noise,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
         elif task == "autoencoder":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import precondition
+from xgenda.diffusion.random_fields import TorusField
 from xgenda.training.draws import Draws, cut
 from xgenda.training.fields import Fields, InMemory
 
@@ -73,6 +74,9 @@ class Denoising:
         Of the values of a state in the loss, shape (channels, ny, nx), with a mean of 1; None: all the same.
     wraps
         Whether the last column is next to the first; parts may then go across.
+    noise
+        Covariance of the noise, on the grid of the states; None for white noise. Where it is band-limited, so are the states that are learnt:
+        what is never under noise would give away the answer.
     """
 
     def __init__(
@@ -88,8 +92,9 @@ class Denoising:
         tile: tuple[int, int] | None = None,
         weights: Tensor | None = None,
         wraps: bool = False,
+        noise: TorusField | None = None,
     ) -> None:
-        self.weights, self.wraps = weights, wraps
+        self.weights, self.wraps, self.noise = weights, wraps, noise
         self.fields = InMemory(states) if isinstance(states, Tensor) else states
         self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
         self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
@@ -107,6 +112,8 @@ class Denoising:
             clean = cut(clean, corner, self.tile)
         level = draws.integers(len(self.levels))
         noise = draws.normal(clean.shape[1:])
+        if self.noise is not None:
+            noise, clean = self.noise.root(noise), self.noise.limited(clean)
         part = None if self.anchors is None else corner  # what is left to cut
         inputs, targets, labels, fed = [], [], [], []
         for i in range(len(rows)):

@@ -22,6 +22,7 @@ from xgenda.networks.autoencoder import Autoencoder
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
+from xgenda.networks.uno import UNO
 from xgenda.training.averaging import CHOICES, WIDTHS, PowerAverages
 from xgenda.training.crops import laid_corners
 from xgenda.training.draws import Draws, cut
@@ -92,7 +93,7 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet | MeshNet | Autoencoder
+Network = UNet | SongUNet | MeshNet | UNO | Autoencoder
 #: Returns scores of a network, by name; see `Progress`.
 Scorer = Callable[[Any], Mapping[str, float]]
 

@@ -18,7 +18,8 @@ from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import OptionError, StateError, UnitsError
-from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network, highest_sigma, in_tiles
+from xgenda.models.colouring import noise_on
+from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, Network, build_network, highest_sigma, in_tiles
 from xgenda.models.fitting import standardise
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
@@ -28,7 +29,14 @@ from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.scaling import Scaling
 from xgenda.training.anchoring import correlation_in_time, fit_anchors
-from xgenda.training.architectures import WIDTHS, around_the_sphere, check_architecture, mesh_arguments, suitable_width
+from xgenda.training.architectures import (
+    WIDTHS,
+    around_the_sphere,
+    check_architecture,
+    mesh_arguments,
+    operator_arguments,
+    suitable_width,
+)
 from xgenda.training.corpus import Corpus
 from xgenda.training.crops import Tile, automatic_tile, check_wraps, inherited_tile, network_periodic, saves_reading, tile_options
 from xgenda.training.defaults import warn_of_little
@@ -75,6 +83,7 @@ class PriorRecipe:
     network_options: Mapping[str, Any] = field(default_factory=dict)
     weights: str | Mapping[str, float] = "auto"
     tile: Tile | str | None = None
+    noise: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +164,11 @@ def train_prior(
     if tile is not None and corpus.source is not None and not (feeds_state or any(shifts) or samples.grid.periodic):
         crop = tile if saves_reading(corpus.source, tile, recipe.window) else None
     fields = corpus.fields(fitted.scaling, z, windows, crop)
-    sigma_max = highest_sigma(final)
+    noise = noise_on(recipe.noise, samples.grid.plane)
+    sigma_max = highest_sigma(final) if noise is None else max(80.0, noise.highest_sigma(_spectrum(z, noise.shape)))
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=shifts, tile=tile, weights=counts, wraps=samples.grid.periodic,
+        shifts=shifts, tile=tile, weights=counts, wraps=samples.grid.periodic, noise=noise,
     )  # fmt: skip
     compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
 
@@ -190,6 +200,7 @@ def train_prior(
     if tile is not None:
         record["crops"] = f"{tile[0]} x {tile[1]} of {plane[0]} x {plane[1]} cells"
     extra |= {} if spacing is None else {"window": recipe.window, "spacing": spacing}
+    extra |= {"noise": dict(recipe.noise)} if recipe.noise else {}
     spec = ModelSpec(
         name or (f"{before.spec.name}-tuned" if before is not None else "trained-prior"), "prior", "diffusion", samples.variables,
         samples.grid, fitted.scaling, options={"network": options, "sigma_max": sigma_max, "feeds_state": feeds_state, **extra},
@@ -230,6 +241,14 @@ def _parameters(options: Mapping[str, Any]) -> int:
     """Return how many parameters a network has, which is not built."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_network(options).parameters())
+
+
+def _spectrum(z: np.ndarray, plane: tuple[int, int]) -> torch.Tensor:
+    """Return the variance of each wave of anomalies, the largest of all channels, in the order of a real Fourier transform."""
+    fields = torch.as_tensor(z, dtype=torch.float64).reshape(len(z), -1, *plane)
+    power = torch.fft.rfft2(fields, norm="forward").abs().square().mean(0)
+    out: torch.Tensor = power.amax(0)
+    return out
 
 
 def _split(
@@ -444,7 +463,7 @@ def _fits_better(kept: Gaussians, fitted: Gaussians, samples: Samples, fold: np.
 
 
 def _transferred(
-    network: UNet | SongUNet | MeshNet, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
+    network: Network, before: DiffusionModel, samples: Samples, recipe: PriorRecipe, feeds_state: bool
 ) -> dict[str, Any]:
     """Give the network the weights of the other model, and return what is to be recorded."""
     own, other = (
@@ -472,6 +491,8 @@ def network_arguments(
     """Return the arguments of the U-Net, or of a mesh network; on a doubly periodic grid no place differs from another."""
     if architecture == "mesh":
         return mesh_arguments(channels, condition, width, samples.grid, periodic, options)
+    if architecture == "uno":
+        return operator_arguments(channels, condition, width, samples.grid, periodic, options)
     given, periodic = periodic, samples.grid.periodic if periodic is None else periodic
     ny, nx = samples.grid.plane
     wrapped = (ny, nx) if periodic == "both" else (nx,) if periodic else ()

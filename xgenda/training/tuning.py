@@ -23,13 +23,14 @@ from xgenda.models.spec import VariableSpec
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
+from xgenda.networks.uno import UNO
 from xgenda.scaling import Scaling
 from xgenda.training.pairs import Pairs
 from xgenda.training.sources import Samples, Source
 from xgenda.training.standardising import Prepared, standardised_pairs
 from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, transfer
 
-Network = UNet | SongUNet | MeshNet
+Network = UNet | SongUNet | MeshNet | UNO
 OF_ITS_OWN = ("lead_index", "whole_condition", "scale_condition", "regression_state")  # options that training does not know
 
 
