@@ -94,3 +94,15 @@ def test_downscaling_scores_of_the_truth_itself() -> None:
     assert row[6] == "1.00-1.00"
     (single,) = downscaling.table(truth, truth, pair).values()
     assert single == ["0.0000", "0.0000", "-", "-", "-", "-", "-", "1.00", "0e+00"]
+
+
+def test_function_space_bands_and_fronts() -> None:
+    functions = program("function_space")
+    y, x = np.meshgrid(np.arange(16) / 16, np.arange(16) / 16, indexing="ij")
+    wave = np.cos(2 * np.pi * (3 * y + 2 * x))  # of wavenumber 3.6
+    assert functions.bands(wave[None], (1, 2, 4, 8)) == pytest.approx([0, 0.5, 0])
+    fronts = functions.truth(16, 3)
+    assert fronts.shape == (3, 16, 16)
+    torch.testing.assert_close(functions.truth(16, 1, 2)[0], fronts[2])
+    assert torch.fft.rfft2(fronts)[:, 8].abs().max() < 1e-12
+    assert 0.3 < float(fronts.square().mean()) < 1

@@ -148,32 +148,26 @@ def priors(size: int, count: int, budget: str, members: int, steps: int) -> None
         },
         "unet, white noise": {"architecture": "unet", "anchor": None},
     }  # fmt: skip
-    states = box(fine[:1, ::2, ::2])
-    obs = states.isel(latitude=slice(0, None, 8), longitude=slice(0, None, 8))
-    obs = obs.assign(a_error=xr.full_like(obs.a, 0.05))
+    coarse, wanted = box(fine[:1, ::2, ::2]), box(fine[:1])
+    obs = coarse.isel(latitude=slice(0, None, 4), longitude=slice(0, None, 4))
     for name, options in runs.items():
-        try:
-            model = xgenda.train(ds, periodic="both", time_budget=budget, progress=False, seed=0, **options)
-        except xgenda.errors.OptionError as error:
-            print(f"  {name:44s} refused: {error}", flush=True)
-            continue
-        call = {"members": members, "steps": steps, "seed": 0, "guidance": "mmps", "progress": False}
-        far = obs.assign(a_error=xr.full_like(obs.a, 1e4))  # says nothing: members of the prior
-        found = xgenda.assimilate(states, far, model=model, **call).a.values
-        print(f"  {name + f', {size}':44s} " + " ".join(f"{b:9.2e}" for b in bands(found, edges)), flush=True)
-        near = xgenda.assimilate(states, obs, model=model, **call)
-        score = near.genda.verify(states).a.sel(metric=["rmse", "crps"]).values
-        print(
-            f"  {'':44s} rmse {score[0]:.3f}, crps {score[1]:.3f} of {members} members at {len(obs.latitude) ** 2} points",
-            flush=True,
-        )
-        if "noise" not in options:
-            continue
-        finer, wanted = model.refined(2), box(fine[:1])
-        found = xgenda.assimilate(wanted, far, model=finer, **call).a.values
-        print(f"  {name + f', refined to {2 * size}':44s} " + " ".join(f"{b:9.2e}" for b in bands(found, edges)), flush=True)
-        score = xgenda.assimilate(wanted, obs, model=finer, **call).genda.verify(wanted).a.sel(metric=["rmse", "crps"]).values
-        print(f"  {'':44s} rmse {score[0]:.3f}, crps {score[1]:.3f}", flush=True)
+        model = xgenda.train(ds, periodic="both", time_budget=budget, progress=False, seed=0, **options)
+        print(f"  {name}: {model.spec.training['steps']} steps, highest noise {model.spec.options['sigma_max']:.0f}", flush=True)
+        for n, states in ((size, coarse), (2 * size, wanted)):
+            if n > size and "noise" not in options:
+                continue
+            asked = model if n == size else model.refined(2)
+            call = {"model": asked, "members": members, "steps": steps, "seed": 0, "guidance": "mmps", "progress": False}
+            far = obs.assign(a_error=xr.full_like(obs.a, 1e4))  # says nothing: members of the prior
+            try:
+                found = xgenda.assimilate(states, far, **call).a.values
+                near = xgenda.assimilate(states, obs.assign(a_error=xr.full_like(obs.a, 0.1)), **call)
+            except xgenda.errors.StateError as error:
+                print(f"  {n:44d} {error}", flush=True)
+                continue
+            score = near.genda.verify(states).a.sel(metric=["rmse", "crps"]).values
+            print(f"  {n:44d} " + " ".join(f"{b:9.2e}" for b in bands(found, edges)), end="", flush=True)
+            print(f"   rmse {score[0]:.3f}, crps {score[1]:.3f} from {obs.a.size} points", flush=True)
 
 
 def main() -> None:
@@ -188,7 +182,7 @@ def main() -> None:
         priors(16, 40, "5s", 2, 4)
         return
     covariances(64, 10_000)
-    costs((64, 128, 256, 512, 1024), 128)
+    costs((64, 128, 256, 512, 1024), 64)
     if options.prior:
         torch.set_num_threads(2)
         priors(32, 1000, "5min", 8, 24)
