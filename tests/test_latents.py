@@ -321,6 +321,22 @@ def test_linear_part_is_probabilistic_principal_components() -> None:
     assert float(density) > float(other.log_prob(z).mean())
 
 
+def test_variances_of_principal_components_are_those_of_withheld_states() -> None:
+    """Twice the variance in withheld states, and a tenth more of what no component explains, are found."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+
+    def states(signal: float, left: float) -> torch.Tensor:
+        white = torch.randn(400, 42, generator=generator, dtype=torch.float64)
+        return signal * white[:, :2] @ patterns + left * white[:, 2:]
+
+    fitted = Components.of(states(1.0, 0.1), 2)
+    found = fitted.suited(states(2**0.5, 0.12), (0.7, 1.0, 1.4, 2.0, 2.8))
+    assert found.left == pytest.approx(0.0144, rel=0.05)
+    torch.testing.assert_close(found.power - found.left, 2.0 * (fitted.power - fitted.left))
+    assert fitted.suited(states(1.0, 0.1), (0.7, 1.0, 1.4, 2.0, 2.8)).power[0] == pytest.approx(float(fitted.power[0]), rel=1e-2)
+
+
 def bumps(count: int = 240, shape: tuple[int, int] = (6, 12)) -> xr.Dataset:
     """A bump somewhere on a ring of longitudes: one number says all, and no plane of few dimensions holds it."""
     rng = np.random.default_rng(0)
@@ -432,6 +448,18 @@ def test_plain_autoencoder_has_standard_latent_vectors() -> None:
     with torch.no_grad():
         latent, _ = model.network.encode(scaled)
     np.testing.assert_allclose(np.cov(latent.numpy().T), np.eye(3), atol=0.3)
+
+
+def test_length_of_the_latent_vector_is_found() -> None:
+    """Three patterns and white noise, along members: eight components of those that are tried, none of them too many."""
+    rng = np.random.default_rng(0)
+    ds = bumps(2).isel(time=0, drop=True)
+    patterns = rng.standard_normal((3, *ds["x"].shape))
+    fields = np.tensordot(rng.standard_normal((90, 3)), patterns, 1) + 0.1 * rng.standard_normal((90, *ds["x"].shape))
+    members = xr.Dataset({"x": (("member", *ds["x"].dims), fields, {"units": "m"})}, ds.coords)
+    model: Any = xgenda.train(members, task="autoencoder", steps=2, width=8, progress=False)
+    assert model.latent == 8
+    assert float(model.error.mean() * model.spec.scaling.std.mean()) == pytest.approx(0.1, rel=0.2)
 
 
 def test_network_without_a_linear_part() -> None:
