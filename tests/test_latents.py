@@ -88,7 +88,7 @@ def analysis(model: Any, members: int = 4, **options: Any) -> np.ndarray:
 @pytest.mark.parametrize("optimiser", ["lbfgs", "adam"])
 def test_most_probable_state_is_the_kalman_mean(optimiser: str) -> None:
     model = linear_model(error=0.0)
-    found = analysis(model, sampler="map", sampler_options={"optimiser": optimiser, "tolerance": 1e-12}, steps=2000)
+    found = analysis(model, sampler="map", sampler_options={"optimiser": optimiser, "tolerance": 1e-9}, steps=600)
     for t in range(2):
         np.testing.assert_allclose(
             found[t], np.broadcast_to(kalman(model, t, 0.5)[0], (4, 12)), atol=2e-4 if optimiser == "lbfgs" else 0.02
@@ -98,8 +98,8 @@ def test_most_probable_state_is_the_kalman_mean(optimiser: str) -> None:
 def test_most_probable_state_knows_the_error_of_the_decoder() -> None:
     model = linear_model(kind="matern32", error=0.6)
     mean, _ = kalman(model, 0, 0.5)
-    found = analysis(model, 600, sampler="map", sampler_options={"tolerance": 1e-12})
-    spread = found[0].std(0, ddof=1) / np.sqrt(600)
+    found = analysis(model, 300, batch_size=600, sampler="map", sampler_options={"tolerance": 1e-12})
+    spread = found[0].std(0, ddof=1) / np.sqrt(300)
     assert (np.abs(found[0].mean(0) - mean) < 4 * spread + 1e-3).all()
     without = analysis(model, 2, sampler="map", guidance_options={"decoder_error": False})
     assert np.abs(without[0].mean(0) - mean).max() > 0.05  # it takes the state to be on the decoder's plane
@@ -108,8 +108,8 @@ def test_most_probable_state_knows_the_error_of_the_decoder() -> None:
 @pytest.mark.parametrize("kind", ["white", "exponential"])
 @pytest.mark.parametrize("sampler", ["rmap", "hmc"])
 def test_ensembles_are_draws_from_the_kalman_posterior(kind: str, sampler: str) -> None:
-    model, count = linear_model(kind=kind, error=0.6), 1500
-    found = analysis(model, count, sampler=sampler, steps=None if sampler == "rmap" else 10, batch_size=4000)
+    model, count = linear_model(kind=kind, error=0.6), 800
+    found = analysis(model, count, sampler=sampler, steps=None if sampler == "rmap" else 4, batch_size=2000)
     for t in range(2):
         mean, covariance = kalman(model, t, 0.5)
         std = np.sqrt(np.diag(covariance))
@@ -128,11 +128,11 @@ def test_chains_forget_where_they_begin() -> None:
         slope = (u - 1.0) @ precision
         return 0.5 * ((u - 1.0) * slope).sum(1), slope
 
-    noise = NoiseStream([(0, "chain", k) for k in range(1200)])
-    ends, accepted = hamiltonian(function, torch.full((1200, 2), 6.0, dtype=torch.float64), noise, 30, 6)
+    noise = NoiseStream([(0, "chain", k) for k in range(800)])
+    ends, accepted = hamiltonian(function, torch.full((800, 2), 6.0, dtype=torch.float64), noise, 20, 5)
     assert 0.6 < float(accepted.mean()) <= 1.0
-    assert (ends.mean(0) - 1.0).abs().max() < 0.13
-    np.testing.assert_allclose(np.cov(ends.numpy().T), (factor @ factor.T).numpy(), atol=0.13)
+    assert (ends.mean(0) - 1.0).abs().max() < 0.16
+    np.testing.assert_allclose(np.cov(ends.numpy().T), (factor @ factor.T).numpy(), atol=0.16)
 
 
 def test_log_variable_by_quadrature() -> None:
@@ -140,7 +140,7 @@ def test_log_variable_by_quadrature() -> None:
     model = linear_model(latent=1, error=0.0, transform="log")
     assert model.network.basis is not None
     obs = observed({(0, 1, 1): 4.0, (1, 0, 0): 2.0})
-    found = analysis(model, 3000, obs=obs, sampler="hmc", steps=12, batch_size=6000, error=1.0)
+    found = analysis(model, 1500, obs=obs, sampler="hmc", steps=5, batch_size=3000, error=1.0)
     z = np.linspace(-8, 8, 4001)
     states = np.exp(1.0 + 0.3 * model.network.basis[0].numpy()[:, None] * z)
     for t, (cell, value) in enumerate([(5, 4.0), (0, 2.0)]):
@@ -148,8 +148,8 @@ def test_log_variable_by_quadrature() -> None:
         density /= density.sum()
         mean = (states * density).sum(1)
         std = np.sqrt((states**2 * density).sum(1) - mean**2)
-        assert (np.abs(found[t].mean(0) - mean) < 4.5 * std / np.sqrt(3000)).all()
-        np.testing.assert_allclose(found[t].std(0), std, rtol=0.09)
+        assert (np.abs(found[t].mean(0) - mean) < 4.5 * std / np.sqrt(1500)).all()
+        np.testing.assert_allclose(found[t].std(0), std, rtol=0.12)
 
 
 def test_published_search_is_least_squares_without_a_prior() -> None:
@@ -164,22 +164,22 @@ def test_published_search_is_least_squares_without_a_prior() -> None:
 def test_restarts_find_one_minimum_and_perturbed_observations_a_spread() -> None:
     model = linear_model(error=0.0)
     assert analysis(model, 6, sampler="map")[0].std(0).max() < 5e-3
-    both = analysis(model, 200, sampler="rmap")[0].std(0)
-    only = analysis(model, 200, sampler="rmap", sampler_options={"perturb": "observations"})[0].std(0)
-    assert (only < both).all()
+    both = analysis(model, 300, sampler="rmap", batch_size=600)[0].std(0)
+    only = analysis(model, 300, sampler="rmap", batch_size=600, sampler_options={"perturb": "observations"})[0].std(0)
+    assert only.mean() < 0.99 * both.mean()
     assert (only > 0.05).any()
 
 
 @pytest.mark.parametrize("sampler", ["map", "rmap", "hmc"])
 def test_a_member_depends_on_seed_label_and_number_alone(sampler: str) -> None:
-    model = linear_model(kind="matern32")
-    whole = analysis(model, 5, sampler=sampler)
-    np.testing.assert_allclose(analysis(model, 5, sampler=sampler, batch_size=1), whole, atol=1e-4)
-    np.testing.assert_allclose(analysis(model, 3, sampler=sampler), whole[:, :3], atol=1e-4)
-    np.testing.assert_allclose(analysis(model, 5, sampler=sampler, ds=empty().chunk(time=1)), whole, atol=1e-4)
-    backwards = analysis(model, 5, sampler=sampler, ds=empty().isel(time=[1, 0], latitude=slice(None, None, -1)))
+    model, steps = linear_model(kind="matern32"), 3 if sampler == "hmc" else None
+    whole = analysis(model, 5, sampler=sampler, steps=steps)
+    np.testing.assert_allclose(analysis(model, 5, sampler=sampler, steps=steps, batch_size=1), whole, atol=1e-4)
+    np.testing.assert_allclose(analysis(model, 3, sampler=sampler, steps=steps), whole[:, :3], atol=1e-4)
+    np.testing.assert_allclose(analysis(model, 5, sampler=sampler, steps=steps, ds=empty().chunk(time=1)), whole, atol=1e-4)
+    backwards = analysis(model, 5, sampler=sampler, steps=steps, ds=empty().isel(time=[1, 0], latitude=slice(None, None, -1)))
     np.testing.assert_allclose(backwards[::-1].reshape(2, 5, 3, 4)[:, :, ::-1].reshape(2, 5, 12), whole, atol=1e-4)
-    assert np.abs(analysis(model, 5, sampler=sampler, seed=1) - whole).max() > 0.01
+    assert np.abs(analysis(model, 5, sampler=sampler, steps=steps, seed=1) - whole).max() > 0.01
 
 
 def test_laziness(no_compute: None) -> None:
@@ -214,7 +214,7 @@ def test_suspect_observations_count_less() -> None:
 def test_without_observations_members_are_draws_of_the_prior() -> None:
     model = linear_model(kind="exponential")
     with pytest.warns(UserWarning, match="No observation can be used"):
-        result = xgenda.assimilate(empty(), None, model=model, members=800, seed=0)
+        result = xgenda.assimilate(empty(), None, model=model, members=800, seed=0, batch_size=1600)
     found = result["x"].isel(time=0).transpose("member", ...).values.reshape(800, -1)
     assert model.network.basis is not None
     std = 2 * np.sqrt((model.network.basis**2).sum(0).numpy() + model.error.reshape(-1).numpy() ** 2)
@@ -277,10 +277,10 @@ def test_quasi_newton_finds_the_end_of_the_valley_and_samples_do_not_meet() -> N
     assert (found - 1.0).abs().max() < 1e-4
     for k in range(4):
         torch.testing.assert_close(lbfgs(valley, start[k : k + 1], 300, 1e-14)[0], found[k], rtol=1e-9, atol=1e-9)
-    slow = adam(valley, start, 800, 0.05, 1e-9)
+    slow = adam(valley, start, 300, 0.05, 1e-9)
     for k in (0, 2):
-        torch.testing.assert_close(adam(valley, start[k : k + 1], 800, 0.05, 1e-9)[0], slow[k], rtol=1e-9, atol=1e-9)
-    assert (valley(slow)[0] < 1.0).all()
+        torch.testing.assert_close(adam(valley, start[k : k + 1], 300, 0.05, 1e-9)[0], slow[k], rtol=1e-9, atol=1e-9)
+    assert (valley(slow)[0] < 5.0).all()
 
 
 # -- networks and training --------------------------------------------------------------------------------------------------------------
@@ -321,6 +321,22 @@ def test_linear_part_is_probabilistic_principal_components() -> None:
     assert float(density) > float(other.log_prob(z).mean())
 
 
+def test_variances_of_principal_components_are_those_of_withheld_states() -> None:
+    """Twice the variance in withheld states, and a tenth more of what no component explains, are found."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+
+    def states(signal: float, left: float) -> torch.Tensor:
+        white = torch.randn(400, 42, generator=generator, dtype=torch.float64)
+        return signal * white[:, :2] @ patterns + left * white[:, 2:]
+
+    fitted = Components.of(states(1.0, 0.1), 2)
+    found = fitted.suited(states(2**0.5, 0.12), (0.7, 1.0, 1.4, 2.0, 2.8))
+    assert found.left == pytest.approx(0.0144, rel=0.05)
+    torch.testing.assert_close(found.power - found.left, 2.0 * (fitted.power - fitted.left))
+    assert fitted.suited(states(1.0, 0.1), (0.7, 1.0, 1.4, 2.0, 2.8)).power[0] == pytest.approx(float(fitted.power[0]), rel=1e-2)
+
+
 def bumps(count: int = 240, shape: tuple[int, int] = (6, 12)) -> xr.Dataset:
     """A bump somewhere on a ring of longitudes: one number says all, and no plane of few dimensions holds it."""
     rng = np.random.default_rng(0)
@@ -337,7 +353,7 @@ def bumps(count: int = 240, shape: tuple[int, int] = (6, 12)) -> xr.Dataset:
 
 @pytest.fixture(scope="module")
 def trained() -> LatentModel:
-    return xgenda.train(bumps(), task="autoencoder", latent=2, steps=160, width=8, seed=0, progress=False, climatology="none")  # type: ignore[return-value]
+    return xgenda.train(bumps(), task="autoencoder", latent=2, steps=140, width=8, seed=0, progress=False, climatology="none")  # type: ignore[return-value]
 
 
 def test_training_beats_principal_components_on_a_curved_manifold(trained: LatentModel) -> None:
@@ -355,7 +371,7 @@ def test_observations_of_few_cells_place_the_bump(trained: LatentModel) -> None:
     kept = {"error": 0.05, "members": 4, "seed": 0, "background_check": None, "progress": False}
     result = xgenda.assimilate(xr.zeros_like(truth), obs, model=trained, sampler="rmap", **kept)
     error = float(np.sqrt(((result["x"].mean("member") - truth["x"]) ** 2).mean()))
-    assert error < 0.5 * float(truth["x"].std())
+    assert error < 0.6 * float(truth["x"].std())
 
 
 def test_round_trip_keeps_every_bit(trained: LatentModel, tmp_path: Path) -> None:
@@ -434,6 +450,18 @@ def test_plain_autoencoder_has_standard_latent_vectors() -> None:
     np.testing.assert_allclose(np.cov(latent.numpy().T), np.eye(3), atol=0.3)
 
 
+def test_length_of_the_latent_vector_is_found() -> None:
+    """Three patterns and white noise, along members: eight components of those that are tried, none of them too many."""
+    rng = np.random.default_rng(0)
+    ds = bumps(2).isel(time=0, drop=True)
+    patterns = rng.standard_normal((3, *ds["x"].shape))
+    fields = np.tensordot(rng.standard_normal((90, 3)), patterns, 1) + 0.1 * rng.standard_normal((90, *ds["x"].shape))
+    members = xr.Dataset({"x": (("member", *ds["x"].dims), fields, {"units": "m"})}, ds.coords)
+    model: Any = xgenda.train(members, task="autoencoder", steps=2, width=8, progress=False)
+    assert model.latent == 8
+    assert float(model.error.mean() * model.spec.scaling.std.mean()) == pytest.approx(0.1, rel=0.2)
+
+
 def test_network_without_a_linear_part() -> None:
     model: Any = xgenda.train(bumps(80), task="autoencoder", latent=2, anchor=None, steps=20, width=8, progress=False)
     assert model.network.basis is None
@@ -474,4 +502,4 @@ def test_plan_of_a_search_holds_every_value() -> None:
     model = linear_model()
     found = model.plan(SamplingOptions())
     assert found.guidance_options == {"prior": True, "decoder_error": True}
-    assert found.sampler_options["tolerance"] == 1e-6
+    assert found.sampler_options["tolerance"] == 1e-5

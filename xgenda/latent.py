@@ -27,7 +27,7 @@ from xgenda.diffusion.evidence import Evidence
 from xgenda.diffusion.noise import NoiseStream
 
 MEMORY = 12  # pairs of L-BFGS
-HALVINGS = 25  # of a step, before a sample counts as converged
+HALVINGS = 10  # of a step, before a sample counts as converged
 ARMIJO = 1e-4
 FEWEST, PATIENCE = 100, 20  # steps of Adam before it may end, and without a lower loss
 ACCEPTANCE = 0.8  # that step sizes are adapted to
@@ -191,7 +191,7 @@ def most_probable(function: Gradient, candidates: Tensor) -> Tensor:
     return candidates[best, torch.arange(candidates.shape[1], device=candidates.device)]
 
 
-def lbfgs(function: Gradient, start: Tensor, steps: int, tolerance: float = 1e-6, done: Done | None = None) -> Tensor:
+def lbfgs(function: Gradient, start: Tensor, steps: int, tolerance: float = 1e-5, done: Done | None = None) -> Tensor:
     """Minimise each sample's function by L-BFGS (Nocedal and Wright 2006, algorithms 7.4 and 3.1).
 
     Parameters
@@ -218,7 +218,9 @@ def lbfgs(function: Gradient, start: Tensor, steps: int, tolerance: float = 1e-6
             uphill = slope >= 0
             direction = torch.where(uphill[:, None], -gradient, direction)
             slope = torch.where(uphill, -gradient.square().sum(1), slope)
-            step, searching = torch.ones_like(value), active & (slope < 0)
+            # half the slope is what a quadratic would lose; below the tolerance it is the rounding of the network that is searched
+            active = active & (-0.5 * slope > tolerance * (1 + value.abs()))
+            step, searching = torch.ones_like(value), active
             new, new_value, new_gradient = z.clone(), value.clone(), gradient.clone()
             for _ in range(HALVINGS):
                 if not bool(searching.any()):

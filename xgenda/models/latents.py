@@ -39,7 +39,7 @@ SAMPLERS: Mapping[str, Mapping[str, Any]] = {
     "rmap": {"optimiser": "lbfgs", "rate": 0.05, "tolerance": None, "tries": 8, "perturb": "both"},
     "hmc": {"leapfrog": 8, "tries": 8},
 }
-OPTIMISERS = {"lbfgs": 1e-6, "adam": 1e-5}  # with the tolerances of each
+OPTIMISERS = {"lbfgs": 1e-5, "adam": 1e-5}  # with the tolerances of each
 PERTURBED = ("both", "observations")
 STEPS = {"lbfgs": 200, "adam": 1000, "hmc": 12}
 BATCH = 16  # those of one time, usually: a batch ends with the last of its members

@@ -44,6 +44,7 @@ from xgenda.training.windows import FOLDS, blocks, split_rows
 LENGTHS = (8, 16, 32, 64, 100)  # of the latent vector that are tried
 LARGEST_LINEAR = 2**24  # numbers in each of the linear maps
 PLACES, SCALES = 120, 10  # cells, and length scales, by which the decoder's error is described
+INFLATIONS = (0.7, 1.0, 1.4, 2.0, 2.8)  # of the variances of principal components, which are tried
 OWN = 10.0  # states that the error of a cell is worth before any was seen, which it then shares with the others
 REPEATS = 4  # draws of the latent vector for each withheld state
 JITTER = 1e-6
@@ -136,6 +137,18 @@ class Components:
         left = self.left * max(0.0, count - (len(self.power) - k)) + float(self.power[k:].sum())
         return Components(self.patterns[:k], self.power[:k], left / count)
 
+    def suited(self, withheld: Tensor, inflations: Sequence[float]) -> Components:
+        """Return the same patterns with what withheld states (n, size) say of their variances: those of the states of a fit are biased.
+
+        What is left is theirs, and the variances are multiplied by that of `inflations` under which these states are most likely.
+        """
+        cells = float(self.patterns.any(0).sum())
+        outside = withheld.square().sum(1) - (withheld @ self.patterns.T).square().sum(1)
+        left = max(self.left, float(outside.mean()) / max(1.0, cells - len(self.power)))
+        signal = (self.power - self.left).clamp(min=0.0)
+        choices = [Components(self.patterns, left + f * signal, left) for f in inflations]
+        return max(choices, key=lambda c: c.likelihood(withheld))
+
     def likelihood(self, z: Tensor) -> float:
         """Return the mean log-density of states (n, size), up to a constant (eq. 4)."""
         power = self.power.clamp(min=self.left * (1 + 1e-9))
@@ -204,14 +217,17 @@ def train_autoencoder(
     components = None
     if recipe.linear and len(states) > 2 and max(recipe.latent or LENGTHS[0], 1) * z.shape[1] <= LARGEST_LINEAR:
         components = Components.of(states, min(recipe.latent or LENGTHS[-1], max(1, len(states) // 2)))
-    latent = recipe.latent or _suitable_length(components, withheld)
+    latent = recipe.latent or (LENGTHS[2] if components is None else 0)
+    inflations = INFLATIONS if recipe.variational else (1.0,)
+    if components is not None and not latent:
+        lengths = [k for k in LENGTHS if k <= len(components.power)] or [len(components.power)]
+        found = components
+        latent = max(lengths, key=lambda k: found.first(k).suited(withheld, inflations).likelihood(withheld))
     if components is not None and len(components.power) < latent:
-        if recipe.latent is not None:
-            raise OptionError(
-                f"latent={latent} is more than {len(states)} training states determine; give at most {len(components.power)}: "
-                f"latent={len(components.power)}, or anchor=None for a network without the linear part."
-            )
-        latent = len(components.power)
+        raise OptionError(
+            f"latent={latent} is more than {len(states)} training states determine; give at most {len(components.power)}: "
+            f"latent={len(components.power)}, or anchor=None for a network without the linear part."
+        )
     grid, channels = samples.grid, len(samples.variables)
     options = {
         "channels": channels, "shape": list(grid.plane), "latent": latent, "width": recipe.width or 16, "levels": suitable_levels(grid.plane),
@@ -220,16 +236,12 @@ def train_autoencoder(
     }  # fmt: skip
     network = build_autoencoder(options)
     if components is not None:
-        _start(network, components.first(latent), recipe.variational, channels, withheld)
+        _start(network, components.first(latent).suited(withheld, inflations), recipe.variational, channels, withheld)
     valid = torch.ones(channels, *grid.plane) if samples.valid is None else torch.as_tensor(samples.valid).float()
     counts = loss_weights(recipe.weights, samples.variables, grid, samples.valid)
     fields = corpus.fields(scaling, z, np.arange(corpus.size)[:, None])
     objective = Autoencoding(fields, latent, valid if counts is None else counts * valid, observed, recipe.beta)
     report = optimiser.fit(network, objective, rows, held, 1.0, "autoencoder", None, corpus.labels)
-    if (
-        components is not None and not report["correction_weight"]
-    ):  # the linear maps then are all there is, and may know all states
-        _start(network, Components.of(torch.as_tensor(z), latent).first(latent), recipe.variational, channels, withheld)
     seed = optimiser.seed
     if not recipe.variational:
         encoded = _encoded(network, fields, rows[torch.linspace(0, len(rows) - 1, min(len(rows), 2000)).long()], None)[1]
@@ -275,14 +287,6 @@ def _by_observed(scaling: Scaling, z: np.ndarray, observed: Tensor) -> tuple[Sca
     shaped = factor[:, None, None]
     out = dataclasses.replace(scaling, std=scaling.std * shaped)
     return out, (parts / factor[:, None]).reshape(z.shape)
-
-
-def _suitable_length(components: Components | None, withheld: Tensor) -> int:
-    """Return the length of the latent vector with which the linear autoencoder describes the validation block best."""
-    if components is None:
-        return LENGTHS[2]
-    lengths = [k for k in LENGTHS if k <= len(components.power)] or [len(components.power)]
-    return max(lengths, key=lambda k: components.first(k).likelihood(withheld))
 
 
 def _start(network: Any, components: Components, variational: bool, channels: int, withheld: Tensor) -> None:
