@@ -60,11 +60,6 @@ def main() -> None:
                 f"{name}, rmap": (model, {"sampler": "rmap"}),
                 f"{name}, rmap, without the decoder's error": (model, {"sampler": "rmap"} | white),
                 f"{name}, map": (model, {"sampler": "map"}),
-                f"{name}, map, without the decoder's error": (model, {"sampler": "map"} | white),
-                f"{name}, perturbed observations alone": (
-                    model,
-                    {"sampler": "rmap", "sampler_options": {"perturb": "observations"}},
-                ),
                 f"{name}, hmc": (model, {"sampler": "hmc"}),
                 f"{name}, as published, restarts": (model, {"sampler": "map", **adam}),
                 f"{name}, as published, perturbed observations": (model, {"sampler": "rmap", **adam}),

@@ -242,6 +242,14 @@ def train_autoencoder(
     fields = corpus.fields(scaling, z, np.arange(corpus.size)[:, None])
     objective = Autoencoding(fields, latent, valid if counts is None else counts * valid, observed, recipe.beta)
     report = optimiser.fit(network, objective, rows, held, 1.0, "autoencoder", None, corpus.labels)
+    if (
+        components is not None and not report["correction_weight"]
+    ):  # without convolutions that add nothing, a search takes no time
+        options["levels"] = 0
+        kept, network = network, build_autoencoder(options)
+        assert kept.basis is not None
+        assert kept.projection is not None
+        network.start_from(kept.basis, kept.projection, kept.log_variance, kept.log_error_start)
     seed = optimiser.seed
     if not recipe.variational:
         encoded = _encoded(network, fields, rows[torch.linspace(0, len(rows) - 1, min(len(rows), 2000)).long()], None)[1]
