@@ -220,9 +220,9 @@ def train_autoencoder(
     latent = recipe.latent or (LENGTHS[2] if components is None else 0)
     inflations = INFLATIONS if recipe.variational else (1.0,)
     if components is not None and not latent:
-        lengths = [k for k in LENGTHS if k <= len(components.power)] or [len(components.power)]
+        tried = [k for k in LENGTHS if k <= len(components.power)] or [len(components.power)]
         found = components
-        latent = max(lengths, key=lambda k: found.first(k).suited(withheld, inflations).likelihood(withheld))
+        latent = max(tried, key=lambda k: found.first(k).suited(withheld, inflations).likelihood(withheld))
     if components is not None and len(components.power) < latent:
         raise OptionError(
             f"latent={latent} is more than {len(states)} training states determine; give at most {len(components.power)}: "
@@ -256,12 +256,9 @@ def train_autoencoder(
         covariance = torch.cov(encoded.T).reshape(latent, latent)
         covariance = covariance + JITTER * covariance.diagonal().mean() * torch.eye(latent, dtype=torch.float64)
         network.standardise(encoded.mean(0), torch.linalg.cholesky(covariance))
-    left = torch.cat(
-        [
-            _encoded(network, fields, held, Draws(seed, 10**6 + r, len(held)))[0]
-            for r in range(REPEATS if recipe.variational else 1)
-        ]
-    )
+    repeats = REPEATS if recipe.variational else 1
+    drawn = [_encoded(network, fields, held, Draws(seed, 10**6 + r, len(held)))[0] for r in range(repeats)]
+    left = torch.cat(drawn)
     mask = None if observed is None else observed[held].repeat(len(left) // len(held), 1, 1, 1)
     error, kind, lengths = decoder_error(left, mask, len(held), grid, recipe.periodic, valid.bool())
     report["card"] = _card(report, components is not None)
