@@ -158,7 +158,7 @@ def pairs(
 def train(options: argparse.Namespace, climate: xr.Dataset) -> None:
     """Train a background model in two rounds: on cycles of 3D-Var, and on these and its own."""
     first = variational(climate) | {"background": "mean"}
-    backgrounds, truths = pairs(first, TRAINING_SEEDS, options.networks[0], options.cycles, 10, climate)
+    backgrounds, truths = pairs(first, TRAINING_SEEDS[: options.runs], options.networks[0], options.cycles, 10, climate)
     for round_, budget in enumerate(options.budget):
         model = xgenda.train(
             backgrounds, target=truths, task="background", periodic="both", time_features="none", time_budget=budget, seed=0,
@@ -167,7 +167,7 @@ def train(options: argparse.Namespace, climate: xr.Dataset) -> None:
         print(model, flush=True)
         if round_ + 1 < len(options.budget):
             own = {"model": model, "background": "mean", "steps": options.steps}
-            more = pairs(own, TRAINING_SEEDS, options.networks[0], options.cycles, 10, climate)
+            more = pairs(own, TRAINING_SEEDS[: options.runs], options.networks[0], options.cycles, 10, climate)
             backgrounds, truths = (xr.concat(both, "time") for both in zip((backgrounds, truths), more, strict=True))
 
 
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tune", default=None, choices=list(METHODS))
     parser.add_argument("--grid", nargs="*", default=[], help="of --tune, such as rtps=0.4,0.6")
     parser.add_argument("--train", default=None, help="file of a background model to train")
+    parser.add_argument("--runs", type=int, default=len(TRAINING_SEEDS), help="over other truths, that --train takes backgrounds from")
     parser.add_argument("--budget", nargs="*", default=["10min", "10min"], help="of each round of training")
     options = parser.parse_args()
     climate = ocean(200, CLIMATE_SEED, every="10D").astype("float64")
