@@ -505,3 +505,18 @@ def test_a_training_has_the_width_of_the_rule(fields: xr.Dataset, monkeypatch: p
     assert asked[1][1] is None
     trained(fields, start=model, width=None, anchor="auto", steps=1)
     assert len(asked) == 2
+
+
+def test_a_plan_counts_the_parts(fields: xr.Dataset, tiled: DiffusionModel, seen: list[tuple[int, ...]]) -> None:
+    some = fields.isel(time=[0, 1])
+    planned = xgenda.plan(some, model=tiled, members=2, steps=3)
+    seen.clear()
+    analysis(some, tiled)
+    assert planned.tile == (8, 12) == seen[0][-2:]
+    assert planned.calls == sum(shape[0] for shape in seen)
+    assert planned.tiles > 1
+
+
+def test_parts_of_a_doubly_periodic_box_are_refused_for_downscalers_too(fields: xr.Dataset) -> None:
+    with pytest.raises(OptionError, match="tile cuts a doubly periodic box"):
+        xgenda.train(fields, task="downscale", factor=4, periodic="both", tile=(8, 8), anchor=None, steps=1)

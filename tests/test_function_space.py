@@ -149,3 +149,34 @@ def test_what_a_model_cannot_do_it_says(model: DiffusionModel, fields: xr.Datase
     assert isinstance(white, DiffusionModel)
     with pytest.raises(OptionError, match="knows one resolution only.*architecture='uno'.*'cutoff': 5"):
         white.refined(2)
+
+
+def test_models_of_functions_are_not_trained_on(fields: xr.Dataset) -> None:
+    model = xgenda.train(fields, periodic="both", noise=NOISE, steps=1, width=8, progress=False)
+    with pytest.raises(OptionError, match="has coloured noise, and models of functions are trained from scratch"):
+        xgenda.train(fields, start=model, steps=1)
+    with pytest.raises(OptionError, match="architecture='uno' is for task='prior'"):
+        xgenda.train(fields, task="downscale", factor=4, architecture="uno", steps=1)
+    with pytest.raises(OptionError, match="more waves than 16 cells show; give at most 7"):
+        xgenda.train(fields, noise=NOISE | {"cutoff": 8}, steps=1, **FAST)
+
+
+def test_heavy_tails_expect_departures_of_the_coloured_noise(model: DiffusionModel) -> None:
+    """The noise of a mean over cells nearer than its length is hardly less than that of one cell, and white noise is far less."""
+    from xgenda.diffusion.evidence import LinearEvidence
+    from xgenda.diffusion.guidance import guide
+
+    torus = TorusField((N, N), Kernel("gaussian", 0.5))
+    one = torch.arange(4)[:, None] * N + torch.arange(4)
+    index = one.reshape(1, 1, -1)
+    flat = {"mean": torch.zeros(1, 1, 16).double(), "std": torch.ones(1, 1, 16).double()}
+    rows = LinearEvidence(
+        indices=index, weights=torch.full((1, 1, 16), 1 / 16).double(), values=torch.full((1, 1), 2.0).double(),
+        variances=torch.full((1, 1), 0.01).double(), log=None, offset=None, group=torch.zeros(1, dtype=torch.int64), **flat,
+    )  # fmt: skip
+    weights = []
+    for colour in (torus, None):
+        guided = guide(lambda x, _: torch.zeros_like(x), rows, "diffpir", likelihood="student-t", colour=colour)
+        _, error = guided.departure(torch.zeros(1, N * N).double(), 10.0)
+        weights.append(float(error))
+    assert weights[0] < 0.5 * weights[1]

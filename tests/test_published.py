@@ -701,3 +701,10 @@ def test_states_that_do_not_fit_a_model_of_earth2studio(state: xr.Dataset) -> No
         broken.factor[4] = torch.nan
     with pytest.raises(DivergenceError, match="returned NaN or infinity in channel 't2m' of member 3"):
         forecasts.earth2studio(broken)(state)
+
+
+def test_names_that_may_be_ten_metres_or_ten_hectopascals_are_asked_about(tmp_path: Path) -> None:
+    path = shift_model(tmp_path / "winds.onnx", [1, 2, *PLANE])
+    with pytest.raises(OptionError, match=r"'u10' may be at 10 m or at 10 hPa.*variables=\{'u10': 'u10'\}"):
+        forecasts.onnx(path, channels=["u10", "u500"], **GRID)
+    assert forecasts.onnx(path, channels=["u10", "u500"], variables={"u10": "uas"}, **GRID) is not None

@@ -18,6 +18,7 @@ from xgenda.normalisation import Numbers, read_numbers
 from xgenda.observations.times import parse_window
 from xgenda.onnx_files import weight_files
 from xgenda.published import Interface
+from xgenda.vocabulary import SINGLE, split_channel
 
 #: Types of the fields of a model.
 KINDS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
@@ -238,6 +239,12 @@ def onnx(
     names = [n.name for n in session.get_outputs()]
     returned = dict(zip(names, given.values(), strict=True)) if outputs is None else _by_port(outputs, names, "outputs", "output")
     every = [[c for part in x.values() for c in part] for x in (given, returned)]
+    for name in every[0]:
+        if name not in (variables or {}) and any(name in names for names, *_ in SINGLE.values()) and split_channel(name)[1]:
+            raise OptionError(
+                f"{name!r} may be at 10 m or at 10 hPa; say which variable it is: variables={{{name!r}: 'u10'}}, or for the level "
+                f"variables={{{name!r}: '{split_channel(name)[0]}@1000Pa'}}"
+            )
     interface = Interface.of(every[0], every[1], latitude, longitude, step, variables, units, keep)
     kinds = {n.type for n in session.get_inputs()}
     if len(kinds) > 1 or kinds - set(KINDS):

@@ -15,7 +15,7 @@ from xgenda import metadata, states
 from xgenda.diffusion.guidance import goes_through
 from xgenda.diffusion.memory import guided_memory, plan_memory
 from xgenda.diffusion.samplers import network_calls
-from xgenda.diffusion.tiles import Tiling
+from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.downscaling import by_axis, chunk_sizes
 from xgenda.errors import OptionError, check_choice, check_count
@@ -146,7 +146,7 @@ def plan(
         )  # fmt: skip
         return _guided(chosen, asked, times, check_count("members", members))
     if not isinstance(chosen, CorrectiveModel):
-        raise OptionError(f"model={chosen.spec.name!r} is no diffusion model; there is nothing to plan.")
+        raise OptionError(f"model={chosen.spec.name!r} is no diffusion model; there is nothing to plan: call the verb itself.")
     if guidance != "auto" or guidance_options:
         raise OptionError(f"guidance={guidance!r} has no effect: model={chosen.spec.name!r} is for downscaling. Leave it out.")
     given = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
@@ -198,7 +198,11 @@ def _guided(model: DiffusionModel | BackgroundModel, asked: SamplingOptions, tim
     count = min(batch, spans * members)
     shape = (count, *((times,) if window > 1 else ()), model.spec.channels, *plane)
     # with an anchor of its own: what that keeps for the next call must not be what has no numbers
-    alone = copy.copy(model.denoiser)
+    alone = copy.copy(model.in_tiles(batch) if isinstance(model, DiffusionModel) else model.denoiser)
+    tiling = alone.network.tiling if isinstance(alone.network, TiledNetwork) else None
+    tile, tiles = (plane, 1) if tiling is None else (tiling.tile, len(tiling.places))
+    for axis in tiling.axes if tiling is not None else ():
+        assert axis.segments  # with values, before there are none
     alone.anchor = copy.deepcopy(alone.anchor)
     denoise: Any = alone
     condition = None
@@ -210,11 +214,11 @@ def _guided(model: DiffusionModel | BackgroundModel, asked: SamplingOptions, tim
             denoise.whole(times)  # found by its numbers
     through = 0 if model.spec.task == "forecast" else goes_through(options.guidance, options.guidance_options)
     peak, held = guided_memory(denoise, shape, condition, sampler=options.sampler, through=through > 0)
-    once = spans * members * windows
+    once = spans * members * windows * tiles
     evaluations = once * model.calls(options)
     if isinstance(model, BackgroundModel) and model.regression is not None:
         evaluations += times
     return Plan(
-        model.spec.name, times * members, plane, plane, 1, plane, 1, evaluations, peak + held, once * model.calls(options) * through,
+        model.spec.name, times * members, plane, plane, 1, tile, tiles, evaluations, peak + held, once * model.calls(options) * through,
         "" if model.spec.task == "forecast" else options.guidance,
     )  # fmt: skip

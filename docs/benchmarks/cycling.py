@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("--tune", default=None, choices=list(METHODS))
     parser.add_argument("--grid", nargs="*", default=[], help="of --tune, such as rtps=0.4,0.6")
     parser.add_argument("--train", default=None, help="file of a background model to train")
-    parser.add_argument("--runs", type=int, default=len(TRAINING_SEEDS), help="over other truths, that --train takes backgrounds from")
+    parser.add_argument(
+        "--runs", type=int, default=len(TRAINING_SEEDS), help="over other truths, that --train takes backgrounds from"
+    )
     parser.add_argument("--budget", nargs="*", default=["10min", "10min"], help="of each round of training")
     options = parser.parse_args()
     climate = ocean(200, CLIMATE_SEED, every="10D").astype("float64")

@@ -54,7 +54,7 @@ class Guide:
         departure = self.value.to(clean) - self.evidence.observe(clean)
         error = self.error.to(clean)
         if self.likelihood[0] != "gaussian":
-            expected = error + self.evidence.gain(clean) * sigma**2 / (1 + sigma**2)
+            expected = error + self.gain(clean) * sigma**2 / (1 + sigma**2)
             error = reweighted(self.likelihood[0], departure, error, expected, self.likelihood[1])
         return departure, error
 
@@ -75,8 +75,8 @@ class Guide:
         rows = self.evidence
         if not isinstance(rows, LinearEvidence) or rows.indices.shape[-1] > WIDEST:
             raise OptionError(
-                f"With coloured noise guidance 'sda' and 'w2c' are for observations of at most {WIDEST} cells each, and not for operators= that "
-                f"are functions; use guidance='mmps'."
+                f"With coloured noise guidance 'sda' and 'w2c' and likelihoods other than 'gaussian' are for observations of at most {WIDEST} "
+                f"cells each, and not for operators= that are functions; use guidance='mmps', likelihood='gaussian'."
             )
         cells, slope = self.colour.shape[0] * self.colour.shape[1], rows.slope(clean)
         one, other = rows.indices[rows.group, :, :, None], rows.indices[rows.group, :, None, :]

@@ -265,7 +265,7 @@ class TorusField(_Waves):
         if (beyond := float(known[noise == 0].sum())) > MOST_BEYOND * total:
             raise OptionError(
                 f"cutoff={self.cutoff} leaves out waves that hold {beyond / total:.0%} of the variance of the prior; the noise must reach them: "
-                f"use a larger cutoff, up to {min(self.shape) // 2}, or none."
+                f"use a larger cutoff, up to {(max(self.shape) - 1) // 2}, or none."
             )
         known = torch.where(noise > 0, known, 0.0)
         order = known.argsort()

@@ -78,5 +78,9 @@ def noise_on(noise: Mapping[str, Any] | None, plane: tuple[int, int]) -> TorusFi
     if not noise:
         return None
     longer = max(plane)
+    if (noise.get("cutoff") or 0) > (longer - 1) // 2:
+        raise OptionError(
+            f"noise['cutoff']={noise['cutoff']} is more waves than {longer} cells show; give at most {(longer - 1) // 2}, or leave it out."
+        )
     kernel = Kernel(noise["kind"], noise["length"], noise.get("nu"))
     return TorusField(plane, kernel, size=(plane[0] / longer, plane[1] / longer), cutoff=noise.get("cutoff"))

@@ -157,7 +157,7 @@ class DiffusionModel(GenerativeModel):
         if self.colour is None or not isinstance(self.denoiser.network, UNO):
             raise OptionError(
                 f"{self.spec.name!r} knows one resolution only; train a model of functions: xgenda.train(ds, periodic='both', "
-                f"architecture='uno', noise={{'kind': 'exponential', 'length': 0.1, 'cutoff': {min(self.spec.grid.plane) // 3}}})"  # type: ignore[union-attr]
+                f"architecture='uno', noise={{'kind': 'exponential', 'length': 0.1, 'cutoff': {max(self.spec.grid.plane) // 3}}})"  # type: ignore[union-attr]
             )
         if not isinstance(grid, Grid) or self.valid is not None or network["position"]:
             raise OptionError(

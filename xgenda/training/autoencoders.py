@@ -23,7 +23,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from xgenda.diffusion.covariances import DENSE_LIMIT
-from xgenda.errors import OptionError
+from xgenda.errors import OptionError, StateError
 from xgenda.grids import EARTH_RADIUS, Grid
 from xgenda.models.fitting import HYBRID_KERNELS, correlation_at
 from xgenda.models.latents import LatentModel, build_autoencoder
@@ -43,6 +43,7 @@ from xgenda.training.windows import FOLDS, blocks, split_rows
 
 LENGTHS = (8, 16, 32, 64, 100)  # of the latent vector that are tried
 LARGEST_LINEAR = 2**24  # numbers in each of the linear maps
+LARGEST_HELD = 2**26  # numbers of withheld states that the error of the decoder is fitted to
 PLACES, SCALES = 120, 10  # cells, and length scales, by which the decoder's error is described
 INFLATIONS = (0.7, 1.0, 1.4, 2.0, 2.8)  # of the variances of principal components, which are tried
 OWN = 10.0  # states that the error of a cell is worth before any was seen, which it then shares with the others
@@ -178,7 +179,11 @@ def open_gappy(
     source = open_source(ds, variables)
     check_named(transform, offset, bounds, source.names)
     if source.nbytes > memory:
-        return open_corpus(ds, variables, memory, 1, climatology, transform, offset, bounds, progress), None
+        try:
+            return open_corpus(ds, variables, memory, 1, climatology, transform, offset, bounds, progress), None
+        except StateError as problem:
+            problem.add_note(f"Cells may be missing where all fields are read: memory='{math.ceil(source.nbytes / 1e6)}MB'")
+            raise
     values = source.read_all().astype(np.float64)
     holes = np.isnan(values)
     missing = np.asarray(np.asarray(holes.all((2, 3))).any(1))
@@ -216,7 +221,8 @@ def train_autoencoder(
     states, withheld = torch.as_tensor(z[known]), torch.as_tensor(z[apart])
     components = None
     if recipe.linear and len(states) > 2 and max(recipe.latent or LENGTHS[0], 1) * z.shape[1] <= LARGEST_LINEAR:
-        components = Components.of(states, min(recipe.latent or LENGTHS[-1], max(1, len(states) // 2)))
+        most = recipe.latent or min(LENGTHS[-1], LARGEST_LINEAR // z.shape[1])
+        components = Components.of(states, min(most, max(1, len(states) // 2)))
     latent = recipe.latent or (LENGTHS[2] if components is None else 0)
     inflations = INFLATIONS if recipe.variational else (1.0,)
     if components is not None and not latent:
@@ -251,16 +257,18 @@ def train_autoencoder(
         assert kept.projection is not None
         network.start_from(kept.basis, kept.projection, kept.log_variance, kept.log_error_start)
     seed = optimiser.seed
+    states_held = max(8, LARGEST_HELD // z.shape[1])  # more of them say little more, and would not fit into memory
     if not recipe.variational:
-        encoded = _encoded(network, fields, rows[torch.linspace(0, len(rows) - 1, min(len(rows), 2000)).long()], None)[1]
+        encoded = _encoded(network, fields, _spread(rows, min(2000, states_held)), None)[1]
         covariance = torch.cov(encoded.T).reshape(latent, latent)
         covariance = covariance + JITTER * covariance.diagonal().mean() * torch.eye(latent, dtype=torch.float64)
         network.standardise(encoded.mean(0), torch.linalg.cholesky(covariance))
     repeats = REPEATS if recipe.variational else 1
-    drawn = [_encoded(network, fields, held, Draws(seed, 10**6 + r, len(held)))[0] for r in range(repeats)]
+    some = _spread(held, states_held)
+    drawn = [_encoded(network, fields, some, Draws(seed, 10**6 + r, len(some)))[0] for r in range(repeats)]
     left = torch.cat(drawn)
-    mask = None if observed is None else observed[held].repeat(len(left) // len(held), 1, 1, 1)
-    error, kind, lengths = decoder_error(left, mask, len(held), grid, recipe.periodic, valid.bool())
+    mask = None if observed is None else observed[some].repeat(len(left) // len(some), 1, 1, 1)
+    error, kind, lengths = decoder_error(left, mask, len(some), grid, recipe.periodic, valid.bool())
     report["card"] = _card(report, components is not None)
     record = record_of(
         corpus.size, samples.dimension, corpus.period, optimiser,
@@ -278,6 +286,11 @@ def train_autoencoder(
         description=("Variational autoencoder" if recipe.variational else "Autoencoder") + f" with a latent vector of {latent} numbers",
     )  # fmt: skip
     return LatentModel(spec, network, error, samples.valid)
+
+
+def _spread(rows: Tensor, most: int) -> Tensor:
+    """Return at most so many of some rows, evenly spaced."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()]
 
 
 def _by_observed(scaling: Scaling, z: np.ndarray, observed: Tensor) -> tuple[Scaling, np.ndarray]:

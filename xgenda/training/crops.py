@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,11 @@ def automatic_tile(fields: np.ndarray, plane: Tile, periodic: Any) -> Tile | Non
     if max(plane) <= LARGEST_PLANE or periodic == "both":
         return None
     some = fields[np.unique(np.linspace(0, len(fields) - 1, min(SAMPLED, len(fields))).round().astype(int))]
-    found, _ = suggest_tile(torch.as_tensor(some).reshape(len(some), -1, *plane), MULTIPLE, (LARGEST_PLANE, LARGEST_PLANE))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="The residuals are correlated over"
+        )  # the Gaussian of the whole grid knows that
+        found, _ = suggest_tile(torch.as_tensor(some).reshape(len(some), -1, *plane), MULTIPLE, (LARGEST_PLANE, LARGEST_PLANE))
     return (found[0], plane[1]) if periodic is True else found
 
 

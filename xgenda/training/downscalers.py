@@ -425,6 +425,10 @@ def _card(recipe: Recipe, mean: Mapping[str, Any] | None, residual: Mapping[str,
 def _check_tile(recipe: Recipe, pairs: Pairs) -> None:
     if recipe.tile is not None and recipe.architecture == "mesh":  # that of start
         raise OptionError("start has mesh networks, which see the whole grid; leave out tile.")
+    if recipe.tile is not None and recipe.periodic == "both":
+        raise OptionError(
+            "tile cuts a doubly periodic box, around which the network goes on; leave out tile, or periodic='both'."
+        )
     if recipe.tile is None or isinstance(recipe.tile, str):
         return
     if recipe.anchor is not None and recipe.anchor != "auto":

@@ -230,8 +230,8 @@ def train(
         U-Net goes on across them.
     width
         Channels of the network at full resolution; by default 16. For a prior 32 where 20,000 steps are planned and 64 where 80,000 are,
-        without `time_budget`, and if the fields have at least ten independent values for each parameter. Of the architecture 'mesh', of all
-        layers; by default 32.
+        without `time_budget`, and if the fields, or a thousand of them, have at least ten independent values for each parameter. Of the
+        architecture 'mesh', of all layers; by default 32.
     architecture
         'unet', small and fast, for any grid; on a global grid it goes on across the poles. 'mesh': messages on an icosahedral mesh (Lam et al.
         2023), for grids of latitudes and longitudes, global or not, without tiles. 'uno': a neural operator with spectral convolutions, for
@@ -355,6 +355,8 @@ def train(
     for argument, (given, default) in own.items():
         if given is default or (argument not in ("target", "statics") and given == default):
             continue
+        if argument == "architecture" and given == "uno" and task not in ("prior", "autoencoder"):
+            raise OptionError(f"architecture='uno' is for task='prior'; with task={task!r} use architecture='unet' or 'mesh'.")
         if argument == "architecture" and given in ("mesh", "uno") and method not in METHODS and task != "autoencoder":
             continue
         if argument == "tile" and task == "prior":

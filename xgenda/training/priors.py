@@ -120,6 +120,7 @@ def train_prior(
         _check_spacing(before, spacing)
     channels, feeds_state = len(samples.variables) * recipe.window, recipe.anchor is not None
     plane = samples.grid.plane
+    noise = noise_on(recipe.noise, plane)
     tile = None if isinstance(recipe.tile, str) or recipe.tile == plane else recipe.tile
 
     def arguments(width: int, tile: Tile | None) -> dict[str, Any]:
@@ -164,7 +165,6 @@ def train_prior(
     if tile is not None and corpus.source is not None and not (feeds_state or any(shifts) or samples.grid.periodic):
         crop = tile if saves_reading(corpus.source, tile, recipe.window) else None
     fields = corpus.fields(fitted.scaling, z, windows, crop)
-    noise = noise_on(recipe.noise, samples.grid.plane)
     sigma_max = highest_sigma(final) if noise is None else max(80.0, noise.highest_sigma(_spectrum(z, noise.shape)))
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
@@ -315,7 +315,14 @@ def _starting(start: GenerativeModel | str | os.PathLike[str]) -> DiffusionModel
             f"start={before.spec.name!r} is a {before.spec.kind} model for {before.spec.task!r}; a diffusion prior is needed."
         )
     if not isinstance(before.denoiser.network, (UNet, SongUNet, MeshNet)):
-        raise OptionError(f"start={before.spec.name!r} has a network of its own kind, which cannot be trained on.")
+        raise OptionError(
+            f"start={before.spec.name!r} has a network that cannot be trained on; leave out start to train from scratch."
+        )
+    if before.spec.options.get("noise"):
+        raise OptionError(
+            f"start={before.spec.name!r} has coloured noise, and models of functions are trained from scratch: leave out start, and pass "
+            f"noise={dict(before.spec.options['noise'])}"
+        )
     return before
 
 
@@ -332,8 +339,8 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel, plane: Tile) -> Prio
         raise OptionError("start has a mesh network, which sees the whole grid; leave out tile.")
     if tile is None and before.spec.grid is not None:
         tile = inherited_tile(before.spec.options.get("tile"), before.spec.grid.plane, plane)
-    if isinstance(tile, tuple) and periodic == "both":
-        check_wraps(tile, plane, periodic)
+    if isinstance(tile, tuple):
+        check_wraps(tile, plane, "both" if periodic == "both" else recipe.periodic)
     scaling = before.scaling
     names = [v.name for v in before.spec.variables]
     transform, offset = recipe.transform, recipe.offset
