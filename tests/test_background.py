@@ -599,5 +599,5 @@ def test_what_cannot_be_assimilated(trained: xgenda.GenerativeModel, twin: Any, 
         background.genda.downscale(model=trained)
     with pytest.raises(ModelNotFoundError, match="is for 'background'; train one for this"):
         background.genda.forecast(model=trained)
-    with pytest.raises(OptionError, match="no diffusion model for downscaling"):
-        xgenda.plan(background, model=trained)
+    with pytest.raises(OptionError, match="tile=4 has no effect"):
+        xgenda.plan(background, model=trained, tile=4)

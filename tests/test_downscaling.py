@@ -344,7 +344,7 @@ def test_a_plan_counts_calls_tiles_and_chunks(tiled: xgenda.GenerativeModel, fin
     assert whole.calls == 6 * 5 * 6 + (12 if tiled.regression is not None else 0)
     assert "6 of at most 16 x 24 cells with their halo" in repr(whole)
     assert xgenda.plan(coarse, model=tiled, members=16, tile=None).memory > whole.memory > 0
-    with pytest.raises(OptionError, match="is no diffusion model for downscaling; there is nothing to plan"):
+    with pytest.raises(OptionError, match="is no diffusion model; there is nothing to plan"):
         xgenda.plan(coarse, model=xgenda.train(fine, task="downscale", factor=4, method="bilinear"))
 
 

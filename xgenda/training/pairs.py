@@ -295,10 +295,7 @@ def _described(ds: xr.Dataset | xr.DataArray, variables: Sequence[VariableSpec],
     state = states.enter(metadata.as_dataset(ds))
     names = [states.match_channel(state.ds, v.name, v.standard_name, "ds") for v in variables]
     found = open_source(ds, list(dict.fromkeys(state.variables(names))), fewest=fewest).of(names)
-    try:
-        found = found.in_units([v.units for v in variables])
-    except UnitsError as problem:
-        raise UnitsError(f"ds: {problem}") from problem
+    found = found.in_units([v.units for v in variables])
     specs = tuple(dataclasses.replace(s, name=v.name) for s, v in zip(found.variables, variables, strict=True))
     return dataclasses.replace(found, variables=specs)
 

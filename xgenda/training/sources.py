@@ -18,7 +18,7 @@ import xarray as xr
 
 from xgenda import metadata, states
 from xgenda.curvilinear import AnyGrid, PointSet
-from xgenda.errors import GridError, OptionError, StateError
+from xgenda.errors import GridError, OptionError, StateError, UnitsError
 from xgenda.formatting import user_level
 from xgenda.grids import Orientation
 from xgenda.models.spec import VariableSpec
@@ -261,7 +261,10 @@ class Source:
         assert self.fill is None, "units come before the pass that finds the mask"
         factors, variables = [], []
         for (factor, offset), v, wanted in zip(self.factors or ((1.0, 0.0),) * len(units), self.variables, units, strict=True):
-            further = metadata.unit_factors(v.units, wanted) if v.units and wanted else (1.0, 0.0)
+            try:
+                further = metadata.unit_factors(v.units, wanted) if v.units and wanted else (1.0, 0.0)
+            except UnitsError as problem:
+                raise UnitsError(f"{self.argument}[{v.name!r}]: {problem}") from problem
             factors.append((factor * further[0], offset * further[0] + further[1]))
             variables.append(dataclasses.replace(v, units=wanted) if v.units and wanted else v)
         return dataclasses.replace(self, factors=tuple(factors), variables=tuple(variables))
