@@ -92,7 +92,7 @@ class SphereField:
         self._weight = (4 * math.pi * self.power / (2 * torch.arange(cutoff + 1) + 1)).tolist()
 
     def draw(self, noise: Source, *lead: int) -> Tensor:
-        """Draw independent fields of every sample, shape (samples, *lead, ny, nx), float64; one stream per sample."""
+        """Draw independent fields of every sample, shape ``(samples, *lead, ny, nx)``, float64; one stream per sample."""
         degrees = [noise.normal(*lead, 2 * n + 1, dtype=torch.float64) for n in range(self.cutoff + 1)]
         head = degrees[0].shape[:-1]
         coefficients = [math.sqrt(w) * _ordered(d.reshape(-1, d.shape[-1])) for w, d in zip(self._weight, degrees, strict=True)]
