@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from xgenda.errors import GridError, OptionError, check_count, check_flag
 from xgenda.networks.icosahedron import LARGEST_REFINEMENT, GridMesh
+from xgenda.networks.shared import FieldNetwork
 
 FREQUENCIES = 16
 EMBEDDING = 64  # numbers that say the noise level
@@ -90,7 +91,7 @@ class Round(nn.Module):
         return self.update(nodes, heard, embedding), edges + change
 
 
-class MeshNet(nn.Module):
+class MeshNet(FieldNetwork):
     """Mesh network F(x, noise label, condition).
 
     Parameters
@@ -134,6 +135,8 @@ class MeshNet(nn.Module):
     down_features: Tensor
     points: Tensor
     nodes: Tensor
+
+    last: nn.Linear
 
     def __init__(
         self,
@@ -222,16 +225,6 @@ class MeshNet(nn.Module):
         self.pieces = [(a, min(a + size, points)) for a in range(0, points, size)]
         bounds = torch.searchsorted(self.up[0].cpu().contiguous(), torch.tensor([0, *(b for _, b in self.pieces)])).tolist()
         self.up_pieces = list(itertools.pairwise(bounds))
-
-    @torch.no_grad()
-    def scale_output(self, weight: float) -> None:
-        """Multiply everything that the network returns by a number."""
-        for parameter in self.last.parameters():
-            parameter.mul_(weight)
-
-    def position_channels(self) -> Tensor | None:
-        """Return the learned channels that tell the network where it is, shape (P, ny, nx), or None where it has none."""
-        return self.position
 
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         """Return F, of the shape of `x` (batch, channels, ny, nx).

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xgenda.errors import GridError
+from xgenda.networks.shared import LevelNetwork
 
 Periodic = bool | Literal["both", "sphere", "poles"]
 SPHERE = ("sphere", "poles")  # grids around the sphere whose rows end beside the poles, or at them
@@ -70,7 +71,7 @@ class Block(nn.Module):
         return out
 
 
-class UNet(nn.Module):
+class UNet(LevelNetwork):
     """U-Net F(x, noise label, condition).
 
     Parameters
@@ -91,6 +92,8 @@ class UNet(nn.Module):
         though east is west there; the network sees that as any other feature of these rows.
     """
 
+    last: FieldConv
+
     def __init__(
         self,
         channels: int,
@@ -109,10 +112,7 @@ class UNet(nn.Module):
         }  # fmt: skip
         self.stride = 2 ** (len(multipliers) - 1)
         self.periodic = periodic
-        embedding = 4 * width
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2)))
-        self.embed = nn.Sequential(nn.Linear(2 * (width // 2), embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        embedding = self.hear(width)
         self.position = nn.Parameter(0.1 * torch.randn(position, *shape)) if position else None
         widths = [width * m for m in multipliers]
         self.first = FieldConv(channels + condition_channels + position, width, periodic)
@@ -132,16 +132,6 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.conv.weight)
         nn.init.zeros_(self.last.conv.bias)  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def scale_output(self, weight: float) -> None:
-        """Multiply everything that the network returns by a number."""
-        for parameter in self.last.conv.parameters():
-            parameter.mul_(weight)
-
-    def position_channels(self) -> Tensor | None:
-        """Return the channels that tell the network where it is, shape (P, ny, nx), or None where it has none."""
-        return self.position
-
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         """Return F, of the shape of `x` (batch, channels, ny, nx).
 
@@ -156,8 +146,7 @@ class UNet(nn.Module):
         position
             Instead of the network's own positional channels, shape (batch, P, ny, nx): those of tiles of its domain.
         """
-        angles = label[:, None] * self.frequencies
-        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], -1))
+        embedding = self.heard(label)
         parts = [x] if condition is None else [x, condition]
         if self.position is not None:
             parts.append((self.position if position is None else position).expand(len(x), -1, -1, -1))

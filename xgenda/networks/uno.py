@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xgenda.errors import OptionError, check_count, check_pair
+from xgenda.networks.shared import LevelNetwork
 
 MARGIN = 0.25  # of an axis that does not wrap, over which its two ends are joined
 
@@ -114,7 +115,7 @@ class OperatorBlock(nn.Module):
         return out
 
 
-class UNO(nn.Module):
+class UNO(LevelNetwork):
     """U-shaped neural operator F(x, noise label, condition), for any grid.
 
     Parameters
@@ -170,10 +171,7 @@ class UNO(nn.Module):
             "rank": rank, "position": position, "shape": shape, "periodic": periodic, "resolution": resolution,
         }  # fmt: skip
         self.periodic, self.stride = periodic, 2 ** (len(multipliers) - 1)
-        embedding = 4 * width
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(32.0), width // 2)))
-        self.embed = nn.Sequential(nn.Linear(2 * (width // 2), embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        embedding = self.hear(width)
         self.position = nn.Parameter(0.1 * torch.randn(position, *shape)) if position else None
         widths, kept = [width * m for m in multipliers], [max(1, modes // 2**i) for i in range(len(multipliers))]
         self.first = nn.Conv2d(channels + condition_channels + position, width, 1)
@@ -189,16 +187,6 @@ class UNO(nn.Module):
         self.norm, self.last = nn.GroupNorm(math.gcd(8, previous), previous), nn.Conv2d(previous, channels, 1)
         self.scale_output(0.0)
 
-    @torch.no_grad()
-    def scale_output(self, weight: float) -> None:
-        """Multiply everything that the network returns by a number."""
-        for parameter in self.last.parameters():
-            parameter.mul_(weight)
-
-    def position_channels(self) -> Tensor | None:
-        """Return the channels that tell the network where it is, shape (P, ny, nx), or None where it has none."""
-        return self.position
-
     def forward(self, x: Tensor, label: Tensor, condition: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         """Return F, of the shape of `x` (batch, channels, ny, nx).
 
@@ -213,8 +201,7 @@ class UNO(nn.Module):
         position
             Instead of the network's own positional channels, shape (batch, P, ny, nx).
         """
-        angles = label[:, None] * self.frequencies
-        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], -1))
+        embedding = self.heard(label)
         size = (int(x.shape[-2]), int(x.shape[-1]))
         parts = [x] if condition is None else [x, condition]
         if self.position is not None:

@@ -16,21 +16,17 @@ from xgenda.errors import OptionError
 from xgenda.formatting import user_level
 from xgenda.models.conditions import Conditions, cycle_columns
 from xgenda.models.corrective import CorrectiveModel
+from xgenda.models.diffusive import Network
 from xgenda.models.features import Features
 from xgenda.models.generative import GenerativeModel
 from xgenda.models.loading import load_model
 from xgenda.models.spec import VariableSpec
-from xgenda.networks.mesh import MeshNet
-from xgenda.networks.songunet import SongUNet
-from xgenda.networks.unet import UNet
-from xgenda.networks.uno import UNO
 from xgenda.scaling import Scaling
 from xgenda.training.pairs import Pairs
 from xgenda.training.sources import Samples, Source
 from xgenda.training.standardising import Prepared, standardised_pairs
 from xgenda.training.transfer import add_adapters, freeze_backbone, matched, position_on, transfer
 
-Network = UNet | SongUNet | MeshNet | UNO
 OF_ITS_OWN = ("lead_index", "whole_condition", "scale_condition", "regression_state")  # options that training does not know
 
 
