@@ -117,8 +117,8 @@ def _preset(asked: SamplingOptions) -> SamplingOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Conditioning:
-    """Samples the states of a request that its observations leave possible.
+class Observed:
+    """What is observed of states that are affine in what is sampled, but for logarithms.
 
     Parameters
     ----------
@@ -136,6 +136,61 @@ class Conditioning:
         Times that are solved together: one each, or all of a trajectory.
     observed
         Observations of each span.
+    trajectory
+        Whether the spans are of several times, along the first axis of a sample.
+    """
+
+    request: Request
+    scaling: Scaling
+    plane: tuple[int, int]
+    mean: Tensor
+    std: Tensor
+    spans: Sequence[tuple[int, ...]]
+    observed: Sequence[PointEvidence]
+    trajectory: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def channels(self) -> int:
+        """Number of variables on their levels."""
+        return len(self.scaling.transforms)
+
+    def evidence(self, which: list[int], group: Tensor) -> LinearEvidence:
+        """Return the observations of some spans; `group` says which of these each sample of a batch has."""
+        return stack_evidence(
+            [self.observed[s] for s in which],
+            [(self.mean[list(self.spans[s])].reshape(-1), self.std.repeat(len(self.spans[s]))) for s in which],
+            self.scaling,
+            group,
+            len(self.std) // self.channels,
+        )
+
+    def through_operators(self, span: int) -> FunctionEvidence:
+        """Return observations of the states of a span through the operators."""
+        device, observed, rows = self.request.device, self.observed[span], list(self.spans[span])
+        std = self.std.reshape(self.channels, *self.plane)
+        mean = self.mean[rows].reshape(len(rows), self.channels, *self.plane)
+
+        def observe(z: Tensor) -> Tensor:
+            physical = self.physical(z.reshape(len(z), *mean.shape) * std.to(z) + mean.to(z), -3)
+            flat = extended(physical, self.request.operators).flatten(1)
+            return (flat[:, observed.indices.to(device)] * observed.weights.to(z)).sum(-1)
+
+        shape = mean.shape if self.trajectory else mean.shape[1:]
+        return FunctionEvidence(observe, shape, observed.value.double().to(device), observed.variance.double().to(device))
+
+    def physical(self, scaled: Tensor, axis: int) -> Tensor:
+        """Undo the logarithms of a state whose channels are along `axis`."""
+        return without_logarithms(self.scaling, scaled, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning(Observed):
+    """Samples the states of a request that its observations leave possible.
+
+    Parameters
+    ----------
+    request, scaling, plane, mean, std, spans, observed, trajectory
+        As of `Observed`.
     denoiser
         Returns the denoiser of a batch of (span, member).
     covariance
@@ -146,31 +201,16 @@ class Conditioning:
         Where the cells are, see `xgenda.diffusion.guidance.guide`.
     labels
         Of the times.
-    trajectory
-        Whether the spans are of several times, along the first axis of a sample.
     colour
         Covariance of the noise, None where it is white.
     """
 
-    request: Request
-    scaling: Scaling
-    plane: tuple[int, int]
-    mean: Tensor
-    std: Tensor
-    spans: Sequence[tuple[int, ...]]
-    observed: Sequence[PointEvidence]
     denoiser: Callable[[list[tuple[int, int]]], Denoiser]
     covariance: Anchor | None
     sigmas: tuple[float, float]
     places: Places
     labels: Sequence[str]
-    trajectory: bool = False
     colour: Colour | None = None
-
-    @property
-    def channels(self) -> int:
-        """Number of variables on their levels."""
-        return len(self.scaling.transforms)
 
     def samples(self) -> Tensor:
         """Return what the diffusion samples, shape (times, members, channels, cells), float64."""
@@ -197,16 +237,6 @@ class Conditioning:
             finer_levels(evidence.sharpness(), self.sigmas[0]),
             evidence.values.shape[1] <= direct_limit(self.covariance),
             -1,
-        )
-
-    def evidence(self, which: list[int], group: Tensor) -> LinearEvidence:
-        """Return the observations of some spans; `group` says which of these each sample of a batch has."""
-        return stack_evidence(
-            [self.observed[s] for s in which],
-            [(self.mean[list(self.spans[s])].reshape(-1), self.std.repeat(len(self.spans[s]))) for s in which],
-            self.scaling,
-            group,
-            len(self.std) // self.channels,
         )
 
     def _batch(self, batch: list[tuple[int, int]], finer: int, operators: int) -> Tensor:
@@ -244,24 +274,6 @@ class Conditioning:
                 **options.sampler_options,
             )  # fmt: skip
         return x.reshape(len(batch), -1).cpu()
-
-    def through_operators(self, span: int) -> FunctionEvidence:
-        """Return observations of the states of a span through the operators."""
-        device, observed, rows = self.request.device, self.observed[span], list(self.spans[span])
-        std = self.std.reshape(self.channels, *self.plane)
-        mean = self.mean[rows].reshape(len(rows), self.channels, *self.plane)
-
-        def observe(z: Tensor) -> Tensor:
-            physical = self.physical(z.reshape(len(z), *mean.shape) * std.to(z) + mean.to(z), -3)
-            flat = extended(physical, self.request.operators).flatten(1)
-            return (flat[:, observed.indices.to(device)] * observed.weights.to(z)).sum(-1)
-
-        shape = mean.shape if self.trajectory else mean.shape[1:]
-        return FunctionEvidence(observe, shape, observed.value.double().to(device), observed.variance.double().to(device))
-
-    def physical(self, scaled: Tensor, axis: int) -> Tensor:
-        """Undo the logarithms of a state whose channels are along `axis`."""
-        return without_logarithms(self.scaling, scaled, axis)
 
 
 def places_of(grid: AnyGrid, periodic: object) -> Places:

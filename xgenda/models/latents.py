@@ -18,12 +18,11 @@ from xgenda.diffusion.covariances import Covariance, KernelCovariance
 from xgenda.diffusion.evidence import Evidence
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.guidance import LIKELIHOODS
-from xgenda.diffusion.masks import OnPlane
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import CheckpointError, OptionError, check_choice, check_count, check_flag, check_option
 from xgenda.latent import Diagonal, Factored, Posterior, Whitener, adam, hamiltonian, lbfgs, most_probable
 from xgenda.models.checkpoints import load_weights
-from xgenda.models.conditioning import Conditioning, physical_moments, without_logarithms
+from xgenda.models.conditioning import Observed, physical_moments, without_logarithms
 from xgenda.models.fitting import kernel_on
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.spec import ModelSpec
@@ -310,10 +309,9 @@ class _Search:
         assert request.climatology is not None
         plane = model.error.shape[1], model.error.shape[2]
         spans = [(t,) for t in range(len(request.labels))]
-        observed = Conditioning(
-            request, model.scaling, plane, request.climatology.flatten(1), self.std, spans, list(request.evidence), _no_denoiser, None,
-            (0.0, 0.0), OnPlane(*plane), request.labels,
-        )  # fmt: skip
+        observed = Observed(
+            request, model.scaling, plane, request.climatology.flatten(1), self.std, spans, list(request.evidence)
+        )
         if bool((request.evidence[times[0]].indices >= len(self.std)).any()):
             return observed.through_operators(times[0])
         return observed.evidence(times, group).to(request.device)
@@ -411,7 +409,3 @@ class _Search:
             )
             out[rows] = found.update(errors, perturbed - expected)
         return out
-
-
-def _no_denoiser(_: list[tuple[int, int]]) -> Any:
-    raise NotImplementedError("A latent space is searched without a denoiser.")
