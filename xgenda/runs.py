@@ -135,12 +135,11 @@ class Memory(Kept):
 class Stored(Kept):
     """The result of a run that is kept in a store."""
 
-    def __init__(self, outline: Outline, store: storage.CycleStore) -> None:
-        self.outline, self.store, self.done = outline, store, store.done
+    def __init__(self, outline: Outline, store: storage.CycleStore, digest: str = "") -> None:
+        self.outline, self.store, self.done, self.digest = outline, store, store.done, digest
         with storage.open_cycles(store.path) as before:
             self.chi2, self.notices = before["chi2"].values.tolist(), before["notice"].values.tolist()
         self.leads = tuple(store.record.get("leads", ()))
-        self.digest = _digest_of(outline.setup, self.done)
 
     @classmethod
     def of(cls, outline: Outline, path: Path, record: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Stored:
@@ -161,7 +160,8 @@ class Stored(Kept):
                 f"resume=True goes on with the same times, and {path} holds {spans[0]}; times has {spans[1]}. Call cycle as before, or start "
                 f"again: resume=False, overwrite=True"
             )
-        if store.done and _digest_of(outline.setup, store.done) != store.record["observations"]:
+        digest = _digest_of(outline.setup, store.done)
+        if store.done and digest != store.record["observations"]:
             raise OptionError(
                 f"resume=True goes on with the same observations, errors and operators, and those of the {store.done} cycles in {path} differ. "
                 f"Only later ones may be added. Call cycle as before, or start again: resume=False, overwrite=True"
@@ -172,9 +172,10 @@ class Stored(Kept):
                 f"{path} is damaged: {why}. Of its {store.done} cycles the first {whole} are whole; the others are computed again.",
                 stacklevel=3,
             )
-            store.back_to(whole, _digest_of(outline.setup, whole))
+            digest = _digest_of(outline.setup, whole)
+            store.back_to(whole, digest)
         store.extend(layout)
-        return cls(outline, store)
+        return cls(outline, store, digest)
 
     def keep(self, t: int, state: Arrays, step: Step, notice: int, leads: Sequence[float] = ()) -> None:
         """Write a cycle."""

@@ -8,6 +8,7 @@ its place, says that it is whole. Chunks behind that are those of a cycle that w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import numbers
 import os
@@ -74,7 +75,7 @@ class CycleStore:
         sums: dict[str, int] = {}
         for name, array in values.items():
             for place, block in self._blocks(name, array):
-                data, file = np.ascontiguousarray(block).tobytes(), f"{name}/{'.'.join(map(str, (cycle, *place)))}"
+                data, file = np.ascontiguousarray(block).tobytes(), _chunk_of(name, cycle, place)
                 with aside(self.path / file, durable=True) as partial:
                     partial.write_bytes(data)
                 sums[file] = zlib.crc32(data)
@@ -133,14 +134,10 @@ class CycleStore:
             header = self._header(name)
             size = int(np.prod(header["chunks"])) * np.dtype(header["dtype"]).itemsize
             places = list(np.ndindex(*(n // c for n, c in zip(header["shape"][1:], header["chunks"][1:], strict=True))))
-            for cycle in range(worst):
-                for place in places:
-                    file = f"{name}/{'.'.join(map(str, (cycle, *place)))}"
-                    problem = self._problem(file, size, sums.get(file))
-                    if problem:
-                        worst, why = cycle, f"{file} {problem}"
-                        break
-                if worst == cycle:
+            for cycle, place in itertools.product(range(worst), places):
+                file = _chunk_of(name, cycle, place)
+                if problem := self._problem(file, size, sums.get(file)):
+                    worst, why = cycle, f"{file} {problem}"
                     break
         return worst, why
 
@@ -218,6 +215,11 @@ class CycleStore:
                 zarr.consolidate_metadata(str(self.path))
         for file in (*self.path.glob(".z*"), *self.path.glob("*/.z*"), *(self.path / "time").iterdir()):
             flush(file)
+
+
+def _chunk_of(name: str, cycle: int, place: Sequence[int]) -> str:
+    """Return the file of a chunk of one cycle, below the folder of the store."""
+    return f"{name}/{'.'.join(map(str, (cycle, *place)))}"
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
