@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -346,7 +346,7 @@ class _Finder:
         return Link(channel, name, level, scale, offset)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Bound:
     """A state as a model sees it, and the state that will be returned.
 
@@ -367,20 +367,19 @@ class Bound:
     inputs: tuple[Link, ...]
     outputs: tuple[Link | None, ...]
     levels: Mapping[str, states.Vertical | None]
+    _before: dict[str, np.ndarray] = field(init=False)
+    _after: dict[str, np.ndarray] = field(init=False)
+    _turn: list[tuple[tuple[slice, slice], tuple[slice, slice]]] = field(init=False)
 
     def __post_init__(self) -> None:
         """Lay out the arrays."""
         changed = dict.fromkeys(k.variable for k in self.outputs if k is not None)
         before = dict.fromkeys([*(k.variable for k in self.inputs), *changed])
-        object.__setattr__(self, "_before", {n: self._array(n) for n in before})
-        object.__setattr__(self, "_after", {n: self._before[n].copy() for n in changed})
+        self._before = {n: self._array(n) for n in before}
+        self._after = {n: self._before[n].copy() for n in changed}
         mine, theirs = self.orientation, self.interface.orientation
         rows, columns = (a[np.argsort(b)] for a, b in ((mine.rows, theirs.rows), (mine.columns, theirs.columns)))
-        object.__setattr__(self, "_turn", [((r, c), (s, d)) for r, s in _runs(rows) for c, d in _runs(columns)])
-
-    _before: Any = None
-    _after: Any = None
-    _turn: Any = None
+        self._turn = [((r, c), (s, d)) for r, s in _runs(rows) for c, d in _runs(columns)]
 
     @property
     def members(self) -> int:
