@@ -36,6 +36,17 @@ def no_compute() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread would only wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def climate() -> xr.Dataset:
     """Thirty years of annual mean temperature on 8 x 12 cells: enough to train on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,14 +24,6 @@ DRAWS = 2048
 PRIOR = TorusField(SHAPE, Kernel("matern32", 0.2))
 NOISE = TorusField(SHAPE, Kernel("exponential", 0.15))
 HIGHEST = NOISE.highest_sigma(PRIOR.power)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def covariance(field: TorusField) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -46,15 +46,6 @@ WAYS: dict[str, tuple[str, dict[str, float]]] = {
     "heun, resampled": ("heun", {"resample": 2}),
     "dpm++, resampled": ("dpm++", {"resample": 4}),
 }
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread would only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def covariance() -> KernelCovariance:

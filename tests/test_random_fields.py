@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,14 +19,6 @@ from xgenda.errors import GridError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = [Kernel(k, 0.3 if k == "published" else 0.1, 0.9 if k == "matern" else None) for k in KINDS]
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stream(*members: int, seed: int = 0) -> NoiseStream:

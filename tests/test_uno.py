@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,14 +15,6 @@ from xgenda.networks.uno import UNO, SpectralConv, resample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABEL = torch.tensor([-0.3, 0.4])
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(**options: object) -> UNO:
