@@ -39,7 +39,7 @@ from xgenda.training.priors import record_of
 from xgenda.training.sources import Samples, open_source
 from xgenda.training.surveys import Survey, look
 from xgenda.training.weighting import loss_weights
-from xgenda.training.windows import FOLDS, blocks, split_rows
+from xgenda.training.windows import FOLDS, blocks, evenly_spaced, split_rows
 
 LENGTHS = (8, 16, 32, 64, 100)  # of the latent vector that are tried
 LARGEST_LINEAR = 2**24  # numbers in each of the linear maps
@@ -259,12 +259,12 @@ def train_autoencoder(
     seed = optimiser.seed
     states_held = max(8, LARGEST_HELD // z.shape[1])  # more of them say little more, and would not fit into memory
     if not recipe.variational:
-        encoded = _encoded(network, fields, _spread(rows, min(2000, states_held)), None)[1]
+        encoded = _encoded(network, fields, evenly_spaced(rows, min(2000, states_held)), None)[1]
         covariance = torch.cov(encoded.T).reshape(latent, latent)
         covariance = covariance + JITTER * covariance.diagonal().mean() * torch.eye(latent, dtype=torch.float64)
         network.standardise(encoded.mean(0), torch.linalg.cholesky(covariance))
     repeats = REPEATS if recipe.variational else 1
-    some = _spread(held, states_held)
+    some = evenly_spaced(held, states_held)
     drawn = [_encoded(network, fields, some, Draws(seed, 10**6 + r, len(some)))[0] for r in range(repeats)]
     left = torch.cat(drawn)
     mask = None if observed is None else observed[some].repeat(len(left) // len(some), 1, 1, 1)
@@ -286,11 +286,6 @@ def train_autoencoder(
         description=("Variational autoencoder" if recipe.variational else "Autoencoder") + f" with a latent vector of {latent} numbers",
     )  # fmt: skip
     return LatentModel(spec, network, error, samples.valid)
-
-
-def _spread(rows: Tensor, most: int) -> Tensor:
-    """Return at most so many of some rows, evenly spaced."""
-    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()]
 
 
 def _by_observed(scaling: Scaling, z: np.ndarray, observed: Tensor) -> tuple[Scaling, np.ndarray]:

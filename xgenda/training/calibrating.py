@@ -19,6 +19,7 @@ from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
 from xgenda.models.loading import load_model
 from xgenda.training.pairs import Pairs, as_described, read_pairs
 from xgenda.training.standardising import Prepared, standardised_pairs
+from xgenda.training.windows import evenly_spaced
 
 CALIBRATION_TIMES, CALIBRATION_MEMBERS = 24, 8
 
@@ -108,7 +109,7 @@ def withheld_request(
     device: torch.device,
 ) -> tuple[Tensor, Request]:  # fmt: skip
     """Return a few of some times, evenly spread, and the request for members at them; `size` is how many of both."""
-    rows = among[torch.linspace(0, len(among) - 1, min(size[0], len(among))).round().long()].unique()
+    rows = evenly_spaced(among, size[0]).unique()
     time = None if pairs.fine.time is None else pairs.fine.time.isel({pairs.fine.time.dims[0]: rows.numpy()})
     return rows, Request(
         model.inputs.grid, torch.as_tensor(np.concatenate([pairs.inputs(k)[rows] for k in range(len(pairs.offsets))], 1)).flatten(2),

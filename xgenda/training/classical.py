@@ -18,7 +18,7 @@ from xgenda.scaling import cycle_basis, fit_scaling
 from xgenda.training.downscalers import Recipe
 from xgenda.training.pairs import Pairs
 from xgenda.training.standardising import Prepared, prepare_pairs
-from xgenda.training.windows import FOLDS
+from xgenda.training.windows import FOLDS, evenly_spaced
 
 LARGEST_ERRORS = 20_000_000  # numbers to store
 QUANTILES = 101
@@ -107,7 +107,7 @@ def _kept(errors: Tensor) -> Tensor:
     """Return some of the errors, evenly spaced in the sample, without their mean: members then scatter around the prediction."""
     errors = errors - errors.mean(0)
     count = max(1, min(len(errors), LARGEST_ERRORS // max(1, errors[0].numel())))
-    return errors[torch.linspace(0, len(errors) - 1, count).round().long()].float()
+    return evenly_spaced(errors, count).float()
 
 
 def _aggregated(ready: Prepared, pairs: Pairs) -> tuple[Tensor, np.ndarray]:

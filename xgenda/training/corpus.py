@@ -18,13 +18,12 @@ from xgenda.scaling import Scaling, check_named
 from xgenda.training.fields import Fields, InMemory
 from xgenda.training.sources import Samples, Source, open_source
 from xgenda.training.statistics import Statistics, gather
-from xgenda.training.streaming import Streamed
+from xgenda.training.streaming import BUFFER, Streamed
 from xgenda.training.windows import FOLDS, memory_of, read_samples
 
 SAMPLE = 1000  # fields of a sample, at most
 COPIES = 8  # of a field, in the working arrays of the fits
 RUN = 64  # consecutive fields of a sample for windows
-BUFFER = 256 * 2**20  # bytes of streamed fields that wait
 FEWEST_WAITING = 32  # fields that wait at least, however large they are
 
 

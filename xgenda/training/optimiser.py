@@ -32,6 +32,7 @@ from xgenda.training.objectives import Batch
 from xgenda.training.processes import Processes
 from xgenda.training.reporting import Callback, History, Progress
 from xgenda.training.streaming import Streamed
+from xgenda.training.windows import evenly_spaced
 
 DEFAULT_EPOCHS = 60
 PATIENCE = 40  # validations without a lower loss, after which training ends
@@ -205,8 +206,7 @@ class _Fit:
         self.adam = torch.optim.AdamW(self.parameters.values(), lr=how.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
         self.averages = PowerAverages(self.parameters, WIDTHS if how.ema is None else (how.ema,))
         most = min(VALIDATION_SAMPLES, max(how.batch_size, LARGEST_VALIDATION // math.prod(objective.fields.shape[1:])))
-        if len(held) > most:
-            held = held[torch.linspace(0, len(held) - 1, most).round().long()]
+        held = evenly_spaced(held, most)
         repeats = max(1, min(4, most // len(held)))
         self.checks = self._checks(held, repeats)
         work = repeats * len(held) / (3 * how.batch_size)  # of a validation, in steps
@@ -230,8 +230,7 @@ class _Fit:
         out = []
         for k, corner in enumerate(corners):
             some = rows[k :: len(corners)]
-            cropped = isinstance(fields, Streamed) and fields.crop is not None
-            states = fields.read(some, corner) if isinstance(fields, Streamed) and cropped else fields.read(some)
+            states = fields.read(some, corner) if isinstance(fields, Streamed) and fields.crop is not None else fields.read(some)
             out.append(objective.batch(some, states, Draws(1000 + k, 0, len(some), place=corner)))
         return out
 

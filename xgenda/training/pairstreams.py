@@ -19,10 +19,10 @@ from xgenda.models.means import LinearMean
 from xgenda.models.parts import with_means
 from xgenda.scaling import cycle_basis
 from xgenda.training.objectives import Batch, Denoising, Draws, Regression
-from xgenda.training.reservoirs import BUFFER, Reservoir
+from xgenda.training.reservoirs import Reservoir
 from xgenda.training.sources import WORKERS, Window, in_order
 from xgenda.training.standardising import Prepared
-from xgenda.training.streaming import SMALLEST, Streamed, blocks_of, standardised
+from xgenda.training.streaming import BUFFER, SMALLEST, Streamed, blocks_of, standardised
 from xgenda.training.windows import HELD
 
 AHEAD = 1  # batches

@@ -56,7 +56,7 @@ from xgenda.training.transfer import (
     transfer,
 )
 from xgenda.training.weighting import loss_weights
-from xgenda.training.windows import FOLDS, HELD, Samples, blocks, split_rows, window_rows
+from xgenda.training.windows import FOLDS, HELD, Samples, blocks, evenly_spaced, split_rows, window_rows
 
 FEW_STEPS = 20  # which nothing is learnt in
 SCORED, OBSERVED = 4, 64  # states and places of the scores in training, which are to take seconds
@@ -264,7 +264,7 @@ def _comparison(
     network: torch.nn.Module, fields: Fields, held: torch.Tensor, anchor: Anchor, scaling: Scaling, samples: Samples, count: int
 ) -> Comparison:
     """Compare a network with the Gaussian that it corrects, on a few states of the validation block."""
-    few = held[torch.linspace(0, len(held) - 1, min(count, len(held))).round().long()]
+    few = evenly_spaced(held, count)
     states = fields.read(few)
     share = min(0.05, OBSERVED / samples.grid.size)
     return beside_gaussian(

@@ -28,7 +28,6 @@ from xgenda.training.windows import FOLDS, blocks, split_rows, time_order
 SAMPLE, FEWEST_SAMPLED, FEWEST_OF_BLOCK = 1000, 60, 8  # pairs in memory: at most, at least, and of a block of times at least
 FINE_COPIES, INPUT_COPIES = 16, 3  # of a pair on the fine grid, in float64, in the working arrays of the fits
 LEAST_WORK = 64 * 2**20  # bytes that these may take in any case
-BUFFER = 256 * 2**20  # bytes of pairs that wait
 
 #: Climatology, transforms and offsets of fine and coarse fields, which are read in one pass.
 Scales = Callable[[Source, Source], tuple[str, Any, Any]]

@@ -20,6 +20,7 @@ from xgenda.diffusion.samplers import integrate
 from xgenda.diffusion.schedules import noise_levels
 from xgenda.models.diffusive import SIGMA_MIN, highest_sigma
 from xgenda.models.variables import VariableSpec
+from xgenda.training.windows import evenly_spaced
 
 LARGEST_BATCH = 2**18  # values of states that are sampled at once
 
@@ -180,7 +181,7 @@ def beside_gaussian(
     most
         How many of the states to take, evenly spread.
     """
-    chosen = states[torch.linspace(0, len(states) - 1, min(most, len(states))).round().long()]
+    chosen = evenly_spaced(states, most)
     before = network.training
     network.eval()
     model = EDMDenoiser(network, anchor, feeds_state, (SIGMA_MIN, highest_sigma(anchor)))

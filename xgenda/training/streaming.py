@@ -25,6 +25,7 @@ from xgenda.training.draws import Draws
 from xgenda.training.sources import WORKERS, Source, Window, in_order
 
 MEMORY = 512 * 2**20
+BUFFER = 256 * 2**20  # bytes of fields or pairs that wait in a training
 STORED = 0.75  # of the memory holds standardised states, half of it the group in use; the rest is for reading
 SMALLEST = 2**20  # bytes of a block: less takes longer to ask for than to read
 

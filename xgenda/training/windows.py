@@ -21,6 +21,7 @@ __all__ = [
     "HELD",
     "Samples",
     "blocks",
+    "evenly_spaced",
     "memory_of",
     "near_blocks",
     "read_samples",
@@ -113,6 +114,11 @@ def blocks(time: xr.DataArray | None, size: int, count: int, validation: Any = N
         out[members] = k
     out[held] = HELD
     return out
+
+
+def evenly_spaced(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Return at most so many of some rows, evenly spaced; all of them where they are no more."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).round().long()]
 
 
 def memory_of(z: np.ndarray, time: xr.DataArray | None) -> int:
