@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -385,7 +386,7 @@ def test_members_do_not_know_each_other(kind: str, way: str) -> None:
     """
     sampler, options = WAYS[way]
     anchor = LowRank.of(covariance())
-    indices, weights = operator("points")
+    indices, weights = operator("block mean")
     value = torch.tensor([1.0, -1.0, 0.5, 3.0, -2.0], dtype=torch.float64)
     denoise = _network(anchor)
     levels = karras_schedule(12, 0.1, 10.0)
@@ -496,7 +497,7 @@ def test_mmps_survives_a_network_whose_jacobian_is_no_covariance() -> None:
         flat = x.flatten(1)
         return (0.1 * flat.roll(1, 1) - 2.0 * flat + 0.5 * (3 * flat).sin()).reshape(x.shape)
 
-    indices, weights = operator("points")
+    indices, weights = operator("block mean")
     ev = evidence(indices, weights, torch.full((5,), 2.0).double(), torch.full((5,), 1e-4).double(), 4)
     for solver in ("damped", "gmres"):
         guided = guide(denoise, ev, "mmps", solver=solver)
@@ -536,7 +537,7 @@ def test_joint_evidence_is_the_evidence_of_all_parts() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "log", "function", "joint"])
 def test_tangents_are_derivatives_and_their_own_adjoints(kind: str) -> None:
-    indices, weights = operator("points")
+    indices, weights = operator("block mean")
     one = torch.ones(1, 5, 4, dtype=torch.float64)
     shared = {"values": torch.zeros(1, 5), "variances": torch.ones(1, 5), "group": torch.zeros(2, dtype=torch.long)}
     log = {"log": one.bool(), "offset": 0.1 * one} if kind in ("log", "joint") else {}
@@ -768,3 +769,20 @@ def test_factorising_and_iterating_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     direct = guide(denoise, ev, "anchor", anchor=anchor)(x, 0.5)
     monkeypatch.setattr("xgenda.diffusion.anchors.SpectralConditional.direct_limit", 0)
     torch.testing.assert_close(guide(denoise, ev, "anchor", anchor=anchor)(x, 0.5), direct, atol=1e-5, rtol=0)
+
+
+def test_precise_observations_are_factorised_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # they need more iterations than others; one is not enough for either
+    anchor = Spectral.fit(torch.randn(40, 1, NY, NX, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    indices, weights = operator("block mean")
+    x = torch.randn(2, 1, NY, NX, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    denoise, worst, first = GaussianDenoiser(torch.zeros(N), anchor), {}, {}
+    for limit, variance in itertools.product((10**6, len(indices) // 2, len(indices) // 4), (1e-3, 0.5)):
+        monkeypatch.setattr("xgenda.diffusion.anchors.SpectralConditional.direct_limit", limit)
+        errors = torch.full((len(indices),), variance).double()
+        ev = evidence(indices, weights, torch.ones(len(indices)).double(), errors, 2)
+        found = guide(denoise, ev, "anchor", anchor=anchor, iterations=1)(x, 0.5)
+        worst[limit, variance] = float((found - first.setdefault(variance, found)).abs().max())
+    half, quarter = len(indices) // 2, len(indices) // 4
+    assert worst[half, 1e-3] < 1e-12
+    assert min(worst[half, 0.5], worst[quarter, 1e-3], worst[quarter, 0.5]) > 1e-4

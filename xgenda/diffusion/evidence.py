@@ -214,6 +214,12 @@ class LinearEvidence:
         out = parts.new_zeros(len(parts), int(self.indices.max()) + 1 if self.indices.numel() else 1)
         return out.scatter_add(1, self.indices.flatten(1), parts.flatten(1)).amax(1)
 
+    def contrast(self) -> Tensor:
+        """Return the median ratio of the state's climatological variance at an observation to that of its error, shape (groups,); 0: none."""
+        gain = (self.weights * self.std).double().square().sum(-1)
+        ratio = torch.where(gain > 0, gain / self.variances.double(), torch.nan)
+        return torch.nan_to_num(ratio.nanmedian(1).values) if ratio.shape[1] else gain.new_zeros(len(gain))
+
     def unit(self) -> Tensor:
         """Return the sum of the absolute weights in units of the state; 1 where nothing is observed."""
         total = (self.weights * self.std).abs().sum(-1)[self.group]

@@ -49,6 +49,7 @@ from xgenda.diffusion.random_fields import Colour
 from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
 from xgenda.errors import OptionError, check_choice, check_count, check_flag, check_option
 
+STIFF, MORE = 100.0, 3  # see `factorises`
 WHITE_ONLY = ("anchor", "inpaint")
 GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint")
 LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
@@ -263,10 +264,17 @@ class _Mmps(_ThroughNetwork):
         return out
 
 
-def direct_limit(anchor: Anchor | None) -> int:
-    """Return the number of observations up to which guidance 'anchor' factorises instead of iterating."""
+def factorises(anchor: Anchor | None, evidence: Evidence) -> bool:
+    """Tell whether guidance 'anchor' factorises the matrix of the observations, rather than iterating.
+
+    Iterations grow with the ratio of the state's variance to that of the errors, and beyond `STIFF` do not converge in as many as are allowed;
+    so precise observations are factorised up to a number that is larger by `MORE`.
+    """
     given: Any = None if anchor is None else anchor.given_noise(1.0)
-    return int(given.direct_limit) if isinstance(given, Observable) else 0
+    if not isinstance(given, Observable) or not isinstance(evidence, LinearEvidence):
+        return False
+    limit = given.direct_limit * (MORE if float(evidence.contrast().min()) > STIFF else 1)
+    return int(evidence.seen().sum(1).max()) <= limit
 
 
 class _Anchor(Guide):
@@ -277,8 +285,8 @@ class _Anchor(Guide):
         self._factors: dict[float, list[Tensor]] = {}
         assert self.anchor is not None
         self.matrices = None
-        exact = isinstance(self.evidence, LinearEvidence) and self.evidence.linear and self.likelihood[0] == "gaussian"
-        if exact and int(self.evidence.seen().sum(1).max()) <= direct_limit(self.anchor):
+        exact = self.evidence.linear and self.likelihood[0] == "gaussian"
+        if exact and factorises(self.anchor, self.evidence):
             assert isinstance(self.evidence, LinearEvidence)
             self.matrices = self.evidence.matrices()
 

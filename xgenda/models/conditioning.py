@@ -23,7 +23,7 @@ from xgenda.diffusion.batches import in_batches
 from xgenda.diffusion.coloured import ColouredNoise
 from xgenda.diffusion.denoisers import Denoiser
 from xgenda.diffusion.evidence import Evidence, FunctionEvidence, LinearEvidence
-from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, direct_limit, guidance_options, guide
+from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, factorises, guidance_options, guide
 from xgenda.diffusion.masks import OnPlane, OnSphere, Places
 from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.random_fields import Colour
@@ -235,7 +235,7 @@ class Conditioning(Observed):
         evidence = self.evidence([span], torch.zeros(1, dtype=torch.int64))
         return (
             finer_levels(evidence.sharpness(), self.sigmas[0]),
-            evidence.values.shape[1] <= direct_limit(self.covariance),
+            factorises(self.covariance, evidence),
             -1,
         )
 
