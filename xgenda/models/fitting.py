@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -242,12 +243,19 @@ def fit_sample(z: np.ndarray, choice: Choice) -> tuple[dict[str, Any], dict[str,
 
 def fit_eofs(anomaly: np.ndarray, rank: int, inflation: float = 1.0) -> LowRank:
     """Return the leading EOFs of a sample plus the variance they leave, as an uncorrelated residual."""
-    scaled = anomaly * np.sqrt(inflation / (len(anomaly) - 1))
+    return _truncated(*_eofs(anomaly * np.sqrt(inflation / (len(anomaly) - 1))), rank)
+
+
+def _eofs(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all EOFs times their standard deviations, shape (state, modes), and the variance of each entry, of anomalies over root n - 1."""
     _, singular, modes = np.linalg.svd(scaled, full_matrices=False)
-    factor = modes[:rank].T * singular[:rank]
-    total = (scaled**2).sum(0)
-    residual = np.maximum(total - (factor**2).sum(1), 1e-6 * total)
-    return LowRank(torch.as_tensor(factor.copy()), torch.as_tensor(residual))
+    return modes.T * singular, (scaled**2).sum(0)
+
+
+def _truncated(factor: np.ndarray, total: np.ndarray, rank: int) -> LowRank:
+    kept = factor[:, :rank]
+    residual = np.maximum(total - (kept**2).sum(1), 1e-6 * total)
+    return LowRank(torch.as_tensor(kept.copy()), torch.as_tensor(residual))
 
 
 def search(
@@ -324,7 +332,7 @@ class _Probe:
     """Covariances, without their inflation, between some entries of the state."""
 
     def __init__(self, anomaly: np.ndarray, grid: AnyGrid, probe: np.ndarray) -> None:
-        self.anomaly, self.grid, self.index = anomaly, grid, torch.as_tensor(probe)
+        self.grid, self.index = grid, torch.as_tensor(probe)
         scaled = torch.as_tensor(anomaly) / np.sqrt(len(anomaly) - 1)
         self.sample = (scaled[:, self.index].T @ scaled[:, self.index]).numpy()
         self.place, self.channel = self.index % grid.size, self.index // grid.size
@@ -332,6 +340,7 @@ class _Probe:
         std = np.sqrt(np.diag(self.sample))
         self.scale = std[:, None] * between[self.channel][:, self.channel].numpy() * std
         self._made: dict[tuple[str, float], np.ndarray] = {}
+        self._eofs = functools.cache(lambda: _eofs(anomaly / np.sqrt(len(anomaly) - 1)))  # the longest part, the same for all ranks
 
     def __call__(self, choice: Choice) -> np.ndarray:
         if choice.kind == "eof":
@@ -346,7 +355,7 @@ class _Probe:
         if key not in self._made:
             kind, size = key
             if kind == "eof":
-                found = fit_eofs(self.anomaly, int(size)).block(self.index, self.index)
+                found = _truncated(*self._eofs(), int(size)).block(self.index, self.index)
             else:
                 found = correlation_at(self.grid, kind, size, self.place)
             self._made[key] = found.numpy()
