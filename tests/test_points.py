@@ -128,6 +128,46 @@ def test_between_cells_it_differs_from_the_gridded_route_as_it_must() -> None:
     assert np.abs(gridded.t.sel(moment="mean").values.ravel() - mean).max() > 0.1
 
 
+def test_where_elsewhereare_denser_than_cells_it_is_nearer_to_the_truth() -> None:
+    """Than the gridded route with whatever error of representativeness; at the cells, and by far at withheld stations."""
+    rng, times = np.random.default_rng(2), 16
+    background = field(time=times) * 0 + 280.0
+    background.t.attrs["units"] = "K"
+    at = torch.as_tensor(rng.uniform((40.1, -3.9), (45.9, 3.9), (120, 2))).T.round(decimals=4)
+    kernel = SphereKernel(torch.as_tensor(LATITUDE), torch.as_tensor(LONGITUDE), "exponential", 300e3)
+    drawn = 280 + 2 * ExtendedKernel(kernel, *at, 120).draw(NoiseStream([(0, "t", k) for k in range(times)]))[:, 0].numpy()
+    network = xr.Dataset(
+        {"t": (("time", "obs"), drawn[:, 20:], {"units": "K"})},
+        coords={"time": background.time, "latitude": ("obs", at[0].numpy()), "longitude": ("obs", at[1].numpy())},
+    )
+    given, withheld = network.isel(obs=slice(0, 80)), network.isel(obs=slice(80, None))
+    given = given + 0.3 * rng.standard_normal(given.t.shape)
+    given.t.attrs["units"] = "K"
+    table = given.stack(row=("time", "obs")).reset_index("row").drop_vars("obs")
+    call: dict[str, Any] = {"error": 0.3, "background_check": None}
+
+    def errors(analysis: xr.Dataset, there: xr.Dataset | None) -> tuple[float, float]:
+        mean = analysis.t.sel(moment="mean")
+        seen = (
+            mean.interp(latitude=withheld.latitude, longitude=withheld.longitude) if there is None else there.t.sel(moment="mean")
+        )
+        cells = drawn[:, :20].reshape(mean.shape)
+        return float(((mean - cells) ** 2).mean() ** 0.5), float(((seen.values - withheld.t.values) ** 2).mean() ** 0.5)
+
+    model = prior(background)
+    grid, there = (
+        xgenda.posterior_moments(background, table, model=model, at=at, **call) for at in (None, withheld.drop_vars("t"))
+    )
+    best = errors(grid, there)
+    for representativeness in (0.0, 0.5, 1.0, 1.5):
+        gridded = xgenda.posterior_moments(
+            background, table, model=prior(background, "grid"), representativeness=representativeness, **call
+        )
+        cells, elsewhere = errors(gridded, None)
+        assert best[0] < 0.97 * cells
+        assert best[1] < 0.8 * elsewhere
+
+
 def test_members_are_the_same_wherever_they_are_asked_for() -> None:
     background, obs, where = field(), stations(9), stations(6, 3).drop_vars("t")
     call: dict[str, Any] = {"model": prior(background), "error": 0.5, "members": 3, "seed": 0}
@@ -153,19 +193,24 @@ def test_members_are_the_same_wherever_they_are_asked_for() -> None:
     np.testing.assert_allclose(alone.t[0], grid.t[0], atol=1e-12)
 
 
-def test_chunks_and_times_with_other_stations_change_nothing() -> None:
+def test_chunks_and_times_with_other_elsewherechange_nothing() -> None:
     background = field(time=3)
     moving = xr.concat(
         [stations(4, 5 + k).expand_dims(time=[t]).stack(row=("time", "obs")).reset_index("row") for k, t in enumerate(background.time.values)],
         "row",
     ).drop_vars("obs")  # fmt: skip
-    where = stations(3, 9).drop_vars("t")
+    where = (
+        stations(3, 9)
+        .drop_vars("t")
+        .assign_coords(time=("obs", background.time.values[[0, 0, 2]]), station=("obs", ["a", "b", "c"]))
+    )
     call: dict[str, Any] = {"model": prior(background), "error": 0.5, "members": 2, "seed": 0}
     for at in (None, where):
         eager = xgenda.assimilate(background, moving, at=at, **call)
         lazy = xgenda.assimilate(background.chunk(time=2), moving, at=at, **call)
         assert lazy.t.chunks is not None
         np.testing.assert_allclose(lazy.t, eager.t, atol=1e-12)
+        xr.testing.assert_equal(eager.time, background.time)
         alone = xgenda.assimilate(background.isel(time=[1]), moving, at=at, **call)
         np.testing.assert_allclose(alone.t, eager.t.isel(time=[1]), atol=1e-12)
     own = moving.isel(row=np.flatnonzero(moving.time.values == background.time.values[2]))
@@ -275,6 +320,9 @@ def test_what_is_asked_wrongly_is_refused() -> None:
     for lazy in (background, background.expand_dims(time=[np.datetime64("2020-01-01", "ns")]).chunk(time=1)):
         with pytest.raises(GridError, match="1 of 2 places lie outside of the grid of ds"):
             xgenda.assimilate(lazy, obs, model=model, error=0.5, at=far)
+    track = xr.Dataset(coords={"latitude": ("time", [42.0]), "longitude": ("time", [0.0])})
+    with pytest.raises(OptionError, match=r"at.rename\(time='point'\)"):
+        xgenda.assimilate(field(time=1), obs, model=model, error=0.5, at=track)
     with pytest.raises(OptionError, match="at=3 is not accepted"):
         xgenda.assimilate(background, obs, model=model, error=0.5, at=3)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="representation='points'"):

@@ -292,6 +292,10 @@ def analysed(
     """
     if at is not None:
         interpolated(setup.state.grid, rounded(*at.grid.points()), 1, None)  # refuses what lies outside
+        if same := {setup.time, lead.dims[0]} & set(at.layout.dims):
+            raise OptionError(
+                f"at is along {(name := min(map(str, same)))!r}, which the result has already; rename it: at.rename({name}='point')"
+            )
         job = dataclasses.replace(job, at=at.grid, output=at.orientation)
     if not observed:
         values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
@@ -476,9 +480,17 @@ def _wrap_at(setup: Prepared, values: Any, lead: xr.DataArray, at: State) -> xr.
         }
     )
     known = setup.state.ds.coords
-    out = out.assign_coords({n: known[n].variable for n in known if set(known[n].dims) <= set(time) and n not in at.ds.coords})
-    out = setup.state.leave(at.leave(out.assign_coords(at.ds.coords)).assign_coords({str(lead.dims[0]): lead.variable}))
-    return out.assign_coords({n: c.variable for n, c in at.origin.coords.items() if set(c.dims) <= set(out.dims)})
+    own = {
+        n: known[n].variable for n in known if set(known[n].dims) <= set(time)
+    }  # its times, not those of what lies at the places
+    out = at.leave(
+        out.assign_coords({n: c for n, c in at.ds.coords.items() if n not in own}).assign_coords(
+            {str(lead.dims[0]): lead.variable}
+        )
+    )
+    out = setup.state.leave(out.assign_coords(own))
+    places = {n: c.variable for n, c in at.origin.coords.items() if n not in own and set(c.dims) <= set(out.dims)}
+    return out.assign_coords(places).assign_coords({n: v for n, v in own.items() if n in setup.state.origin.coords})
 
 
 def _target(at: xr.Dataset | xr.DataArray | pd.DataFrame) -> State:
