@@ -85,9 +85,8 @@ def main() -> None:
         )
         mean = xr.full_like(cells, float(sample.a.mean()))
         history = sample.isel(time=slice(0, 20))
-        reports = xr.concat(
-            [stations(history.isel(time=[t]), last, 200, np.random.default_rng(t)).stack(row=("time", "obs")).reset_index("row") for t in range(20)], "row"
-        )  # fmt: skip
+        parts = [stations(history.isel(time=[t]), last, 200, np.random.default_rng(t)) for t in range(20)]
+        reports = xr.concat([p.stack(row=("time", "obs")).reset_index("row") for p in parts], "row")
         fit = xgenda.fit_covariance(xr.full_like(history.isel(coarse), float(sample.a.mean())), reports.drop_vars("obs")).loc["a"]
         print(f"  Gaussian: exponential, {fit['length_scale'] / 1e3:.0f} km, {fit['std']:.2f}", flush=True)
         kernel = {"length_scale": fit["length_scale"], "std": fit["std"]}
