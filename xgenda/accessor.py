@@ -59,6 +59,7 @@ class GendaAccessor:
         batch_size: int | None = None,
         device: str = "auto",
         progress: bool | None = None,
+        at: xr.Dataset | xr.DataArray | pd.DataFrame | None = None,
     ) -> xr.Dataset:
         """Return an ensemble of the states that fit the observations; see `xgenda.assimilate`."""
         from xgenda.assimilation import assimilate
@@ -68,7 +69,7 @@ class GendaAccessor:
             guidance_options=guidance_options, likelihood=likelihood, sampler=sampler, sampler_options=sampler_options, schedule=schedule,
             steps=steps, window=window, background_check=background_check, quality=quality,
             representativeness=representativeness, lapse_rate=lapse_rate,
-            operators=operators, first_guess=first_guess, batch_size=batch_size, device=device, progress=progress,
+            operators=operators, first_guess=first_guess, batch_size=batch_size, device=device, progress=progress, at=at,
         )  # fmt: skip
 
     def cycle(
@@ -131,6 +132,7 @@ class GendaAccessor:
         operators: Mapping[str, AnyOperator] | None = None,
         first_guess: xr.Dataset | xr.DataArray | None = None,
         progress: bool | None = None,
+        at: xr.Dataset | xr.DataArray | pd.DataFrame | None = None,
     ) -> xr.Dataset:
         """Return mean and standard deviation of a Gaussian posterior; see `xgenda.posterior_moments`."""
         from xgenda.assimilation import posterior_moments
@@ -138,7 +140,7 @@ class GendaAccessor:
         return posterior_moments(
             self._obj, obs, model=model, error=error, window=window, background_check=background_check, quality=quality,
             representativeness=representativeness, lapse_rate=lapse_rate, operators=operators, first_guess=first_guess,
-            progress=progress,
+            progress=progress, at=at,
         )  # fmt: skip
 
     def fit_covariance(

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-from xgenda import chunking, engine, metadata
+from xgenda import chunking, engine, metadata, states
 from xgenda.devices import resolve_device
 from xgenda.errors import OptionError
 from xgenda.filtering import analyse, check_filter, prepare_ensemble
@@ -19,9 +20,11 @@ from xgenda.filters import LETKF
 from xgenda.formatting import brief
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
+from xgenda.observations.places import interpolated, rounded
 from xgenda.observations.quality import Quality, QualityControl, count_codes
 from xgenda.operators import AnyOperator
 from xgenda.preparation import MEMBERS, ModelLike, Prepared, check_trajectory, departure_chi2, prepare, warn_of_departures
+from xgenda.states import State
 
 
 def assimilate(
@@ -49,6 +52,7 @@ def assimilate(
     batch_size: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
+    at: xr.Dataset | xr.DataArray | pd.DataFrame | None = None,
 ) -> xr.Dataset:
     """Return an ensemble of the states that fit the observations.
 
@@ -118,11 +122,15 @@ def assimilate(
         'auto', 'cpu' or 'cuda'.
     progress
         True or False; None shows a bar in notebooks and terminals.
+    at
+        Where the result is wanted instead of on the grid of `ds`, inside of which it lies: points (latitude and longitude along one
+        dimension, or the columns of a table) or another grid. The same members, evaluated there by a model whose ``representation`` is 'points',
+        and interpolated for others.
 
     Returns
     -------
     xarray.Dataset
-        The variables of the model with the leading dimension ``member``, on the coordinates and in the units of `ds`.
+        The variables of the model with the leading dimension ``member``, on the coordinates and in the units of `ds`, or on those of `at`.
         Attributes record model, checksum, seed, guidance and (for eager results) the number of observations per quality code.
 
     Raises
@@ -156,7 +164,10 @@ def assimilate(
     ds = metadata.as_dataset(ds)
     member_numbers, drawn_seed = engine.check_members(MEMBERS if members is None else members), engine.check_seed(seed)
     resolve_device(device)
+    target = None if at is None else _target(at)
     if isinstance(model, LETKF):
+        if target is not None:
+            raise OptionError("at has no effect on a filter, whose members are on the grid of ds. Leave it out.")
         asked = SamplingOptions(
             guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
         )
@@ -183,7 +194,7 @@ def assimilate(
     }
     call = f"assimilate(model={setup.model.spec.name!r}, members={len(member_numbers)}, seed={drawn_seed}, guidance={options.guidance!r})"
     member = xr.DataArray(np.array(member_numbers), dims="member", attrs=metadata.MEMBER_ATTRS)
-    return analysed(setup, job, ds, member, asked_for, call)
+    return analysed(setup, job, ds, member, asked_for, call, at=target)
 
 
 def posterior_moments(
@@ -200,6 +211,7 @@ def posterior_moments(
     operators: Mapping[str, AnyOperator] | None = None,
     first_guess: xr.Dataset | xr.DataArray | None = None,
     progress: bool | None = None,
+    at: xr.Dataset | xr.DataArray | pd.DataFrame | None = None,
 ) -> xr.Dataset:
     """Return mean and standard deviation of the posterior of a Gaussian prior in closed form: the analysis of optimal interpolation.
 
@@ -209,6 +221,8 @@ def posterior_moments(
     ----------
     ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess, progress
         As in `assimilate`; the model is one of `gaussian_prior`.
+    at
+        As in `assimilate`, for a model whose ``representation`` is 'points'.
 
     Returns
     -------
@@ -239,11 +253,17 @@ def posterior_moments(
             f"model={setup.model.spec.name!r} has no posterior in closed form; take the moments of members: "
             f"xgenda.assimilate(...).mean('member'), or use xgenda.gaussian_prior(ds)"
         )
+    target = None if at is None else _target(at)
+    if target is not None and not setup.model.pointwise:
+        raise OptionError(
+            f"at needs a covariance between the cells, which model={setup.model.spec.name!r} does not have. Make it a prior over functions: "
+            f"gaussian_prior(..., representation='points')"
+        )
     job = setup.job((0, 1), 0, setup.model.plan(SamplingOptions(), linear=setup.linear), "cpu", progress)
     moment = xr.DataArray(["mean", "std"], dims="moment", attrs={"long_name": "moment of the posterior"})
     given = _what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess)
     call = f"posterior_moments(model={setup.model.spec.name!r})"
-    return analysed(setup, dataclasses.replace(job, moments=True), ds, moment, given, call)
+    return analysed(setup, dataclasses.replace(job, moments=True), ds, moment, given, call, at=target)
 
 
 def analysed(
@@ -255,6 +275,7 @@ def analysed(
     call: str,
     *,
     observed: bool = True,
+    at: State | None = None,
 ) -> xr.Dataset:
     """Compute, or lay out, what `job` says and describe it.
 
@@ -266,7 +287,16 @@ def analysed(
         For the attributes and the history of the result.
     observed
         Whether observations belong to such a call, so that their absence and their departures are told of.
+    at
+        Where the result is wanted, None on the grid of the state.
     """
+    if at is not None:
+        interpolated(setup.state.grid, rounded(*at.grid.points()), 1, None)  # refuses what lies outside
+        if same := {setup.time, lead.dims[0]} & set(at.layout.dims):
+            raise OptionError(
+                f"at is along {(name := min(map(str, same)))!r}, which the result has already; rename it: at.rename({name}='point')"
+            )
+        job = dataclasses.replace(job, at=at.grid, output=at.orientation)
     if not observed:
         values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
         given = {"model": setup.model.spec.name, "model_sha256": setup.model.sha256, **asked_for}
@@ -299,14 +329,20 @@ def analysed(
         "departure_chi2": chi2,
         "observation_counts": counts if counts is not None else "computed with the blocks; see xgenda.innovations",
     }
-    return _described_as(setup, values, ds, lead, call, provenance)
+    return _described_as(setup, values, ds, lead, call, provenance, at)
 
 
 def _described_as(
-    setup: Prepared, values: Any, ds: xr.Dataset, lead: xr.DataArray, call: str, provenance: Mapping[str, object]
+    setup: Prepared,
+    values: Any,
+    ds: xr.Dataset,
+    lead: xr.DataArray,
+    call: str,
+    provenance: Mapping[str, object],
+    at: State | None = None,
 ) -> xr.Dataset:
-    """Return values as a Dataset like `ds`."""
-    result = setup.state.leave(_wrap(setup, values, lead))
+    """Return values as a Dataset like `ds`, or at other places."""
+    result = setup.state.leave(_wrap(setup, values, lead)) if at is None else _wrap_at(setup, values, lead, at)
     return metadata.carry_metadata(result, ds, setup.state.variables(setup.variables.values()), call=call, provenance=provenance)
 
 
@@ -432,3 +468,49 @@ def _wrap(setup: Prepared, values: Any, lead: xr.DataArray) -> xr.Dataset:
     result = xr.Dataset(out, coords={n: v for n, v in kept.items() if n in ds.coords})
     result = result.assign({n: v for n, v in kept.items() if n not in ds.coords})
     return result.assign_coords({str(lead.dims[0]): lead.variable})
+
+
+def _wrap_at(setup: Prepared, values: Any, lead: xr.DataArray, at: State) -> xr.Dataset:
+    """Return values at other places, on the coordinates of these."""
+    time, dims = [setup.time] if setup.time else [], at.layout.dims
+    out = xr.Dataset(
+        {
+            name: ([lead.dims[0], *time, *dims], np.swapaxes(values[:, :, c], 0, 1) if time else values[0, :, c])
+            for c, name in enumerate(setup.variables.values())
+        }
+    )
+    known = setup.state.ds.coords
+    own = {
+        n: known[n].variable for n in known if set(known[n].dims) <= set(time)
+    }  # its times, not those of what lies at the places
+    out = at.leave(
+        out.assign_coords({n: c for n, c in at.ds.coords.items() if n not in own}).assign_coords(
+            {str(lead.dims[0]): lead.variable}
+        )
+    )
+    out = setup.state.leave(out.assign_coords(own))
+    places = {n: c.variable for n, c in at.origin.coords.items() if n not in own and set(c.dims) <= set(out.dims)}
+    return out.assign_coords(places).assign_coords({n: v for n, v in own.items() if n in setup.state.origin.coords})
+
+
+def _target(at: xr.Dataset | xr.DataArray | pd.DataFrame) -> State:
+    """Return where a result is wanted, without any variables.
+
+    Raises
+    ------
+    OptionError, CoordinateError, GridError
+        If these are no places.
+    """
+    if isinstance(at, pd.DataFrame):
+        at = xr.Dataset.from_dataframe(at.reset_index(drop=True).rename_axis("point"))
+    if not isinstance(at, (xr.Dataset, xr.DataArray)):
+        raise OptionError(
+            f"at={brief(at)} is not accepted; give places with latitude and longitude: at=obs, or "
+            f"at=xr.Dataset(coords={{'latitude': ('point', [50.0]), 'longitude': ('point', [10.0])}})"
+        )
+    ds = at.to_dataset(name="at") if isinstance(at, xr.DataArray) else at
+    names = [n for n in metadata.find_positions(ds) if n is not None]
+    ds = ds.set_coords(names)
+    kept = {str(d) for n in names for d in ds[n].dims}
+    ds = ds.drop_vars([n for n, v in ds.variables.items() if n in ds.data_vars or not set(v.dims) <= kept or not v.dims])
+    return states.enter(ds, "at")

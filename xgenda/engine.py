@@ -19,13 +19,18 @@ from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
 from xgenda.formatting import bar_class
 from xgenda.grids import Orientation
-from xgenda.models.generative import PointEvidence, Request, SamplingOptions
+from xgenda.maps import LinearMap
+from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
+from xgenda.models.places import Places
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
+from xgenda.observations.places import at_places, interpolated, rounded
 from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
 from xgenda.operators import Operator, extended, extended_deviation
 from xgenda.scaling import Scaling
 
+#: Indices, weights, values and variances of no observation.
+NOTHING = (np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), *np.zeros((2, 0)))
 IMPLAUSIBLE = 20.0  # standard deviations from the training climate: surely other units or a fill value
 
 
@@ -65,6 +70,10 @@ class Job:
         (scale, offset) per variable of the result, as `factors`; None where these are the same variables.
     window
         See `Request`.
+    areal
+        Of everything observable, whether it sees more than one place.
+    at
+        Where the result is wanted, where not on the grid.
     """
 
     handle: Handle
@@ -92,6 +101,8 @@ class Job:
     conditions: InputTimes | None = None
     outputs: tuple[tuple[float, float], ...] | None = None
     window: tuple[np.ndarray, np.ndarray] | None = None
+    areal: tuple[bool, ...] = ()
+    at: AnyGrid | None = None
 
     def on(self, rows: np.ndarray, columns: np.ndarray) -> Job:
         """Return the job for some rows and columns of the model's grid."""
@@ -127,14 +138,15 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
                 located = job.located.between(int(index[0]), int(index[0]) + len(index))
                 if job.threshold is not None or job.quality.buddy is not None or job.operators:
                     located = _recheck(job, request, located)
-                request = dataclasses.replace(request, evidence=_evidence(located, len(index)))
+                request = dataclasses.replace(request, evidence=_evidence(job, located, len(index)))
             if job.moments:
                 values = torch.stack(model.moments(request, spread=job.spread), 1)
                 advance(total)
             else:
                 values = model.posterior(request)
     spec = model.spec
-    shape = (spec.grid or job.grid).plane if job.window is None else (len(job.window[0]), len(job.window[1]))
+    values, valid = _elsewhere(job, model, values)
+    shape = (job.at or spec.grid or job.grid).plane if job.window is None else (len(job.window[0]), len(job.window[1]))
     out = values.numpy().reshape(len(index), len(job.members), spec.channels, *shape)
     if not np.isfinite(out).all():
         raise StateError(
@@ -148,11 +160,22 @@ def run(index: np.ndarray, *fields: np.ndarray, payload: Job) -> np.ndarray:
         if (scale, offset) != (1.0, 0.0):
             shift = np.array([offset, 0.0])[:, None, None] if job.moments else offset  # a standard deviation has no offset
             out[:, :, c] = (out[:, :, c] - shift) / scale
-    if model.valid is not None:
-        out[:, :, ~model.valid] = np.nan
+    if valid is not None:
+        out[:, :, ~valid] = np.nan
     if job.window is None:
         out = job.output.from_model(out)
     return out.astype(job.dtype, copy=False)
+
+
+def _elsewhere(job: Job, model: GenerativeModel, values: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Return values where they are wanted, and the mask there; a model of the cells alone is interpolated."""
+    if job.at is None:
+        return values, model.valid
+    places = rounded(*job.at.points())
+    indices, weights, seen = interpolated(job.grid, places, model.spec.channels, model.valid)
+    if not model.pointwise:
+        values = (values[..., torch.as_tensor(indices)] * torch.as_tensor(weights)).sum(-1)
+    return values, None if seen.all() else seen.reshape(-1, *job.at.plane)
 
 
 def moments(job: Job, *fields: np.ndarray) -> tuple[Any, Any, Request]:
@@ -247,7 +270,7 @@ def _request(
             check_plausible(job.names[c], float(values[:, c].mean()), described.scaling, c, v.units)
     located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
     return Request(
-        job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(located, len(index)),
+        job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(job, located, len(index)),
         [str(job.labels[i]) for i in index], job.members, job.seed, job.options, device, advance, job.operators, standardised, planes,
         job.window,
     )  # fmt: skip
@@ -265,14 +288,34 @@ def check_plausible(name: str, found: float, scaling: Scaling, channel: int, uni
         )
 
 
-def _evidence(located: Located | None, times: int) -> list[PointEvidence]:
+def _evidence(job: Job, located: Located | None, times: int) -> list[PointEvidence]:
     """Return the observations of each time as tensors; those of a trajectory as one."""
-    nothing = PointEvidence(*map(torch.as_tensor, (np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), *np.zeros((2, 0)))))
+    model = job.handle.load()
+    if model.pointwise:
+        return [_pointwise(job, model, None if located is None else located.at(t).used()) for t in range(times)]
     if located is None:
-        return [nothing] * times
+        return [PointEvidence(*map(torch.as_tensor, NOTHING))] * times
     together = [located.used()] if located.trajectory else [located.at(t).used() for t in range(times)]
     found = [whitened(now.table, now.operator, now.time_index) for now in together]
     return [PointEvidence(*map(torch.as_tensor, (o.indices, o.weights, value, variance))) for o, value, variance in found]
+
+
+def _pointwise(job: Job, model: GenerativeModel, now: Located | None) -> PointEvidence:
+    """Return the observations of one time at their places, which the state has after the cells of each channel."""
+    asked = None if job.at is None else job.at.points()
+    if now is None:
+        empty = LinearMap.from_rows(NOTHING[0], NOTHING[1], model.spec.channels * job.grid.size)
+        found, given = at_places(empty, NOTHING[2], NOTHING[3], job.grid, np.zeros(0, dtype=bool), asked), NOTHING
+    else:
+        table, areal = now.table, np.array(job.areal, dtype=bool)[now.table.variable]
+        found = at_places(now.operator, table.latitude, table.longitude, job.grid, areal, asked)
+        operator, value, variance = whitened(table, found.operator, now.time_index)
+        given = operator.indices, operator.weights, value, variance
+    indices, weights, _ = interpolated(job.grid, found.places, model.spec.channels, model.valid)
+    wanted = None if found.wanted is None else torch.as_tensor(found.wanted)
+    latitude, longitude = torch.as_tensor(found.places.T.copy())
+    places = Places(latitude, longitude, found.observed, torch.as_tensor(indices), torch.as_tensor(weights), wanted=wanted)
+    return PointEvidence(*map(torch.as_tensor, given), places=places)
 
 
 def lay(
@@ -284,6 +327,8 @@ def lay(
     With `windows`, rows and columns of a chunk, it is a dask array in model order.
     """
     lazy = chunking.is_chunked(arrays) or windows is not None
+    if job.at is not None:
+        shape = job.at.plane
     dtype = np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind == "f"))
     job = dataclasses.replace(job, dtype=dtype)
     if lazy:

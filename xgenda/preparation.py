@@ -109,6 +109,7 @@ class Prepared:
             located=self.located, threshold=self.threshold, quality=self.quality, operators=self.operators,
             members=members, seed=seed, options=options, device=device,
             output=self.state.orientation, check=spec.needs_background, progress=progress, threads=None, conditions=self.conditions,
+            areal=tuple(w.rows is not None or bool(w.inputs) for w in self.observable),
         )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ class SphereKernel:
         self.shape = (len(latitude), len(longitude))
         self.size = self.shape[0] * self.shape[1]
         self._axes = (latitude.double(), longitude.double())
-        self._positions = _unit_vectors(*_mesh(*self._axes))
+        self.positions = unit_positions(*_mesh(*self._axes))
         self._root: Tensor | None = None
         self._nearby: Nearby | None = None
 
@@ -82,16 +82,17 @@ class SphereKernel:
         Up to `DENSE_LIMIT` of them are drawn with a dense root, more by `Nearby`.
         """
         kernel = cls(latitude, torch.zeros(1), kind, length)
-        kernel._positions = _unit_vectors(latitude.double(), longitude.double())
+        kernel.positions = unit_positions(latitude.double(), longitude.double())
         if len(latitude) > DENSE_LIMIT:
             kernel._nearby = Nearby(kernel)
         return kernel
 
     def correlation(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the correlation of cells, shape (rows, columns)."""
-        return self._of_chord(_chord(self._positions[rows], self._positions[columns]))
+        return self.of_distance(_chord(self.positions[rows], self.positions[columns]))
 
-    def _of_chord(self, chord: Tensor) -> Tensor:
+    def of_distance(self, chord: Tensor) -> Tensor:
+        """Return the correlation at distances along the chord, in radii of the Earth."""
         if self.kind == "exponential":
             distance = 2 * EARTH_RADIUS * torch.asin((chord / 2).clamp(max=1.0))
             return torch.exp(-distance / self.length)
@@ -127,9 +128,9 @@ class SphereKernel:
         assert self.around is not None
         latitude, _ = self._axes
         turn = torch.arange(self.around, dtype=torch.float64) * (360.0 / self.around)
-        first = _unit_vectors(latitude, torch.zeros_like(latitude))
-        everywhere = _unit_vectors(*_mesh(latitude, turn))
-        lags = self._of_chord(_chord(first, everywhere)).reshape(len(latitude), len(latitude), self.around)
+        first = unit_positions(latitude, torch.zeros_like(latitude))
+        everywhere = unit_positions(*_mesh(latitude, turn))
+        lags = self.of_distance(_chord(first, everywhere)).reshape(len(latitude), len(latitude), self.around)
         spectrum = torch.fft.rfft(lags, dim=-1).real.permute(2, 0, 1)
         return matrix_root(spectrum)
 
@@ -176,18 +177,18 @@ class Nearby:
         return out
 
     def _make(self) -> tuple[SphereKernel, Tensor, Tensor, Tensor]:
-        places = self.kernel._positions
+        places = self.kernel.positions
         tree = cKDTree(places.numpy())
         apart = math.degrees(float(np.median(tree.query(places.numpy(), k=2)[0][:, 1]))) / 2
         choices = [c for c in (self._around_the_globe(places, apart), self._over_a_region(places, apart)) if c is not None]
         _, nodes, places = min(choices, key=lambda c: c[0])
-        _, near = cKDTree(nodes._positions.numpy()).query(places.numpy(), k=NODES)
+        _, near = cKDTree(nodes.positions.numpy()).query(places.numpy(), k=NODES)
         index = torch.as_tensor(near)
         weight, left = torch.empty(index.shape, dtype=torch.float64), torch.empty(len(index), dtype=torch.float64)
         for some in torch.split(torch.arange(len(index)), 2**14):
-            around_it = nodes._positions[index[some]]
-            inner = self.kernel._of_chord(_chord(around_it, around_it)) + 1e-9 * torch.eye(NODES, dtype=torch.float64)
-            cross = self.kernel._of_chord(_chord(places[some, None], around_it))[:, 0]
+            around_it = nodes.positions[index[some]]
+            inner = self.kernel.of_distance(_chord(around_it, around_it)) + 1e-9 * torch.eye(NODES, dtype=torch.float64)
+            cross = self.kernel.of_distance(_chord(places[some, None], around_it))[:, 0]
             weight[some] = torch.linalg.solve(inner, cross)
             left[some] = (1 - (weight[some] * cross).sum(-1)).clamp(min=0.0)
         if float(left.mean()) > LEFT:
@@ -252,7 +253,8 @@ def _mesh(latitude: Tensor, longitude: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def _unit_vectors(latitude: Tensor, longitude: Tensor) -> Tensor:
+def unit_positions(latitude: Tensor, longitude: Tensor) -> Tensor:
+    """Return unit vectors of places in degrees, shape (..., 3)."""
     phi, lam = torch.deg2rad(latitude), torch.deg2rad(longitude)
     return torch.stack([phi.cos() * lam.cos(), phi.cos() * lam.sin(), phi.sin()], -1)
 

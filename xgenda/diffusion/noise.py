@@ -31,11 +31,18 @@ class NoiseStream:
     """
 
     def __init__(self, keys: Sequence[tuple[int, str, int]]) -> None:
+        self._keys, self._beside = list(keys), dict[str, NoiseStream]()
         self._generators = [torch.Generator().manual_seed(seed_for(*key)) for key in keys]
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self._generators)
+
+    def beside(self, name: str) -> NoiseStream:
+        """Return a stream of the same samples that is independent of this one: what is drawn there changes nothing here."""
+        if name not in self._beside:
+            self._beside[name] = NoiseStream([(seed, f"{label}|{name}", member) for seed, label, member in self._keys])
+        return self._beside[name]
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw the next standard normal numbers of every sample, shape (samples, *shape), on the CPU."""

@@ -241,6 +241,37 @@ class TorusField(_Waves):
         out: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * kept, s=self.shape)
         return out
 
+    def rows(self, row: Tensor, column: Tensor) -> Tensor:
+        """Return what evaluates the functions of a field with a `cutoff` anywhere, as a matrix.
+
+        Parameters
+        ----------
+        row, column
+            Places in fractional rows and columns of the grid, shape (p,).
+
+        Returns
+        -------
+        Tensor
+            Shape (p, ny * nx), float64: its product with the values on the grid is the sum of the same waves at the places.
+
+        Raises
+        ------
+        OptionError
+            If there is no cutoff, or the grid does not show all waves up to it.
+        """
+        ny, nx = self.shape
+        if (
+            self.cutoff is None
+            or self.left_out > INEXACT
+            or any(2 * self.cutoff * n >= max(self.size) * m for n, m in zip(self.size, self.shape, strict=True))
+        ):
+            raise OptionError("Only a field whose cutoff the grid shows is known between its cells; give such a cutoff.")
+        ky, kx = _axes(self.shape)
+        phase = ky[:, None] * (row.double() / ny)[:, None, None] + kx * (column.double() / nx)[:, None, None]
+        waves = torch.polar((self.power > 0).double() / (ny * nx), -2 * math.pi * phase)
+        out: Tensor = torch.fft.irfft2(waves, s=self.shape, norm="forward").flatten(1)
+        return out
+
     def highest_sigma(self, power: Tensor, share: float = 1e-4) -> float:
         """Return the noise level at which this noise drowns a prior tenfold in every wave.
 

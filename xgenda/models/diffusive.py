@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.grids import Grid
-from xgenda.models.checkpoints import load_weights
+from xgenda.models.checkpoints import content_hash, load_weights
 from xgenda.models.colouring import noise_on
 from xgenda.models.conditioning import (
     BATCH,
@@ -32,13 +32,18 @@ from xgenda.models.conditioning import (
     stack_evidence,
     without_logarithms,
 )
+from xgenda.models.continuing import check_between, continued, fit_between
 from xgenda.models.generative import GenerativeModel, Request, SamplingOptions
+from xgenda.models.places import Between, between_cells, given_cells
 from xgenda.models.spec import ModelSpec
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
 from xgenda.networks.uno import UNO
 from xgenda.scaling import Scaling
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["ARCHITECTURES", "BATCH", "SIGMA_MIN", "STEPS", "DiffusionModel", "build_network", "highest_sigma", "stack_evidence"]
 
@@ -92,6 +97,11 @@ class DiffusionModel(GenerativeModel):
             raise OptionError(
                 f"guidance={asked.guidance!r} is for white noise, and {self.spec.name!r} was trained with coloured noise; use guidance='mmps'."
             )
+        if self.pointwise and not (linear and asked.likelihood == "gaussian" and self.scaling.is_affine):
+            raise OptionError(
+                f"{self.spec.name!r} is evaluated between its cells, which needs likelihood='gaussian' and operators that are linear; leave out "
+                f"operators= and likelihood=, or use the model without between_cells."
+            )
         return plan_guided(asked, self.spec.name, has_anchor=has_anchor, linear=linear and self.scaling.is_affine)
 
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
@@ -122,13 +132,84 @@ class DiffusionModel(GenerativeModel):
         else:
             spans, observed = [tuple(range(times))], list(request.evidence[:1])
             denoiser = TrajectoryDenoiser(whole, k, batch=options.batch_size)
+        between = self._between(request) if self.pointwise else []
+        if between:
+            observed = [given_cells(e, b, m) for e, (b, m) in zip(observed, between, strict=True)]
         covariance = self.covariance.of_length(times) if isinstance(self.covariance, Separable) else self.covariance
         places = places_of(_grid(self.spec), self.spec.options["network"].get("periodic"))
         z = Conditioning(
             request, self.scaling, _grid(self.spec).plane, request.climatology.flatten(1), std, spans, observed, lambda _: denoiser,
             covariance, (SIGMA_MIN, self.sigma_max), places, request.labels, trajectory=k > 0, colour=self.colour,
         ).samples()  # fmt: skip
-        return without_logarithms(self.scaling, z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
+        out = without_logarithms(self.scaling, z * std.reshape(self.spec.channels, -1) + request.climatology[:, None], -2)
+        if not between or all(e.places is None or e.places.wanted is None for e in request.evidence):
+            return out
+        wanted = []
+        for evidence, (b, m), label, cells in zip(request.evidence, between, request.labels, out, strict=True):
+            assert evidence.places is not None
+            keys = [(request.seed, label, member) for member in request.members]
+            wanted.append(evidence.places.picked(between_cells(evidence, b, m, cells, keys), cells.shape[-1]))
+        return torch.stack(wanted)
+
+    def _between(self, request: Request) -> list[tuple[list[Between], Tensor]]:
+        """Return what the cells say of the places of each time, and what is expected of both, shape (channels, cells + p)."""
+        assert request.climatology is not None
+        names, made, out = [v.name for v in self.spec.variables], dict[bytes, list[Between]](), []
+        for evidence, mean in zip(request.evidence, request.climatology, strict=True):
+            assert evidence.places is not None
+            key = evidence.places.key
+            if key not in made:
+                made[key] = continued(self.spec.options["between"], names, self.spec.grid, evidence.places, self.colour)
+            out.append((made[key], evidence.places.extend(mean.double())))
+        return out
+
+    def between_cells(
+        self,
+        fine: xr.Dataset | xr.DataArray | None = None,
+        *,
+        covariance: str | None = None,
+        length_scale: float | Mapping[str, float] | None = None,
+        std: float | Mapping[str, float] | None = None,
+    ) -> DiffusionModel:
+        """Return the same model as a prior over functions: known between its cells, so that observations are seen at their own places.
+
+        Its cells are values at their centres, not means. Between them a field is what a covariance function makes of the cells, and
+        independent of them what it leaves open. Observations that lie nearer to each other than cells then share what the
+        grid does not show, and ``assimilate(..., at=places)`` evaluates the members anywhere.
+
+        Parameters
+        ----------
+        fine
+            Fields of the same variables on a finer grid around that of the model; the covariance is fitted to what the cells do not say of them.
+        covariance, length_scale, std
+            Instead of that: 'exponential', 'matern32', 'matern52' or 'gaussian', its length in metres, and its standard deviation in the units of
+            each variable. Without any of these the model must be of band-limited functions (noise with a 'cutoff'), whose waves are
+            summed at each place.
+
+        Raises
+        ------
+        OptionError, GridError, StateError
+            Saying what is needed.
+
+        References
+        ----------
+        Lim, J. H. et al. (2023), Score-based diffusion models in function space, arXiv:2302.07400.
+        """
+        if self.window > 1 or self.valid is not None or not self.scaling.is_affine:
+            raise OptionError(
+                f"{self.spec.name!r} cannot be known between its cells: it must be of single states, without mask and logarithms."
+            )
+        given = {"covariance": covariance, "length_scale": length_scale, "std": std}
+        if fine is not None:
+            if any(v is not None for v in given.values()):
+                raise OptionError("between_cells takes fine, or covariance, length_scale and std; leave one of them out.")
+            between = fit_between(self.spec, fine)
+        else:
+            between = check_between(self.spec, self.colour, given)
+        options = {**self.spec.options, "representation": "points", "between": between}
+        out = DiffusionModel(dataclasses.replace(self.spec, options=options), self.denoiser, self.covariance)
+        out.sha256 = content_hash(out)
+        return out
 
     def in_tiles(self, batch: int) -> EDMDenoiser:
         """Return the denoiser of the whole grid, whose network is called on so many parts at once where it was trained on parts."""
@@ -179,7 +260,9 @@ class DiffusionModel(GenerativeModel):
         )
         built = build_network(network)
         built.load_state_dict(self.denoiser.network.state_dict())
-        return DiffusionModel(spec, EDMDenoiser(built, None, False))
+        out = DiffusionModel(spec, EDMDenoiser(built, None, False))
+        out.sha256 = content_hash(out)  # by which lazy results are told apart
+        return out
 
     def calls(self, options: SamplingOptions) -> int:
         """Return the number of network evaluations of one member."""

@@ -21,16 +21,19 @@ from xgenda.diffusion.covariances import (
     Covariance,
     KernelCovariance,
     LocalisedSample,
+    SphereKernel,
 )
 from xgenda.diffusion.denoisers import GaussianDenoiser
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.hybrids import HybridSample, hybrid_modes
+from xgenda.diffusion.kriging import ExtendedKernel
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
 from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, memory_length, outside, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
+from xgenda.models.places import Places
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import CYCLES, cycle_basis
 from xgenda.spherical import unit_vectors
@@ -95,6 +98,19 @@ class GaussianModel(GenerativeModel):
             kernels, std[:, None].expand(-1, grid.size), _between_levels(names, options.get("vertical_scale"))
         )
 
+    def _with_places(self, grid: AnyGrid, places: Places | None) -> Covariance:
+        """Return the covariance of the state on the cells and, after those of each channel, at scattered places."""
+        own = self.covariance(grid)
+        if places is None or not len(places.latitude):
+            return own
+        assert isinstance(own, KernelCovariance)
+        made: dict[tuple[str, float], ExtendedKernel] = {}
+        for k in own.kernels:
+            if (k.kind, k.length) not in made:
+                made[k.kind, k.length] = ExtendedKernel(k, places.latitude, places.longitude, places.observed)
+        kernels: list[SphereKernel] = [made[k.kind, k.length] for k in own.kernels]
+        return KernelCovariance(kernels, own.std[:, :1].expand(-1, kernels[0].size), own.between)
+
     def denoiser(self, grid: AnyGrid | None = None) -> GaussianDenoiser:
         """Return the exact denoiser of the standardised anomaly, N(0, S), for use in the diffusion machinery."""
         covariance = self.covariance(grid)
@@ -136,38 +152,48 @@ class GaussianModel(GenerativeModel):
 
     def posterior(self, request: Request) -> Tensor:
         """Draw exact members; times with the same network share one factorisation."""
-        covariance, std = self.covariance(request.grid), self._std(request.grid).reshape(-1)
-        mean = self._mean(request).flatten(1)
-        out = torch.empty(len(request.labels), len(request.members), covariance.size, dtype=torch.float64)
+        out: dict[int, Tensor] = {}
         for times in _same_network(request.evidence):
+            covariance, means, std, places = self._around(request, times)
             solver = self._condition(covariance, request.evidence[times[0]], std)
-            for t in times:
+            for t, mean in zip(times, means, strict=True):
                 noise = NoiseStream([(request.seed, request.labels[t], m) for m in request.members])
                 if solver is None:
                     z = covariance.draw(noise)
                 else:
-                    value = request.evidence[t].value.double() - _observe(request.evidence[t], mean[t])
+                    value = request.evidence[t].value.double() - _observe(request.evidence[t], mean)
                     z = solver.draw(torch.zeros(covariance.size, dtype=torch.float64), value, noise)
-                out[t] = mean[t] + std * z
+                members = (mean + std * z).reshape(len(request.members), self.spec.channels, -1)
+                out[t] = members if places is None else places.picked(members, request.grid.size)
                 request.advance(1)
-        return out.reshape(len(request.labels), len(request.members), self.spec.channels, -1)
+        return torch.stack([out[t] for t in range(len(out))])
+
+    def _around(self, request: Request, times: list[int]) -> tuple[Covariance, Tensor, Tensor, Places | None]:
+        """Return covariance, prior means of each time and standard deviations of the state at times of one network, and its places."""
+        places = request.evidence[times[0]].places
+        mean, std = self._mean(request)[times], self._std(request.grid)
+        if places is not None:
+            mean, std = places.extend(mean), places.extend(std)
+        return self._with_places(request.grid, places), mean.flatten(1), std.flatten(), places
 
     def moments(self, request: Request, *, spread: bool = True) -> tuple[Tensor, Tensor]:
         """Return posterior mean and standard deviation in closed form, each shape (t, channels, cells); zero without `spread`."""
-        covariance, std = self.covariance(request.grid), self._std(request.grid).reshape(-1)
-        mean = self._mean(request).flatten(1)
-        means, deviations = mean.clone(), torch.zeros_like(mean)
+        found: dict[int, Tensor] = {}
         for times in _same_network(request.evidence):
+            covariance, means, std, places = self._around(request, times)
             solver = self._condition(covariance, request.evidence[times[0]], std)
+            deviation = torch.zeros_like(std)
             if spread:
-                variance = covariance.diagonal() if solver is None else solver.variance()
-                deviations[times] = std * variance.clamp(min=0).sqrt()
-            for t in times:
+                deviation = std * (covariance.diagonal() if solver is None else solver.variance()).clamp(min=0).sqrt()
+            for t, prior in zip(times, means, strict=True):
+                mean = prior
                 if solver is not None:
-                    value = request.evidence[t].value.double() - _observe(request.evidence[t], mean[t])
-                    means[t] += std * solver.mean(torch.zeros(covariance.size, dtype=torch.float64), value)
-        shape = (len(request.labels), self.spec.channels, -1)
-        return means.reshape(shape), deviations.reshape(shape)
+                    value = request.evidence[t].value.double() - _observe(request.evidence[t], prior)
+                    mean = prior + std * solver.mean(torch.zeros(covariance.size, dtype=torch.float64), value)
+                both = torch.stack([mean, deviation]).reshape(2, self.spec.channels, -1)
+                found[t] = both if places is None else places.picked(both, request.grid.size)
+        both = torch.stack([found[t] for t in range(len(found))], 1)
+        return both[0], both[1]
 
     @staticmethod
     def _condition(covariance: Covariance, evidence: PointEvidence, std: Tensor) -> GaussianPosterior | None:
@@ -205,7 +231,9 @@ def _same_network(evidence: Any) -> list[list[int]]:
     """Group the times whose observations have the same places and errors."""
     groups: dict[bytes, list[int]] = {}
     for t, e in enumerate(evidence):
-        key = b"".join(x.numpy().tobytes() for x in (e.indices, e.weights, e.variance))
+        key = b"".join(x.numpy().tobytes() for x in (e.indices, e.weights, e.variance)) + (
+            b"" if e.places is None else e.places.key
+        )
         groups.setdefault(key, []).append(t)
     return list(groups.values())
 
@@ -223,6 +251,7 @@ def gaussian_prior(
     climatology: str = "auto",
     mean: Literal["sample", "background"] = "sample",
     folds: int = 5,
+    representation: Literal["grid", "points"] = "grid",
 ) -> GaussianModel:
     """Make a Gaussian prior that needs no training.
 
@@ -259,6 +288,9 @@ def gaussian_prior(
         Prior mean for a sample: that of the 'sample' (its climatology), or the 'background' given to `assimilate`.
     folds
         Blocks of consecutive times (or members) of the cross-validation.
+    representation
+        With `length_scale`: what a field is between the cells. 'grid': interpolated from them, so that observations see
+        smoothed values. 'points': a function with the same covariance, evaluated at the place of each observation, however dense they are.
 
     Returns
     -------
@@ -301,6 +333,7 @@ def gaussian_prior(
         raise OptionError(f"ds has no variable on the dimensions {' and '.join(map(repr, state.layout.dims))}.")
     variables = tuple(VariableSpec(n, **states.described(state.ds, n)) for n in names)
     check_choice("covariance", covariance or "localized", (*SAMPLE_KINDS, *KERNELS))
+    check_choice("representation", representation, ("grid", "points"))
     if length_scale is not None or std is not None or covariance in KERNELS:
         stray = [k for k, v in {"radius": radius, "rank": rank, "inflation": inflation}.items() if v is not None]
         if stray or covariance in SAMPLE_KINDS or mean != "sample" or climatology not in ("auto", "none"):
@@ -308,7 +341,14 @@ def gaussian_prior(
                 f"{stray[0] if stray else 'covariance=' + repr(covariance)} belongs to a prior from a sample; leave out "
                 f"length_scale and std for that, or leave it out for a covariance function."
             )
-        return _from_function(state, names, variables, covariance or "exponential", length_scale, std, vertical_scale)
+        return _from_function(
+            state, names, variables, covariance or "exponential", length_scale, std, vertical_scale, representation
+        )
+    if representation == "points":
+        raise OptionError(
+            "representation='points' needs a covariance between cells, which a sample does not have; give a covariance function: "
+            "gaussian_prior(ds, length_scale=300e3, std=2.0, representation='points')"
+        )
     if vertical_scale is not None:
         raise OptionError("vertical_scale belongs to a covariance function; give length_scale and std too, or leave it out.")
     check_choice("mean", mean, ("sample", "background"))
@@ -371,9 +411,12 @@ def _from_function(
     length_scale: float | Mapping[str, float] | None,
     std: float | Mapping[str, float] | None,
     vertical_scale: float | None,
+    representation: str = "grid",
 ) -> GaussianModel:
     lengths, deviations = _per_variable("length_scale", length_scale, names), _per_variable("std", std, names)
     options: dict[str, Any] = {"covariance": kind, "length_scale": lengths, "std": deviations}
+    if representation == "points":
+        options["representation"] = "points"
     if vertical_scale is not None:
         _positive("vertical_scale", vertical_scale)
         if not any(levels for _, _, levels, _ in states.columns(names)):

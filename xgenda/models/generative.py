@@ -26,18 +26,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, device
 
+    from xgenda.models.places import Places
+
 
 STAGES = ("all", "mean")  # of downscaling
 
 
 @dataclass(frozen=True, eq=False)
 class PointEvidence:
-    """The observations of one time, as tensors: rows of a `LinearMap` from the state, values and error variances."""
+    """The observations of one time, as tensors: rows of a `LinearMap` from the state, values and error variances.
+
+    With `places` each channel of that state has these after its cells.
+    """
 
     indices: Tensor
     weights: Tensor
     value: Tensor
     variance: Tensor
+    places: Places | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +180,11 @@ class GenerativeModel(ABC):
     sha256: str = ""
     valid: np.ndarray | None = None
     closed_form: bool = False
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the prior is evaluated at the places of observations, instead of interpolated there from the cells."""
+        return bool(self.spec.options.get("representation") == "points")
 
     @abstractmethod
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
