@@ -106,3 +106,39 @@ def test_function_space_bands_and_fronts() -> None:
     torch.testing.assert_close(functions.truth(16, 1, 2)[0], fronts[2])
     assert torch.fft.rfft2(fronts)[:, 8].abs().max() < 1e-12
     assert 0.3 < float(fronts.square().mean()) < 1
+
+
+def test_resolution_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+    resolution = program("resolution")
+    n, cells = 32, 8
+    k = torch.hypot(torch.fft.fftfreq(n, 1 / n)[:, None], torch.arange(n // 2 + 1.0)).double()
+    power = torch.where((k > 0) & (k < n // 2), k.clamp(min=1) ** -3, 0.0)
+    fields = resolution.drawn(power, 400, "fields")
+    # a spectrum that is a power law goes on as one, and what it says of the shown waves is what they have
+    found = resolution.extrapolated(fields, 2 * n)
+    wave = torch.hypot(torch.fft.fftfreq(2 * n, 1 / (2 * n))[:, None], torch.arange(n + 1.0))
+    beyond = (wave > 18) & (wave < 31)
+    assert float((found[beyond] / wave[beyond] ** -3).log().abs().max()) < 0.15
+    np.testing.assert_allclose(
+        resolution.bands(fields)[:4], resolution.bands(resolution.drawn(power, 400, "other"))[:4], rtol=0.15
+    )
+    assert np.isnan(resolution.bands(fields)[4:]).all()
+    # members of the Gaussian keep the means, and are as far from the truth as from their own mean
+    truth = fields[:20]
+    means = resolution.block_means(truth, cells)
+    members = torch.stack([resolution.gaussian(power, y, 8, f"date {i}") for i, y in enumerate(means)])
+    torch.testing.assert_close(resolution.block_means(members, cells), means[:, None].expand(-1, 8, -1, -1))
+    error = (members.mean(1) - truth).square().mean()
+    assert float(error / members.var(1).mean()) == pytest.approx(1 + 1 / 8, rel=0.1)
+    assert float(error) < 0.9 * float((resolution.upsampled(means, n, "bilinear") - truth).square().mean())
+    # a field that the blocks show whole comes back
+    low = torch.fft.irfft2(torch.where(k < cells // 2 - 0.5, torch.fft.rfft2(truth), 0.0), s=(n, n))
+    torch.testing.assert_close(
+        resolution.upsampled(resolution.block_means(low, cells), n, "spectral"), low, atol=1e-4, rtol=0, check_dtype=False
+    )
+    crps, rmse = resolution.scores(members, truth)
+    assert crps == pytest.approx(
+        0.56 * rmse / (1 + 1 / 8) ** 0.5, rel=0.1
+    )  # of a normal distribution that is right: std / sqrt(pi)
+    assert resolution.scores(truth[:, None], truth) == (0.0, 0.0)

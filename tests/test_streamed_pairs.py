@@ -144,12 +144,13 @@ def test_sides_of_other_times_units_orders_and_variables(tmp_path: Path) -> None
     check_equal(read(*lazy, large=large()), read(coarse, fine), np.array([44, 0, 13, 14]))
 
 
-def test_neighbours_statics_and_lead_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [{"offsets": (-1, 0, 2)}, {"offsets": (-1, 0, 1), "ends": "nearest"}])
+def test_neighbours_statics_and_lead_times(window: dict[str, Any], tmp_path: Path) -> None:
     ds = weather(100)
     hours = ("time", np.arange(100) % 4 * 6, {"standard_name": "forecast_period", "units": "h"})
     coarse = coarsened(ds).assign_coords(forecast_period=hours)
     statics = xr.Dataset({"height": (("latitude", "longitude"), np.arange(64.0).reshape(8, 8))}, ds.drop_vars("time").coords)
-    options: dict[str, Any] = {"offsets": (-1, 0, 2), "statics": statics, "lead_time": True}
+    options: dict[str, Any] = {**window, "statics": statics, "lead_time": True}
     streamed = read(stored(coarse, tmp_path / "c"), stored(ds, tmp_path / "f"), **options, large=large())
     check_equal(streamed, read(coarse, ds, **options), np.array([0, 50, 96, 3]))
 

@@ -26,6 +26,7 @@ from xgenda.errors import DivergenceError, OptionError, StateError, check_choice
 from xgenda.filtering import check_filter, check_spread, ensemble_threshold
 from xgenda.filters import LETKF, Inflation
 from xgenda.forecasts import identity_of
+from xgenda.formatting import progress_bar
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import Quality, QualityControl
@@ -271,7 +272,7 @@ def cycle(
             stack.enter_context(storage.locked(path))
             kept = Stored.of(outline, path, record, resume=resume, overwrite=overwrite)
         first = kept.done
-        bar = engine.progress_bar(total, progress, "cycling")
+        bar = progress_bar(total, progress, "cycling")
         advance = stack.enter_context(bar)
         advance(first)
         if first:

@@ -238,7 +238,9 @@ def _times(ds: xr.Dataset, time: str | None, spec: ModelSpec, inputs: Conditions
             f"The model takes the times {inputs.offsets} times {inputs.spacing:g} s around each, and ds has no dimension of time."
         )
     values = ds[time].values
-    places = neighbours(values, values, inputs.offsets, inputs.spacing)
+    places = neighbours(values, values, inputs.offsets, inputs.spacing, inputs.ends)
+    if inputs.ends == "nearest":
+        return _continued(values, places, spec, inputs)
     whole = (places >= 0).all(1)
     if not whole.any():
         raise CoordinateError(
@@ -252,6 +254,25 @@ def _times(ds: xr.Dataset, time: str | None, spec: ModelSpec, inputs: Conditions
         )
     kept = np.flatnonzero(whole)
     return kept, places[kept]
+
+
+def _continued(values: np.ndarray, places: np.ndarray, spec: ModelSpec, inputs: Conditions) -> tuple[np.ndarray, np.ndarray]:
+    """Return all times and their places, of a model that goes on where a series ends; but refuse one of other steps."""
+    after = neighbours(values, values, (1,), inputs.spacing)[:, 0]
+    breaks = int((after < 0).sum())
+    assert inputs.spacing is not None
+    if len(values) > 1 and breaks == len(values):
+        raise CoordinateError(
+            f"model={spec.name!r} takes fields {inputs.spacing / 3600:g} h apart, and no two times of ds are. Give a series with such steps, or "
+            f"single times: ds.isel(time=[0])"
+        )
+    if breaks > 1:
+        warnings.warn(
+            f"The times of ds have {breaks - 1} gaps, where they are not {inputs.spacing / 3600:g} h apart: each is taken as the end of one series "
+            f"and the beginning of another.",
+            stacklevel=4,
+        )
+    return np.arange(len(values)), places
 
 
 def _inputs(ds: xr.Dataset, variables: list[str], time: str | None, places: np.ndarray) -> list[xr.DataArray]:

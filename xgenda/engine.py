@@ -17,7 +17,7 @@ from xgenda import chunking, metadata
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import Handle, exclusive, resolve_device
 from xgenda.errors import OptionError, StateError, check_count
-from xgenda.formatting import bar_class
+from xgenda.formatting import progress_bar
 from xgenda.grids import Orientation
 from xgenda.maps import LinearMap
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
@@ -351,32 +351,3 @@ def check_seed(seed: object) -> int:
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise OptionError(f"seed={seed!r} is not accepted; give a whole number or None, for example seed=0.")
     return int(seed)
-
-
-class progress_bar:
-    """A tqdm bar in notebooks and terminals, silent elsewhere; ``progress=True`` or ``False`` decides."""
-
-    def __init__(self, total: int, progress: bool | None, description: str = "sampling") -> None:
-        self.total, self.progress, self.description = total, progress, description
-
-    def __enter__(self) -> Callable[[int], None]:
-        """Return the function to call with finished units of work."""
-        self.bar = bar_class()(
-            total=self.total,
-            desc=self.description,
-            disable=None if self.progress is None else not self.progress,
-            leave=False,
-        )
-
-        def advance(n: int) -> None:
-            self.bar.update(n)
-
-        return advance
-
-    def note(self, text: str) -> None:
-        """Show a text behind the bar."""
-        self.bar.set_postfix_str(text)
-
-    def __exit__(self, *_: object) -> None:
-        """Close the bar."""
-        self.bar.close()

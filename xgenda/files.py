@@ -38,7 +38,7 @@ def check_output(path: str | os.PathLike[str], call: str, *, overwrite: bool, er
 
 
 @contextlib.contextmanager
-def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def aside(path: Path, *, durable: bool = False, suffix: str = "") -> Iterator[Path]:
     """Yield a name beside `path` to write to, which is renamed in the end: a reader sees the old file or the new one.
 
     Parameters
@@ -48,8 +48,10 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
     durable
         Whether its content is on the disk before it has its name, so that a power failure leaves no name without content; the name itself is
         there for good after `flush` of the folder.
+    suffix
+        What the name beside it ends with, for writers that go by it.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}{suffix}")
     try:
         yield partial
         mask = os.umask(0)  # there is no other way to read it

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -14,6 +15,35 @@ def bar_class() -> Any:
     # the notebook bar without ipywidgets only warns
     notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
     return importlib.import_module("tqdm.notebook" if notebook else "tqdm.std").tqdm
+
+
+class progress_bar:
+    """A tqdm bar in notebooks and terminals, silent elsewhere; ``progress=True`` or ``False`` decides."""
+
+    def __init__(self, total: int, progress: bool | None, description: str = "sampling") -> None:
+        self.total, self.progress, self.description = total, progress, description
+
+    def __enter__(self) -> Callable[[int], None]:
+        """Return the function to call with finished units of work."""
+        self.bar = bar_class()(
+            total=self.total,
+            desc=self.description,
+            disable=None if self.progress is None else not self.progress,
+            leave=False,
+        )
+
+        def advance(n: int) -> None:
+            self.bar.update(n)
+
+        return advance
+
+    def note(self, text: str) -> None:
+        """Show a text behind the bar."""
+        self.bar.set_postfix_str(text)
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar."""
+        self.bar.close()
 
 
 def rounded(value: object) -> str:

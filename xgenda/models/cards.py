@@ -28,7 +28,7 @@ SCORES = re.compile(r"valid|score|crps|rmse|spread|skill|loss|ratio|card", re.IG
 HEADINGS = {"asked": "Options of training"}
 # Of `xgenda.train`, where they are not None: what nobody chose says nothing.
 DEFAULTS: Mapping[str, Any] = {
-    "task": "prior", "method": "diffusion", "stages": "both", "neighbours": [0], "time_features": "auto", "lead_time": False,
+    "task": "prior", "method": "diffusion", "stages": "both", "neighbours": [0], "context": 0, "time_features": "auto", "lead_time": False,
     "conserve": "auto", "calibrate": True, "mean_condition": True, "climatology": "auto", "transform": "none", "offset": 1e-3,
     "anchor": "auto", "window": 1, "architecture": "unet", "weights": "auto", "freeze": "none", "augment": "auto", "batch_size": 16, "seed": 0,
     "variational": True, "beta": 1.0,

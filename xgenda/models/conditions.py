@@ -11,11 +11,12 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.curvilinear import AnyGrid, grid_from_dict
-from xgenda.errors import CoordinateError, OptionError
+from xgenda.errors import CoordinateError, OptionError, check_choice
 from xgenda.models.variables import VariableSpec
 from xgenda.scaling import HARMONICS, Scaling, cycle_basis
 
 SAME_TIME = 0.01  # of the spacing of neighbouring times
+ENDS = ("drop", "nearest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,9 @@ class Conditions:
         Seconds that count as one, of the lead time of a forecast; None where it is no input.
     statics
         Names of the fields on the fine grid that never change.
+    ends
+        What becomes of times that lack some of the others: 'drop', they are left out; 'nearest', the last one that is there stands for what is
+        missing, see `neighbours`.
     """
 
     variables: tuple[VariableSpec, ...]
@@ -50,6 +54,7 @@ class Conditions:
     cycle: str = "none"
     lead_time: float | None = None
     statics: tuple[str, ...] = ()
+    ends: str = "drop"
 
     @property
     def coarse_channels(self) -> int:
@@ -73,6 +78,7 @@ class Conditions:
             "cycle": self.cycle,
             "lead_time": self.lead_time,
             "statics": list(self.statics),
+            **({"ends": self.ends} if self.ends != "drop" else {}),  # files without are older
         }
 
     @classmethod
@@ -82,6 +88,7 @@ class Conditions:
             tuple(VariableSpec(**v) for v in data["variables"]), grid_from_dict(data["grid"]),
             Scaling.from_dict(data["scaling"], mean, std), tuple(int(o) for o in data["offsets"]), data["spacing"], str(data["cycle"]),
             data["lead_time"], tuple(data["statics"]),
+            check_choice("ends", data.get("ends", "drop"), ENDS),
         )  # fmt: skip
 
 
@@ -137,13 +144,19 @@ def spacing_of_times(values: np.ndarray, argument: str = "ds") -> float:
     steps = np.round(metadata.seconds_between(np.sort(values)), 3)
     steps = steps[steps > 0]
     if not steps.size:
-        raise OptionError(f"neighbours need at least two times, and {argument} has {len(values)}; leave out neighbours.")
+        raise OptionError(f"neighbours and context need at least two times, and {argument} has {len(values)}; leave them out.")
     found, count = np.unique(steps, return_counts=True)
     return float(found[count.argmax()])
 
 
-def neighbours(values: np.ndarray, wanted: np.ndarray, offsets: Sequence[int], spacing: float | None) -> np.ndarray:
-    """Return where the neighbours of each wanted time are among `values`, shape (wanted, offsets); -1 where one is missing."""
+def neighbours(
+    values: np.ndarray, wanted: np.ndarray, offsets: Sequence[int], spacing: float | None, ends: str = "drop"
+) -> np.ndarray:
+    """Return where the neighbours of each wanted time are among `values`, shape (wanted, offsets); -1 where one is missing.
+
+    With ``ends="nearest"``, for offsets without gaps such as (0, -1, 1), a missing one is that which is next to it on the way to the wanted time,
+    so that a series goes on at its ends as it ends, and a gap in it is the end of one series and the beginning of another.
+    """
     if not len(values) or not len(wanted):
         return np.full((len(wanted), len(offsets)), -1)
     origin = values[0]
@@ -156,4 +169,11 @@ def neighbours(values: np.ndarray, wanted: np.ndarray, offsets: Sequence[int], s
         at = want + offset * (spacing or 0.0)
         place = np.clip(np.searchsorted(sorted_times, at - tolerance), 0, len(have) - 1)
         out[:, k] = np.where(np.abs(sorted_times[place] - at) <= tolerance, order[place], -1)
+    if ends == "nearest":
+        missing = out < 0
+        for k in sorted(range(len(offsets)), key=lambda k: abs(offsets[k])):
+            if offsets[k]:
+                inner = list(offsets).index(offsets[k] - int(np.sign(offsets[k])))
+                missing[:, k] |= missing[:, inner]
+                out[:, k] = np.where(missing[:, k], out[:, inner], out[:, k])
     return out

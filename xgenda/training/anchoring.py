@@ -12,8 +12,8 @@ from xgenda import metadata
 from xgenda.diffusion.anchors import Anchor, LowRank, Spectral
 from xgenda.diffusion.covariances import LocalisedSample
 from xgenda.diffusion.hybrids import LANDMARKS, HybridSample, Parts, hybrid_modes
-from xgenda.engine import progress_bar
 from xgenda.errors import StateError
+from xgenda.formatting import progress_bar
 from xgenda.models.fitting import LINES, Choice, candidates, fit_eofs, kernel_on, memory_length, search
 from xgenda.scaling import cycle_basis
 from xgenda.training.windows import FOLDS, Samples, memory_of, near_blocks, time_order

@@ -71,7 +71,7 @@ def calibrate(
     pairs = read_pairs(
         ds, target, spec.factor if target is None else None, variables=None, statics=None, offsets=inputs.offsets,
         lead_time=inputs.lead_time is not None, fewest=2, weights="cells" if model.conserved is None else model.conserved.weights,
-        spacing=inputs.spacing,
+        spacing=inputs.spacing, ends=inputs.ends,
     )  # fmt: skip
     for what, found, expected in (("fine", pairs.fine.grid, spec.grid), ("coarse", pairs.coarse.grid, inputs.grid)):
         if expected is None or not expected.same_as(found):

@@ -66,7 +66,7 @@ OF_BACKGROUND = ("target", "lag", "stages", "statics", "time_features", "lead_ti
 #: Which of the options that belong to a task each one has.
 OF_TASK: Mapping[str, tuple[str, ...]] = {
     "downscale": (
-        "target", "factor", "method", "stages", "statics", "neighbours", "time_features", "lead_time", "conserve", "calibrate",
+        "target", "factor", "method", "stages", "statics", "neighbours", "context", "time_features", "lead_time", "conserve", "calibrate",
         "mean_condition", "tile", "architecture",
     ),
     "background": OF_BACKGROUND,
@@ -88,6 +88,7 @@ def train(
     stages: str = "both",
     statics: xr.Dataset | xr.DataArray | None = None,
     neighbours: Sequence[int] = (0,),
+    context: int = 0,
     time_features: str = "auto",
     lead_time: bool = False,
     conserve: bool | Literal["auto"] = "auto",
@@ -170,7 +171,10 @@ def train(
     statics
         For 'downscale' and 'background': fields on the fine grid that never change, such as orography and land-sea mask. Stored with the model.
     neighbours
-        For 'downscale': which times the model sees, in steps of the times of `ds`, such as (-1, 0, 1).
+        For 'downscale': which times the model sees, in steps of the times of `ds`, such as (-1, 0, 1). Times that lack some are left out.
+    context
+        For 'downscale', instead of `neighbours`: how many times before and after each the model sees, p(u_t | y_t-k ... y_t+k). None is left out:
+        where the series ends, or has a gap, its last field stands for those that are missing.
     time_features
         For 'downscale' and 'background': harmonics that the networks see: 'none', 'dayofyear', 'hour', 'dayofyear+hour', or 'auto', those that
         the times of the training go through.
@@ -345,10 +349,15 @@ def train(
         raise OptionError(
             f"neighbours={neighbours!r} is not accepted; give whole steps with 0 among them: neighbours=(-1, 0, 1)."
         )
+    check_count("context", context, 0)
+    if context and tuple(neighbours) != (0,):
+        raise OptionError(
+            f"context={context} and neighbours={neighbours!r} both say which times the model sees; give one of them."
+        )
     own = {
         "target": (target, None), "lag": (lag, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
-        "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "time_features": (time_features, "auto"),
-        "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
+        "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "context": (context, 0),
+        "time_features": (time_features, "auto"), "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
         "latent": (latent, None), "variational": (variational, True), "beta": (beta, 1.0),
     }  # fmt: skip
@@ -367,7 +376,7 @@ def train(
             raise OptionError(f"{argument}={shown} belongs to task={of!r}; pass it too: task={of!r}")
         if argument not in OF_TASK[task] or (task != "downscale" and (argument, given) == ("stages", "single")):
             raise OptionError(f"{argument}={shown} has no effect with task={task!r}. Leave it out.")
-        if method in METHODS and argument not in CLASSICAL and not (argument, method) == ("neighbours", "ridge"):
+        if method in METHODS and argument not in CLASSICAL and not (argument in ("neighbours", "context") and method == "ridge"):
             raise OptionError(f"{argument}={shown} has no effect with method={method!r}, which has a closed form. Leave it out.")
     check_choice("method", method, ("diffusion", *METHODS))
     check_choice("stages", stages, STAGES)
@@ -454,8 +463,9 @@ def train(
         if target is None and factor is not None:
             check_count("factor", factor, 2)
         pairs = read_pairs(
-            ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time, large=large
-        )
+            ds, target, factor, variables=chosen, statics=statics, offsets=range(-context, context + 1) if context else neighbours,
+            lead_time=lead_time, large=large, ends="nearest" if context else "drop",
+        )  # fmt: skip
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     elif task == "autoencoder":
         corpus, observed = open_gappy(ds, chosen, parse_memory(memory), climatology, transform, offset, bounds, progress)
@@ -481,6 +491,7 @@ def train(
         asked: dict[str, Any] = {
             **content, "task": task, "lag": None if lag is None else str(lag),
             "factor": factor, "method": method, "stages": stages, "neighbours": list(neighbours),
+            **({"context": context} if context else {}),  # what was interrupted before it was there goes on
             "statics": None if statics is None else content_of(pairs.statics),
             "time_features": time_features, "lead_time": lead_time, "conserve": conserve, "calibrate": calibrate,
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,

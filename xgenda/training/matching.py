@@ -44,14 +44,16 @@ def checked_offsets(
     if order == (0,):
         return order, None
     if coarse.time is None:
-        raise OptionError(f"neighbours={offsets!r} needs a time coordinate, and ds has none.")
+        raise OptionError("neighbours and context need a time coordinate, and ds has none.")
     return order, spacing_of_times(coarse.time.values) if spacing is None else spacing
 
 
 def match(
-    fine: Samples | Source, coarse: Samples | Source, offsets: tuple[int, ...], spacing: float | None
+    fine: Samples | Source, coarse: Samples | Source, offsets: tuple[int, ...], spacing: float | None, ends: str = "drop"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the coarse fields of each fine field that has them all, shape (n, offsets), and which fine fields these are.
+
+    `ends` is that of `xgenda.models.conditions.neighbours`.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def match(
             "give one run, or the runs one after the other without neighbours."
         )
     try:
-        places = neighbours(coarse.time.values, fine.time.values, offsets, spacing)
+        places = neighbours(coarse.time.values, fine.time.values, offsets, spacing, ends)
     except TypeError as problem:
         raise OptionError(
             f"The times of ds and target are of two calendars: {problem}. Convert one: ds.convert_calendar('standard')"

@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from xgenda.engine import progress_bar
 from xgenda.errors import OptionError, StateError
+from xgenda.formatting import progress_bar
 from xgenda.networks.autoencoder import Autoencoder
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet

@@ -38,7 +38,7 @@ class Pairs:
         What they are predicted from; as many fields as there are distinct times, with the grid and the variables.
     places
         Of each fine field the coarse ones of its time and neighbours, shape (n, offsets).
-    offsets, spacing
+    offsets, spacing, ends
         See `xgenda.models.conditions.Conditions`.
     factor
         Where the coarse cells are blocks of fine ones.
@@ -63,6 +63,7 @@ class Pairs:
     static_names: tuple[str, ...]
     target: Mapping[str, Any]
     reservoir: Reservoir | None = None
+    ends: str = "drop"
 
     @property
     def every(self) -> Samples | Source:
@@ -92,6 +93,7 @@ def read_pairs(
     weights: str = "cells",
     spacing: float | None = None,
     large: Large | None = None,
+    ends: str = "drop",
 ) -> Pairs:
     """Read pairs into memory and check them, or some of them where they are too large for it.
 
@@ -111,6 +113,8 @@ def read_pairs(
         Seconds from one neighbour to the next; None for those from one time of `ds` to the next.
     large
         What to do with pairs that are not in memory; None: read them.
+    ends
+        What becomes of times that lack neighbours, see `xgenda.models.conditions.Conditions`.
 
     Raises
     ------
@@ -127,7 +131,7 @@ def read_pairs(
         opened = open_source(ds, variables, fewest=fewest)
         if large is not None and large.streams(opened):
             coarse = block_means(opened, factor, weights)
-            return _lazily(opened, coarse, source, ds, statics, offsets, spacing, factor, lead_time, large, argument)
+            return _lazily(opened, coarse, source, ds, statics, offsets, spacing, factor, lead_time, large, argument, ends)
         fine = read_source(opened)
         check_unmasked(fine.valid, "ds", "downscale")
         coarse = _block_means(fine, factor, weights)
@@ -140,28 +144,28 @@ def read_pairs(
         if large is not None and large.streams(opened, given):
             units = {v.name: v.units for v in opened.variables}
             given = given.in_units([units.get(v.name) for v in given.variables])
-            return _lazily(opened, given, source, ds, statics, offsets, spacing, factor, lead_time, large, argument)
+            return _lazily(opened, given, source, ds, statics, offsets, spacing, factor, lead_time, large, argument, ends)
         fine, coarse = read_source(opened), read_source(given)
         for name, samples in (("target", fine), ("ds", coarse)):
             check_unmasked(samples.valid, name, "downscale")
         coarse = _in_units_of(coarse, fine)
     order, spacing = checked_offsets(offsets, coarse, spacing)
-    places, kept = match(fine, coarse, order, spacing)
+    places, kept = match(fine, coarse, order, spacing, ends)
     check_kept(len(kept), fine.size, fewest, order, "downscale")
     lead = _leads(ds, coarse, coarse.size)[places[:, order.index(0)]] if lead_time else None
-    return _in_memory(fine, coarse, places, kept, order, spacing, factor, lead, statics, source)
+    return dataclasses.replace(_in_memory(fine, coarse, places, kept, order, spacing, factor, lead, statics, source), ends=ends)
 
 
 def _lazily(
     fine: Source, coarse: Source, source: xr.Dataset, ds: xr.Dataset | xr.DataArray, statics: Any, offsets: Sequence[int], spacing: float | None,
-    factor: int | None, lead_time: bool, large: Large, argument: str,
+    factor: int | None, lead_time: bool, large: Large, argument: str, ends: str,
 ) -> Pairs:  # fmt: skip
     """Return pairs of a downscaler of which evenly spaced ones are read."""
     order, spacing = checked_offsets(offsets, coarse, spacing)
     fixed = read_statics(statics, fine.grid)
     leads = _leads(ds, coarse, coarse.size) if lead_time else None
-    found = open_reservoir(fine, coarse, order, spacing, large, "downscale", argument)
-    return _sampled(found, order, spacing, factor, leads, fixed, source)
+    found = open_reservoir(fine, coarse, order, spacing, large, "downscale", argument, ends)
+    return dataclasses.replace(_sampled(found, order, spacing, factor, leads, fixed, source), ends=ends)
 
 
 def _in_memory(

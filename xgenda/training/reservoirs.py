@@ -113,7 +113,14 @@ class Reservoir:
 
 
 def open_reservoir(
-    fine: Source, coarse: Source, offsets: tuple[int, ...], spacing: float | None, how: Large, task: str, argument: str
+    fine: Source,
+    coarse: Source,
+    offsets: tuple[int, ...],
+    spacing: float | None,
+    how: Large,
+    task: str,
+    argument: str,
+    ends: str = "drop",
 ) -> Reservoir:
     """Match the times of both sides, pass over both once, and say which pairs are to be read into memory.
 
@@ -131,7 +138,7 @@ def open_reservoir(
     """
     cycle, transform, offset = _scales(fine, coarse, how)
     count = _room(fine, coarse, len(offsets), how)
-    places, kept = match(fine, coarse, offsets, spacing)
+    places, kept = match(fine, coarse, offsets, spacing, ends)
     check_kept(len(kept), fine.size, fine.fewest, offsets, task)
     given = fine.only(kept)
     fine, statistics = gather(given, cycle, transform, offset, progress=how.progress)

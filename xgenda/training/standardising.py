@@ -119,6 +119,7 @@ def prepare_pairs(
         seen_cycle(cycle, time),
         unit,
         pairs.static_names,
+        pairs.ends,
     )
     statics = None if pairs.statics is None else torch.as_tensor(pairs.statics).float()
     spec = ModelSpec(

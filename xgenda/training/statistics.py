@@ -25,9 +25,9 @@ import numpy as np
 import xarray as xr
 
 from xgenda import metadata
-from xgenda.engine import progress_bar
 from xgenda.errors import check_choice
 from xgenda.files import aside
+from xgenda.formatting import progress_bar
 from xgenda.models.spec import ModelSpec
 from xgenda.models.store import cache_dir
 from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of

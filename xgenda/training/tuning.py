@@ -123,7 +123,7 @@ def kept_mean(before: CorrectiveModel, ready: Prepared, pairs: Pairs, validation
         described(spec.variables, scaling) == described(before.spec.variables, before.scaling)
         and described(own.variables, own.scaling) == described(before.inputs.variables, before.inputs.scaling)
         and (scaling.cycle, own.scaling.cycle) == (before.scaling.cycle, before.inputs.scaling.cycle)
-        and (own.offsets, own.spacing) == (before.inputs.offsets, before.inputs.spacing)
+        and (own.offsets, own.spacing, own.ends) == (before.inputs.offsets, before.inputs.spacing, before.inputs.ends)
         and before.grid.same_as(pairs.fine.grid)
         and before.inputs.grid.same_as(own.grid)
         and before.spec.wraps == spec.wraps
