@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xgenda.diffusion.evidence import Evidence
+from xgenda.diffusion.evidence import Evidence, Tangent
 from xgenda.diffusion.noise import NoiseStream
 
 MEMORY = 12  # pairs of L-BFGS
@@ -42,6 +42,10 @@ class Whitener(Protocol):
 
     def __call__(self, departures: Tensor) -> Tensor:
         """Return L^-1 d for departures (batch, m)."""
+        ...
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """Return L^-T v for vectors (batch, m)."""
         ...
 
     def coloured(self, white: Tensor) -> Tensor:
@@ -65,6 +69,10 @@ class Diagonal:
         """Return departures over their standard deviations."""
         return departures / self.deviation
 
+    def transposed(self, vector: Tensor) -> Tensor:
+        """Return the same: L is diagonal."""
+        return vector / self.deviation
+
     def coloured(self, white: Tensor) -> Tensor:
         """Return errors."""
         return white * self.deviation
@@ -87,10 +95,17 @@ class Factored:
 
     def __call__(self, departures: Tensor) -> Tensor:
         """Return L^-1 d."""
-        out = torch.zeros_like(departures)
-        for g, factor in enumerate(self.factors):
+        return self._solved(departures, self.factors, upper=False)
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """Return L^-T v."""
+        return self._solved(vector, self.factors.transpose(1, 2), upper=True)
+
+    def _solved(self, vector: Tensor, factors: Tensor, *, upper: bool) -> Tensor:
+        out = torch.zeros_like(vector)
+        for g, factor in enumerate(factors):
             rows = torch.nonzero(self.group == g)[:, 0]
-            solved = torch.linalg.solve_triangular(factor, departures[rows].T, upper=False).T
+            solved = torch.linalg.solve_triangular(factor, vector[rows].T, upper=upper).T
             out = out.index_copy(0, rows, solved)
         return out
 
@@ -179,6 +194,72 @@ class Posterior:
             columns.append(self.whiten(torch.where(real, tangent.forth(moved), 0.0)))
         jacobian = torch.stack(columns, -1).detach()
         return jacobian.transpose(1, 2) @ jacobian + torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+
+
+class Decoded:
+    """Observations of states seen from their latent vectors, with errors of variance 1: L^-1 y = L^-1 A(g(z)) + o.
+
+    An `xgenda.diffusion.evidence.Evidence`, so that everything which conditions a diffusion of states conditions one of latent vectors.
+
+    Parameters
+    ----------
+    decode
+        g, from (batch, k) to flat states (batch, n).
+    evidence
+        Observations of every state.
+    whiten
+        L^-1.
+    slopes
+        Derivative of L^-1 A(g(z)) at the middle of the latent space, by component, shape (batch, m, k).
+    linear
+        Whether g is affine.
+    """
+
+    def __init__(
+        self, decode: Callable[[Tensor], Tensor], evidence: Evidence, whiten: Whitener, slopes: Tensor, *, linear: bool = False
+    ) -> None:
+        self.decode, self.evidence, self.whiten, self.slopes = decode, evidence, whiten, slopes
+        self.linear = linear and evidence.linear
+        self.value = whiten(evidence.value.double().expand(len(slopes), -1))
+        self.variance = torch.ones_like(self.value)
+
+    def observe(self, state: Tensor) -> Tensor:
+        """Return L^-1 A(g(z)), shape (batch, m)."""
+        return self.whiten(self.evidence.observe(self.decode(state)))
+
+    def tangent(self, state: Tensor) -> Tangent:
+        """Return the derivative at some latent vectors, by automatic differentiation of the decoder."""
+        with torch.enable_grad():
+            leaf = state.detach().requires_grad_(True)
+            decoded = self.decode(leaf)
+            dual = torch.zeros_like(decoded, requires_grad=True)
+            # J^T v is linear in v, so its own derivative with respect to v is J
+            (pulled,) = torch.autograd.grad(decoded, leaf, dual, create_graph=True)
+        inner = self.evidence.tangent(decoded.detach())
+
+        def forth(change: Tensor) -> Tensor:
+            (moved,) = torch.autograd.grad(pulled, dual, change.to(pulled), retain_graph=True)
+            return self.whiten(inner.forth(moved))
+
+        def back(vector: Tensor) -> Tensor:
+            seen = inner.back(self.whiten.transposed(vector.to(decoded)))
+            (out,) = torch.autograd.grad(decoded, leaf, seen, retain_graph=True)
+            return out
+
+        return Tangent(forth, back)
+
+    def gain(self, state: Tensor) -> Tensor:
+        """Return diag(A' A'^T) at the middle of the latent space."""
+        return self.slopes.square().sum(-1)
+
+    def seen(self) -> Tensor:
+        """Return which observations are real."""
+        return self.evidence.seen()
+
+    def unit(self) -> Tensor:
+        """Return what one standard deviation of the latent vectors is in each observation, 1 where it is nothing."""
+        total = self.gain(self.value).sqrt()
+        return torch.where(total > 0, total, 1.0)
 
 
 def most_probable(function: Gradient, candidates: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, factorises, guidan
 from xgenda.diffusion.masks import OnPlane, OnSphere, Places
 from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.random_fields import Colour
-from xgenda.diffusion.samplers import SAMPLERS, integrate, sampler_options
+from xgenda.diffusion.samplers import SAMPLERS, Noise, integrate, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
@@ -242,38 +242,42 @@ class Conditioning(Observed):
     def _batch(self, batch: list[tuple[int, int]], finer: int, operators: int) -> Tensor:
         """Return samples of some (span, member), shape (batch, states * channels * cells), on the CPU."""
         request, options, spans = self.request, self.request.options, self.spans
-        assert options.steps is not None
-        low, high = self.sigmas
         groups = sorted({s for s, _ in batch})
         evidence: Evidence = (
             self.through_operators(batch[0][0])
             if operators >= 0
             else self.evidence(groups, torch.tensor([groups.index(s) for s, _ in batch])).to(request.device)
         )
-        levels = noise_levels(options.schedule, options.steps, low, high)
-        added = [low / FINER ** (j + 1) for j in range(finer)]
         keys = [[(request.seed, self.labels[t], m) for t in spans[s]] for s, m in batch]
         noise = LabelledNoise(keys) if self.colour is None else ColouredNoise(keys, self.colour)
         shape = (len(spans[0]), self.channels, *self.plane) if self.trajectory else (self.channels, *self.plane)
-        # double precision: at large sigma single precision loses what the last steps need, and batches would differ
-        x = high * noise.normal(*shape, dtype=torch.float64).to(request.device)
         guided = guide(
             self.denoiser(batch), evidence, options.guidance, anchor=self.covariance, likelihood=options.likelihood, places=self.places,
             colour=self.colour,
             **options.guidance_options,
         )  # fmt: skip
-        if added:  # below the training the anchor, or the skip connection, has the answer: see EDMDenoiser
-            guided.sigma_range = (added[-1], high)  # type: ignore[attr-defined]
-        with torch.no_grad():
-            # At the highest level the guided estimate hardly depends on x and is the posterior mean; starting around it instead of
-            # around zero removes the largest error of a finite highest level where the state is far from the expected one.
-            x = x + guided(x, high)
-            done = sum(len(spans[s]) for s, _ in batch)
-            x = integrate(
-                guided, x, [*levels[:-1], *added, 0.0], options.sampler, noise, lambda: request.advance(done),
-                **options.sampler_options,
-            )  # fmt: skip
+        done = sum(len(spans[s]) for s, _ in batch)
+        x = from_noise(guided, request, self.sigmas, finer, noise, shape, lambda: request.advance(done))
         return x.reshape(len(batch), -1).cpu()
+
+
+def from_noise(
+    guided: Denoiser, request: Request, sigmas: tuple[float, float], finer: int, noise: Noise, shape: tuple[int, ...], done: Callable[[], None]
+) -> Tensor:  # fmt: skip
+    """Return what a guided denoiser makes of noise, shape (samples, *shape), with so many levels below the lowest of `sigmas`."""
+    options, (low, high) = request.options, sigmas
+    assert options.steps is not None
+    levels = noise_levels(options.schedule, options.steps, low, high)
+    added = [low / FINER ** (j + 1) for j in range(finer)]
+    # double precision: at large sigma single precision loses what the last steps need, and batches would differ
+    x = high * noise.normal(*shape, dtype=torch.float64).to(request.device)
+    if added:  # below the training the anchor, or the skip connection, has the answer: see EDMDenoiser
+        guided.sigma_range = (added[-1], high)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        # At the highest level the guided estimate hardly depends on x and is the posterior mean; starting around it instead of
+        # around zero removes the largest error of a finite highest level where the state is far from the expected one.
+        x = x + guided(x, high)
+        return integrate(guided, x, [*levels[:-1], *added, 0.0], options.sampler, noise, done, **options.sampler_options)
 
 
 def places_of(grid: AnyGrid, periodic: object) -> Places:

@@ -123,6 +123,11 @@ class Autoencoder(nn.Module):
         self.spread.copy_(spread)
 
     @torch.no_grad()
+    def restandardise(self, centre: Tensor, spread: Tensor) -> None:
+        """Do the same to vectors as they are given to the decoder now, after an earlier `standardise`."""
+        self.standardise(self.centre + self.spread @ centre.to(self.spread), self.spread @ spread.to(self.spread))
+
+    @torch.no_grad()
     def scale_output(self, weight: float) -> None:
         """Multiply what the convolutions add, to latent vectors and fields, by a number; 0 leaves the linear part."""
         if self.inner is not None:
@@ -144,11 +149,15 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latent vectors of states (batch, channels, rows, columns), each shape (batch, k).
 
-        The log-variance is that of each component before `standardise`, which is the identity for variational autoencoders.
+        The log-variance is that of each component before `standardise`; see `turned`.
         """
         mean, variance = self._encoded(x)
-        shifted = (mean - self.centre).to(self.spread.dtype)
-        return torch.linalg.solve_triangular(self.spread, shifted.T, upper=False).T, variance
+        return self.turned(mean - self.centre), variance
+
+    def turned(self, change: Tensor) -> Tensor:
+        """Return differences (batch, k) of latent vectors from before `standardise` as they are after it."""
+        out: Tensor = torch.linalg.solve_triangular(self.spread, change.to(self.spread).T, upper=False).T
+        return out
 
     def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean: Tensor | float = 0.0

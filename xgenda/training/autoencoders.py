@@ -33,13 +33,14 @@ from xgenda.scaling import Scaling, check_named
 from xgenda.training.corpus import Corpus, open_corpus
 from xgenda.training.defaults import warn_of_little
 from xgenda.training.fields import Fields
+from xgenda.training.latent_priors import check_same_fields, with_learned_prior
 from xgenda.training.objectives import Batch, Draws
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.priors import record_of
 from xgenda.training.sources import Samples, open_source
 from xgenda.training.surveys import Survey, look
 from xgenda.training.weighting import loss_weights
-from xgenda.training.windows import FOLDS, blocks, evenly_spaced, split_rows
+from xgenda.training.windows import FOLDS, blocks, evenly_spaced, split_rows, window_rows
 
 LENGTHS = (8, 16, 32, 64, 100)  # of the latent vector that are tried
 LARGEST_LINEAR = 2**24  # numbers in each of the linear maps
@@ -49,6 +50,7 @@ INFLATIONS = (0.7, 1.0, 1.4, 2.0, 2.8)  # of the variances of principal componen
 OWN = 10.0  # states that the error of a cell is worth before any was seen, which it then shares with the others
 REPEATS = 4  # draws of the latent vector for each withheld state
 JITTER = 1e-6
+SHARE = 0.7  # of the effort, where a prior of the latent vectors is to be learned as well
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class AutoencoderRecipe:
     width: int | None
     validation: Any = None
     weights: str | Mapping[str, float] = "auto"
+    prior: str = "normal"
+    window: int = 1
 
 
 class Autoencoding:
@@ -247,7 +251,10 @@ def train_autoencoder(
     counts = loss_weights(recipe.weights, samples.variables, grid, samples.valid)
     fields = corpus.fields(scaling, z, np.arange(corpus.size)[:, None])
     objective = Autoencoding(fields, latent, valid if counts is None else counts * valid, observed, recipe.beta)
-    report = optimiser.fit(network, objective, rows, held, 1.0, "autoencoder", None, corpus.labels)
+    if recipe.prior != "normal":
+        window_rows(corpus.time, fold, recipe.window)  # refuses before the training
+    share = 1.0 if recipe.prior == "normal" else SHARE
+    report = optimiser.fit(network, objective, rows, held, share, "autoencoder", None, corpus.labels)
     if (
         components is not None and not report["correction_weight"]
     ):  # without convolutions that add nothing, a search takes no time
@@ -285,7 +292,27 @@ def train_autoencoder(
         options={"network": options, "error_kind": kind, "error_lengths": lengths}, training=record, licence=licence,
         description=("Variational autoencoder" if recipe.variational else "Autoencoder") + f" with a latent vector of {latent} numbers",
     )  # fmt: skip
-    return LatentModel(spec, network, error, samples.valid)
+    model = LatentModel(spec, network, error, samples.valid)
+    if recipe.prior == "normal":
+        return model
+    rest = 1.0 if optimiser.effort.steps is None else 1.0 - SHARE
+    return with_learned_prior(model, corpus, fields, observed, fold, gap, recipe.window, optimiser, rest)
+
+
+def train_latent_prior(
+    corpus: Corpus, observed: Tensor | None, start: LatentModel, recipe: AutoencoderRecipe, optimiser: Optimiser, name: str | None
+) -> LatentModel:
+    """Learn what the latent vectors of a trained autoencoder are, which is kept."""
+    check_same_fields(start, corpus)
+    fold = blocks(corpus.time, corpus.size, FOLDS, recipe.validation)
+    z = corpus.anomalies(start.scaling)
+    if observed is not None:
+        z = z * observed.numpy().reshape(z.shape)
+    fields = corpus.fields(start.scaling, z, np.arange(corpus.size)[:, None])
+    model = with_learned_prior(start, corpus, fields, observed, fold, corpus.gap(z), recipe.window, optimiser)
+    started = {"started_from": f"{start.spec.name} ({start.sha256[:12]})"}
+    model.spec = dataclasses.replace(model.spec, name=name or start.spec.name, training={**model.spec.training, **started})
+    return model
 
 
 def _by_observed(scaling: Scaling, z: np.ndarray, observed: Tensor) -> tuple[Scaling, np.ndarray]:

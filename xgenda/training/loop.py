@@ -33,11 +33,12 @@ from xgenda.models.classical import METHODS
 from xgenda.models.colouring import check_coloured, check_noise
 from xgenda.models.diffusive import ARCHITECTURES
 from xgenda.models.generative import GenerativeModel
+from xgenda.models.latents import PRIORS, LatentModel
 from xgenda.models.loading import load_model
 from xgenda.scaling import CYCLES, check_kinds
 from xgenda.training.anchoring import ANCHORS
 from xgenda.training.architectures import check_network_options
-from xgenda.training.autoencoders import AutoencoderRecipe, open_gappy, train_autoencoder
+from xgenda.training.autoencoders import AutoencoderRecipe, open_gappy, train_autoencoder, train_latent_prior
 from xgenda.training.classical import train_classical
 from xgenda.training.corpus import open_corpus
 from xgenda.training.crops import check_tile
@@ -71,7 +72,7 @@ OF_TASK: Mapping[str, tuple[str, ...]] = {
     ),
     "background": OF_BACKGROUND,
     "forecast": tuple(n for n in OF_BACKGROUND if n not in ("target", "lead_time")),
-    "autoencoder": ("latent", "variational", "beta"),
+    "autoencoder": ("latent", "variational", "beta", "latent_prior"),
 }  # fmt: skip
 LEARNING_RATE = 2e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,6 +99,7 @@ def train(
     latent: int | None = None,
     variational: bool = True,
     beta: float = 1.0,
+    latent_prior: str = "normal",
     start: GenerativeModel | str | os.PathLike[str] | None = None,
     variables: Sequence[str] | None = None,
     climatology: str = "auto",
@@ -153,7 +155,8 @@ def train(
     task
         'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind coarse ones, for `downscale`.
         'background': the truth given a forecast of it, for `assimilate` around that forecast. 'forecast': the state `lag` later, for `forecast`.
-        'autoencoder': a latent space of a few numbers, whose search `assimilate` does; cells may be NaN at some of the times.
+        'autoencoder': a latent space of a few numbers, which `assimilate` searches, or samples by a diffusion that was learned in it
+        (`latent_prior`); cells may be NaN at some of the times.
     target
         For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`. For
         'background': the truth, at times of `ds` and on its grid; the model is of its variables, and others of `ds` are not used.
@@ -201,6 +204,10 @@ def train(
     beta
         For 'autoencoder': weight of the divergence from the latent prior. The error of the decoder is learned, so that 1 is the probability of
         the fields.
+    latent_prior
+        For 'autoencoder': what latent vectors are: 'normal', standard normal ones; or 'diffusion', which is learned of those of the training
+        fields after the autoencoder, in the last three tenths of the effort, and only that with `start`, the latent model whose encoder and decoder
+        are kept. With `window` it is of so many consecutive ones.
     start
         Model, name or path to go on from, of the same task (for 'downscale' of method 'diffusion'). Its networks are kept layer by layer, and
         trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
@@ -227,7 +234,8 @@ def train(
         cross-validation. None: a plain EDM denoiser; a Gaussian is then still fitted, for guidance='anchor'. For 'autoencoder' the network
         corrects principal components ('auto'), or there is only the network (None).
     window
-        For 'prior': number of consecutive times that the model sees together, odd; they are equally spaced, or calendar months.
+        For 'prior', and for 'autoencoder' with latent_prior='diffusion': number of consecutive times that the model sees together, odd; they are
+        equally spaced, or calendar months.
         Above 1, `assimilate` solves all times of the Dataset together, composed of such windows.
     periodic
         Whether longitude wraps; 'both' for doubly periodic boxes. None: where the grid goes around the sphere, and where it ends at the poles the
@@ -343,8 +351,14 @@ def train(
         raise OptionError(
             f"anchor={anchor!r} has no effect with task='autoencoder', which starts from principal components: leave it out, or pass anchor=None."
         )
-    if window > 1 and task != "prior":
+    check_choice("latent_prior", latent_prior, PRIORS)
+    if window > 1 and task not in ("prior", "autoencoder"):
         raise OptionError(f"window={window} belongs to task='prior'.")
+    if window > 1 and task == "autoencoder" and latent_prior == "normal":
+        raise OptionError(
+            f"window={window} belongs to task='prior', or with task='autoencoder' to a learned prior of the latent vectors; pass that too: "
+            f"latent_prior='diffusion'"
+        )
     if not isinstance(neighbours, (tuple, list, range)):
         raise OptionError(
             f"neighbours={neighbours!r} is not accepted; give whole steps with 0 among them: neighbours=(-1, 0, 1)."
@@ -360,6 +374,7 @@ def train(
         "time_features": (time_features, "auto"), "lead_time": (lead_time, False), "conserve": (conserve, "auto"), "calibrate": (calibrate, True),
         "mean_condition": (mean_condition, True), "tile": (tile, None), "architecture": (architecture, "unet"),
         "latent": (latent, None), "variational": (variational, True), "beta": (beta, 1.0),
+        "latent_prior": (latent_prior, "normal"),
     }  # fmt: skip
     for argument, (given, default) in own.items():
         if given is default or (argument not in ("target", "statics") and given == default):
@@ -419,7 +434,19 @@ def train(
             raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
     check_kinds(transform, offset, bounds)
     if task == "autoencoder" and start is not None:
-        raise OptionError("start has no effect with task='autoencoder': autoencoders are trained from scratch. Leave it out.")
+        if latent_prior == "normal":
+            raise OptionError(
+                "start has no effect with task='autoencoder': autoencoders are trained from scratch. Leave it out, or learn a prior of the latent "
+                "vectors of a trained one: latent_prior='diffusion'"
+            )
+        kept: dict[str, tuple[object, object]] = {
+            "latent": (latent, None), "variational": (variational, True), "beta": (beta, 1.0), "anchor": (anchor, "auto"),
+            "climatology": (climatology, "auto"), "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None),
+            "width": (width, None), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None),
+        }  # fmt: skip
+        for what, (wanted, usual) in kept.items():
+            if wanted != usual:
+                raise OptionError(f"{what}={wanted!r} has no effect with start: the autoencoder is kept as it is. Leave it out.")
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
@@ -468,6 +495,8 @@ def train(
         )  # fmt: skip
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     elif task == "autoencoder":
+        if start is not None and not isinstance(start, LatentModel):
+            raise OptionError(f"start={start.spec.name!r} is a {start.spec.kind} model; a latent model is needed. Leave it out.")
         corpus, observed = open_gappy(ds, chosen, parse_memory(memory), climatology, transform, offset, bounds, progress)
         content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
     elif task != "prior":
@@ -505,6 +534,7 @@ def train(
             else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
             **({"latent": latent, "variational": variational, "beta": beta} if task == "autoencoder" else {}),
+            **({"latent_prior": latent_prior} if latent_prior != "normal" else {}),
         }  # fmt: skip
         journal = Journal(target_file.with_suffix(".training"), asked)
         if resume and not journal.holds and (found := _finished(target_file, journal)) is not None:
@@ -553,8 +583,14 @@ def train(
                 width,
                 validation,
                 weights,
+                latent_prior,
+                window,
             )
-            model = train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
+            model = (
+                train_latent_prior(corpus, observed, start, encoding, optimiser, name)
+                if isinstance(start, LatentModel)
+                else train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
+            )
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,

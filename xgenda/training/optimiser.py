@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xgenda.errors import OptionError, StateError
 from xgenda.formatting import progress_bar
 from xgenda.networks.autoencoder import Autoencoder
+from xgenda.networks.dense import LatentNet
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
@@ -94,7 +95,7 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet | MeshNet | UNO | Autoencoder
+Network = UNet | SongUNet | MeshNet | UNO | Autoencoder | LatentNet
 #: Returns scores of a network, by name; see `Progress`.
 Scorer = Callable[[Any], Mapping[str, float]]
 
