@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from xgenda.states import State
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from xgenda.models.generative import GenerativeModel
+
 VALUES, DIFFERENCES, SPREADS = "viridis", "RdBu_r", "YlOrBr"
 WIDTH = 4.4  # inches of one panel
 
@@ -30,6 +33,8 @@ def plot_analysis(
     time: int = 0,
     member: int = 0,
     reference_label: str = "background",
+    climatology: xr.Dataset | xr.DataArray | None = None,
+    threshold: float = 0.33,
     title: str | None = None,
 ) -> Figure:
     """Draw an ensemble beside what it is compared with: the background it started from, or the truth.
@@ -53,6 +58,12 @@ def plot_analysis(
         Position along member of the one that is shown.
     reference_label
         What `reference` is, for the titles of the panels: 'background', 'truth'.
+    climatology
+        Standard deviation of the variable in its climate, on the grid of `ensemble`, such as ``series.std("time")``; with a dimension
+        ``dayofyear``, as of ``series.groupby("time.dayofyear").std()``, that of the day shown. Mean and spread are hatched where the
+        observations leave the analysis uncertain: where the spread is more than `threshold` of it.
+    threshold
+        0.33 is that of the published maps of long records with few stations (Brohan 2022).
     title
         Of the figure; by default the long name of the variable and the time.
 
@@ -66,7 +77,7 @@ def plot_analysis(
     MissingDependencyError
         If matplotlib is not installed.
     OptionError
-        If `ensemble` has no member dimension or no such variable.
+        If `ensemble` has no member dimension or no such variable, `threshold` is not positive, or `climatology` lacks the day shown.
     GridError
         If the grids differ.
 
@@ -77,10 +88,9 @@ def plot_analysis(
     >>> z = xgenda.tutorial.open_dataset("z500-ensemble")
     >>> figure = plot_analysis(z.isel(member=0), z.isel(member=slice(1, None)), reference_label="member 1")  # doctest: +SKIP
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as problem:
-        raise missing_dependency("matplotlib", "plot", "Drawing maps") from problem
+    pyplot = _pyplot()
+    if not threshold > 0:
+        raise OptionError(f"threshold={threshold!r} is not accepted; it must be a positive number, for example threshold=0.33.")
     ensemble, reference = metadata.as_dataset(ensemble, "ensemble"), metadata.as_dataset(reference, "reference")
     state = states.enter(ensemble, "ensemble")
     ensemble, layout = state.ds, state.layout
@@ -98,6 +108,7 @@ def plot_analysis(
         if not 0 <= time < count:
             raise OptionError(f"time={time} is not accepted; the ensemble has {count} times, so choose one of 0 to {count - 1}.")
         instant = ensemble[layout.time].values[time]
+    usual = None if climatology is None else _usual(climatology, state, name, instant)
     members = _fields(ensemble, name, layout, time)
     given = _fields(reference, metadata.match_variable(reference, name, None, "reference"), layout, time)
     mean, single = members.mean(0), members[member]
@@ -119,22 +130,23 @@ def plot_analysis(
         (reference_label + seen, given[0], value),
         ("ensemble mean", mean, value),
         (f"member {number}", single, value),
-        ("spread (standard deviation)", spread, {"cmap": SPREADS, "vmin": 0.0, "vmax": float(np.nanmax(spread)) or 1.0}),
+        (
+            "spread (standard deviation)" + ("" if usual is None else f", hatched: > {threshold:g} of climate"),
+            spread,
+            {"cmap": SPREADS, "vmin": 0.0, "vmax": float(np.nanmax(spread)) or 1.0},
+        ),
         (f"mean minus {reference_label}", step, difference),
         (f"member {number} minus mean", wander, difference),
     ]
-    stretch = 1.0 / np.cos(np.radians(np.clip(latitude.mean(), -70.0, 70.0)))
-    height = WIDTH * min(1.2, max(0.45, stretch * np.ptp(latitude) / max(np.ptp(longitude), 1e-9))) + 0.3
+    stretch, height = _proportions(longitude, latitude)
     figure, grid = pyplot.subplots(
         2, 3, figsize=(3 * WIDTH, 2 * height + 1.9), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     images = []
     for k, (ax, (label, field, colours)) in enumerate(zip(grid.ravel(), panels, strict=True)):
-        if isinstance(state.grid, Grid):
-            images.append(ax.pcolormesh(longitude, latitude, field, shading="nearest", rasterized=True, **colours))
-        else:  # a dot for each cell: whatever the grid does at its seams and poles
-            dot = min(60.0, max(1.0, 6e4 / field.size))
-            images.append(ax.scatter(longitude, latitude, c=field.ravel(), s=dot, linewidths=0, rasterized=True, **colours))
+        images.append(_map(ax, state, longitude, latitude, field, colours))
+        if usual is not None and k in (1, 3):
+            _hatch(ax, state, longitude, latitude, spread > threshold * usual)
         if k == 0 and points is not None:
             area = min(36.0, max(7.0, 4000.0 / len(points[2])))
             ax.scatter(points[1], points[0], c=points[2], s=area, edgecolors="black", linewidths=0.05 * area**0.5, **colours)
@@ -156,17 +168,181 @@ def plot_analysis(
     return drawn
 
 
+def plot_reconstruction(
+    model: GenerativeModel | str | os.PathLike[str],
+    ds: xr.Dataset | xr.DataArray,
+    *,
+    variable: str | None = None,
+    time: int = 0,
+    title: str | None = None,
+) -> Figure:
+    """Draw what is left of a field in the latent space of an autoencoder: the field, its reconstruction, their difference, and a scatter.
+
+    The published validation of such models (Brohan 2022). Fields that the training has not seen tell how good the decoder is at best: no search
+    of the latent space comes nearer to a state than what it can represent.
+
+    Parameters
+    ----------
+    model
+        A model of ``train(task="autoencoder")``, its name or path.
+    ds
+        Fields of its variables on its grid; cells may be NaN, and are not drawn then.
+    variable
+        Which variable; by default the first of the model.
+    time
+        Position along time of the field on the maps; the scatter is of all times of `ds`.
+    title
+        Of the figure; by default the long name of the variable and the time.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        With three maps and a scatter of reconstructed against original values, whose correlation, bias and root mean square difference (in the
+        units of the variable, cells weighted alike) it names.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    OptionError
+        If `model` is no autoencoder, or there is no such variable or time.
+    GridError
+        If `ds` is on another grid.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> from xgenda.plotting import plot_reconstruction
+    >>> ds = xgenda.tutorial.open_dataset("a1b-north-america").isel(time=slice(200, 240))
+    >>> figure = plot_reconstruction("t2m-north-america-vae", ds)  # doctest: +SKIP
+    """
+    pyplot = _pyplot()
+    from xgenda.downscaling import downscale  # what only draws does not wait for torch
+    from xgenda.models.conversions import reconstructing
+    from xgenda.models.generative import GenerativeModel
+    from xgenda.models.latents import LatentModel
+    from xgenda.models.loading import load_model
+
+    chosen = model if isinstance(model, GenerativeModel) else load_model(model)
+    if not isinstance(chosen, LatentModel):
+        raise OptionError(
+            f"model={chosen.spec.name!r} has no encoder to reconstruct fields by; train one that has: xgenda.train(ds, task='autoencoder')"
+        )
+    state = states.enter(metadata.as_dataset(ds))
+    layout = state.layout
+    found = downscale(ds, model=reconstructing(chosen), stage="mean", target=ds, progress=False)
+    name = check_choice("variable", variable or next(iter(found.data_vars)), [str(n) for n in found.data_vars])
+    count = 1 if layout.time is None or layout.time not in state.ds[name].dims else state.ds.sizes[layout.time]
+    if not 0 <= time < count:
+        raise OptionError(f"time={time} is not accepted; ds has {count} times, so choose one of 0 to {count - 1}.")
+    instant = None if layout.time is None else np.atleast_1d(state.ds[layout.time].values)[time]
+    original, again = ([_fields(of, name, layout, t)[0] for t in range(count)] for of in (state.ds, states.enter(found).ds))
+    given, decoded = np.stack(original), np.stack(again)
+    decoded = np.where(np.isfinite(given), decoded, np.nan)
+    longitude, latitude = _axes(state)
+    low, high = (float(f([given[time], decoded[time]])) for f in (np.nanmin, np.nanmax))
+    difference = decoded[time] - given[time]
+    largest = float(np.nanmax(np.abs(difference))) or 1.0
+    value = {"cmap": VALUES, "vmin": low, "vmax": high}
+    panels = [
+        ("original", given[time], value),
+        ("reconstruction", decoded[time], value),
+        ("reconstruction minus original", difference, {"cmap": DIFFERENCES, "vmin": -largest, "vmax": largest}),
+    ]
+    stretch, height = _proportions(longitude, latitude)
+    figure, axes = pyplot.subplots(2, 2, figsize=(2 * WIDTH + 1, 2 * height + 1.9), squeeze=False, layout="constrained")
+    attrs = state.ds[name].attrs
+    long_name = f"{name} [{attrs['units']}]" if "units" in attrs else name
+    for k, (ax, (label, field, colours)) in enumerate(zip(axes.ravel(), panels, strict=False)):
+        image = _map(ax, state, longitude, latitude, field, colours)
+        ax.set(title=label, aspect=stretch, xlabel="longitude [°E]", ylabel="latitude [°N]")
+        figure.colorbar(
+            image, ax=ax, orientation="horizontal", aspect=30, label=long_name if k < 2 else f"difference of {long_name}"
+        )
+    shown = np.isfinite(given) & np.isfinite(decoded)
+    x, y = given[shown], decoded[shown]
+    ax = axes[1, 1]
+    ax.hexbin(x, y, gridsize=60, bins="log", cmap="Greys", mincnt=1, linewidths=0)
+    ax.axline((float(x.mean()), float(x.mean())), slope=1.0, color="tab:red", linewidth=1.0)
+    unit = f" {attrs['units']}" if "units" in attrs else ""
+    correlation = float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else np.nan
+    rmse, bias = float(np.sqrt(((y - x) ** 2).mean())), float((y - x).mean())
+    ax.set(
+        title=f"{count} time" + "s" * (count > 1) + f": correlation {correlation:.4f}, RMSD {rmse:.3g}{unit}, bias {bias:.2g}{unit}",
+        xlabel=f"original {long_name}", ylabel=f"reconstruction {long_name}", aspect="equal", adjustable="box",
+    )  # fmt: skip
+    figure.suptitle(title or str(attrs.get("long_name") or attrs.get("standard_name") or name) + _stamp(instant))
+    drawn: Figure = figure
+    return drawn
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as problem:
+        raise missing_dependency("matplotlib", "plot", "Drawing maps") from problem
+    return pyplot
+
+
+def _proportions(longitude: np.ndarray, latitude: np.ndarray) -> tuple[float, float]:
+    """Return the aspect of a map, a degree of latitude over one of longitude, and its height in inches."""
+    stretch = float(1.0 / np.cos(np.radians(np.clip(latitude.mean(), -70.0, 70.0))))
+    return stretch, WIDTH * min(1.2, max(0.45, stretch * np.ptp(latitude) / max(np.ptp(longitude), 1e-9))) + 0.3
+
+
+def _map(ax: Any, state: State, longitude: np.ndarray, latitude: np.ndarray, field: np.ndarray, colours: dict[str, Any]) -> Any:
+    """Draw a field."""
+    if isinstance(state.grid, Grid):
+        return ax.pcolormesh(longitude, latitude, field, shading="nearest", rasterized=True, **colours)
+    dot = min(60.0, max(1.0, 6e4 / field.size))  # a dot for each cell: whatever the grid does at its seams and poles
+    return ax.scatter(longitude, latitude, c=field.ravel(), s=dot, linewidths=0, rasterized=True, **colours)
+
+
+def _hatch(ax: Any, state: State, longitude: np.ndarray, latitude: np.ndarray, where: np.ndarray) -> None:
+    """Hatch some cells; of a grid without axes they get a cross each."""
+    if isinstance(state.grid, Grid) and min(where.shape) > 1:
+        ax.contourf(longitude, latitude, where.astype(float), levels=[0.5, 1.5], colors="none", hatches=["////"])
+        return
+    across, along = np.broadcast_arrays(longitude, latitude[:, None]) if isinstance(state.grid, Grid) else (longitude, latitude)
+    flat = where.ravel()
+    ax.scatter(
+        across.ravel()[flat], along.ravel()[flat], marker="x", s=min(20.0, max(1.0, 2e4 / flat.size)), c="black", linewidths=0.4
+    )
+
+
+def _usual(climatology: xr.Dataset | xr.DataArray, state: State, name: str, instant: Any) -> np.ndarray:
+    """Return the standard deviation of the climate, on the day shown where it has days, as stored along latitude and longitude."""
+    given = metadata.as_dataset(climatology, "climatology")
+    if "dayofyear" in given.dims:
+        if instant is None:
+            raise OptionError("climatology has days, and ensemble no time; select one: climatology.sel(dayofyear=1)")
+        day = int(xr.DataArray([instant], dims="time").dt.dayofyear[0])
+        if day not in given["dayofyear"].values:
+            raise OptionError(
+                f"climatology has no day {day}, which is shown; give one of all days, or one without the dimension dayofyear."
+            )
+        given = given.sel(dayofyear=day, drop=True)
+    given = states.on_grid_of(state, given, "climatology", "ensemble")
+    array = given[metadata.match_variable(given, name, None, "climatology")]
+    if set(array.dims) != set(state.layout.dims):
+        raise OptionError(
+            f"climatology[{name!r}] has dimensions {array.dims}; a field of standard deviations is needed, or one per dayofyear."
+        )
+    return np.asarray(array.transpose(*state.layout.dims).values, dtype=float)
+
+
 def _fields(ds: xr.Dataset, name: str, layout: metadata.Layout, time: int) -> np.ndarray:
     """Return one time, shape (members, latitude, longitude), as stored along latitude and longitude."""
     array = ds[name]
     if layout.time is not None and layout.time in array.dims:
         array = array.isel({layout.time: time})
-    if layout.member not in array.dims:
-        array = array.expand_dims(str(layout.member))
+    member = layout.member or "member"
+    if member not in array.dims:
+        array = array.expand_dims(member)
     for dim in layout.dims:
         if dim not in array.dims:
             raise OptionError(f"reference[{name!r}] has dimensions {array.dims} and lacks {dim!r}.")
-    return np.asarray(array.transpose(layout.member, *layout.dims).values, dtype=float)
+    return np.asarray(array.transpose(member, *layout.dims).values, dtype=float)
 
 
 def _axes(state: State) -> tuple[np.ndarray, np.ndarray]:

@@ -161,10 +161,11 @@ class LatentModel(GenerativeModel):
             variance = (total[1] / DRAWS - mean**2).clamp(min=0.0) + self.error.reshape(-1) ** 2
             self._moments = mean.reshape(self.error.shape).flatten(1), variance.sqrt().reshape(self.error.shape).flatten(1)
         mean, deviation = self._moments
-        std = self._std().reshape(mean.shape)
+        std = self.deviations().reshape(mean.shape)
         return physical_moments(self.scaling, request.climatology + std * mean, std * deviation)
 
-    def _std(self) -> Tensor:
+    def deviations(self) -> Tensor:
+        """Return the standard deviations of the scaling, flat, in the order of a state."""
         return torch.as_tensor(self.scaling.std).double().expand(self.error.shape).reshape(-1)
 
     def posterior(self, request: Request) -> Tensor:
@@ -172,7 +173,7 @@ class LatentModel(GenerativeModel):
         assert request.climatology is not None
         options, times = request.options, len(request.labels)
         assert options.batch_size is not None
-        std = self._std()
+        std = self.deviations()
         search = _Search(self, request, std)
         derived = [bool((e.indices >= len(std)).any()) for e in request.evidence]
         together = [[t for t in range(times) if not derived[t]], *([t] for t in range(times) if derived[t])]

@@ -39,6 +39,7 @@ from xgenda.training.anchoring import ANCHORS
 from xgenda.training.architectures import check_network_options
 from xgenda.training.autoencoders import AutoencoderRecipe, open_gappy, train_autoencoder
 from xgenda.training.classical import train_classical
+from xgenda.training.conversions import open_conversion, train_conversion
 from xgenda.training.corpus import open_corpus
 from xgenda.training.crops import check_tile
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
@@ -61,7 +62,7 @@ CLASSICAL = (
     "method",
     "calibrate",
 )  # what methods in closed form take of what belongs to task 'downscale', or do without
-TASKS = ("prior", "downscale", "background", "forecast", "autoencoder")
+TASKS = ("prior", "downscale", "background", "forecast", "autoencoder", "conversion")
 OF_BACKGROUND = ("target", "lag", "stages", "statics", "time_features", "lead_time", "mean_condition", "architecture")
 #: Which of the options that belong to a task each one has.
 OF_TASK: Mapping[str, tuple[str, ...]] = {
@@ -72,6 +73,7 @@ OF_TASK: Mapping[str, tuple[str, ...]] = {
     "background": OF_BACKGROUND,
     "forecast": tuple(n for n in OF_BACKGROUND if n not in ("target", "lead_time")),
     "autoencoder": ("latent", "variational", "beta"),
+    "conversion": ("target",),
 }  # fmt: skip
 LEARNING_RATE = 2e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -153,9 +155,11 @@ def train(
         'prior': an unconditional diffusion prior for `assimilate`. 'downscale': the fine fields behind coarse ones, for `downscale`.
         'background': the truth given a forecast of it, for `assimilate` around that forecast. 'forecast': the state `lag` later, for `forecast`.
         'autoencoder': a latent space of a few numbers, whose search `assimilate` does; cells may be NaN at some of the times.
+        'conversion': from fields on another grid, of other variables or with gaps, to the latent space of the autoencoder `start`, for `downscale`.
     target
         For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`. For
         'background': the truth, at times of `ds` and on its grid; the model is of its variables, and others of `ds` are not used.
+        For 'conversion': fields of the variables and on the grid of `start`, at times of `ds`.
     lag
         For 'background' without `target`: the background of a time is the state so long before, such as '48h'. For 'forecast': how far ahead.
     factor
@@ -198,10 +202,11 @@ def train(
         For 'autoencoder': weight of the divergence from the latent prior. The error of the decoder is learned, so that 1 is the probability of
         the fields.
     start
-        Model, name or path to go on from, of the same task (for 'downscale' of method 'diffusion'). Its networks are kept layer by layer, and
-        trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
-        and so do positional channels outside of the region. A downscaler may also have other coarse variables, `neighbours`, `statics` and
-        `time_features`. Scaling, Gaussian and linear mean are refitted; Gaussian (of a prior) and linear mean are kept, with their scaling,
+        For 'conversion': the autoencoder, whose decoder is kept. Else the model, name or path to go on from, of the same task (for
+        'downscale' of method 'diffusion'). Its networks are kept layer by layer, and trained on `ds`. Other variables, another resolution or
+        another region are accepted: channels of variables that are new start at zero, and so do positional channels outside of the region. A
+        downscaler may also have other coarse variables, `neighbours`, `statics` and `time_features`. Scaling, Gaussian and linear mean are
+        refitted; Gaussian (of a prior) and linear mean are kept, with their scaling,
         where they are of the same variables and grids, have not seen these fields, and explain `ds` better. Networks of the
         architecture 'songunet' need the same channels.
         What was kept is in ``spec.training``. Of other options, such as `transform` and `climatology`, the defaults are those of the model.
@@ -357,7 +362,12 @@ def train(
             continue
         if argument == "architecture" and given == "uno" and task not in ("prior", "autoencoder"):
             raise OptionError(f"architecture='uno' is for task='prior'; with task={task!r} use architecture='unet' or 'mesh'.")
-        if argument == "architecture" and given in ("mesh", "uno") and method not in METHODS and task != "autoencoder":
+        if (
+            argument == "architecture"
+            and given in ("mesh", "uno")
+            and method not in METHODS
+            and task not in ("autoencoder", "conversion")
+        ):
             continue
         if argument == "tile" and task == "prior":
             continue
@@ -409,6 +419,12 @@ def train(
             why = "" if argument != "ema" else ": the part of training that the average reaches over, for example ema=0.1"
             raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
     check_kinds(transform, offset, bounds)
+    unused = {"anchor": (anchor, "auto"), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None)}
+    for argument, (asked_for, usual) in unused.items():
+        if task == "conversion" and asked_for != usual:
+            raise OptionError(
+                f"{argument}={asked_for!r} has no effect with task='conversion', a new encoder that starts from ridge regression. Leave it out."
+            )
     if task == "autoencoder" and start is not None:
         raise OptionError("start has no effect with task='autoencoder': autoencoders are trained from scratch. Leave it out.")
     _check_fine_tuning(start, task, freeze, adapters)
@@ -457,6 +473,9 @@ def train(
             ds, target, factor, variables=chosen, statics=statics, offsets=neighbours, lead_time=lead_time, large=large
         )
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
+    elif task == "conversion":
+        converted = open_conversion(ds, target, start, chosen, parse_memory(memory))
+        content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     elif task == "autoencoder":
         corpus, observed = open_gappy(ds, chosen, parse_memory(memory), climatology, transform, offset, bounds, progress)
         content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
@@ -490,7 +509,7 @@ def train(
             "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
             "memory": None
-            if (pairs.reservoir if task not in ("prior", "autoencoder") else corpus.source) is None
+            if task == "conversion" or (pairs.reservoir if task not in ("prior", "autoencoder") else corpus.source) is None
             else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
             **({"latent": latent, "variational": variational, "beta": beta} if task == "autoencoder" else {}),
@@ -528,7 +547,7 @@ def train(
                 noise,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
-        elif task == "autoencoder":
+        elif task in ("autoencoder", "conversion"):
             encoding = AutoencoderRecipe(
                 latent,
                 variational,
@@ -543,7 +562,10 @@ def train(
                 validation,
                 weights,
             )
-            model = train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
+            if task == "conversion":
+                model = train_conversion(converted, encoding, optimiser, name, licence)
+            else:
+                model = train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xgenda.engine import progress_bar
 from xgenda.errors import OptionError, StateError
-from xgenda.networks.autoencoder import Autoencoder
+from xgenda.networks.autoencoder import Autoencoder, Encoder
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
 from xgenda.networks.unet import UNet
@@ -94,7 +94,7 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet | MeshNet | UNO | Autoencoder
+Network = UNet | SongUNet | MeshNet | UNO | Autoencoder | Encoder
 #: Returns scores of a network, by name; see `Progress`.
 Scorer = Callable[[Any], Mapping[str, float]]
 
