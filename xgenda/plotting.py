@@ -131,7 +131,7 @@ def plot_analysis(
         ("ensemble mean", mean, value),
         (f"member {number}", single, value),
         (
-            "spread (standard deviation)" + ("" if usual is None else f", hatched: > {threshold:g} of climate"),
+            "spread (standard deviation)" if usual is None else f"spread, hatched above {threshold:g} of the climate's",
             spread,
             {"cmap": SPREADS, "vmin": 0.0, "vmax": float(np.nanmax(spread)) or 1.0},
         ),
