@@ -1,4 +1,4 @@
-"""Train the bundled models: two on the bundled fields, one on the simulated ocean; under an hour on two CPU cores.
+"""Train the bundled models: three on the bundled fields, one on the simulated ocean; under an hour on two CPU cores.
 
     python examples/train_bundled_models.py --out xgenda/data/weights
 
@@ -33,13 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("weights"))
     parser.add_argument("--steps", type=int, help="1500, and 2000 for the ocean")
-    parser.add_argument("--only", choices=["prior", "downscale", "ocean"])
+    parser.add_argument("--only", choices=["prior", "latent", "downscale", "ocean"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     fields = training_years()
     every = 20 if options.steps is not None and options.steps < 100 else 4  # of the test years; a trial does not need scores
     if options.only in (None, "prior"):
         path = train_prior(fields, options.out, options.steps or 1500)
+        report(path, held_out(sparse_experiment(path, every=every)))
+    if options.only in (None, "latent"):
+        path = train_latent(fields, options.out, options.steps or 300)
         report(path, held_out(sparse_experiment(path, every=every)))
     if options.only in (None, "downscale"):
         path = train_downscaler(fields, options.out, options.steps or 1500)
@@ -53,6 +56,17 @@ def train_prior(fields: xr.Dataset, out: Path, steps: int) -> Path:
     name = "t2m-north-america"
     path = out / f"{name}.safetensors"
     xgenda.train(fields, anchor="eof", steps=steps, seed=0, name=name, licence=LICENCE, out=path, overwrite=True)
+    return path
+
+
+def train_latent(fields: xr.Dataset, out: Path, steps: int) -> Path:
+    name = "t2m-north-america-vae"
+    path = out / f"{name}.safetensors"
+    # 64 numbers describe the validation years better (CRPS from 40 observations 0.255 K instead of 0.259 K), in a file twice as large
+    xgenda.train(
+        fields, task="autoencoder", latent=32, steps=steps, learning_rate=3e-4, seed=0, name=name, licence=LICENCE, out=path,
+        overwrite=True,
+    )  # fmt: skip
     return path
 
 

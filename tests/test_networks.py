@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
 import xgenda
-from xgenda.errors import OptionError
+from xgenda.errors import CoordinateError, OptionError
 from xgenda.grids import EARTH_RADIUS
-from xgenda.observations.networks import ground_track, polar_swath, random_stations, sample
+from xgenda.observations.networks import ground_track, network_of, polar_swath, random_stations, sample
 from xgenda.spherical import great_circle, unit_vectors
 
 
@@ -94,3 +95,63 @@ def test_a_simulated_experiment() -> None:
 def test_what_is_no_network(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OptionError, match=message):
         call(np.random.default_rng(0))
+
+
+def test_the_network_of_one_date_sees_the_fields_of_another() -> None:
+    times = pd.to_datetime(["1916-03-13T06", "1916-03-12T18", "1916-03-11T00", "1916-03-12T06"])
+    table = pd.DataFrame(
+        {"lat": [50.0, 45.0, 40.0, 35.0], "lon": [0.0, 10.0, -10.0, 5.0], "time": times, "mslp": [1e5, 9.8e4, 1.1e5, 1e5]}
+    )
+    moved = network_of(table, period=slice("1916-03-12", "1916-03-13"), to="2016-03-12")
+    assert (
+        moved.time.values.tolist()
+        == pd.to_datetime(["2016-03-13T06", "2016-03-12T18", "2016-03-12T06"]).as_unit("ns").values.tolist()
+    )
+    assert moved.latitude.values.tolist() == [50.0, 45.0, 35.0]
+    assert not moved.data_vars
+    assert moved.longitude.attrs["standard_name"] == "longitude"
+    whole = network_of(table, to="2016-01-01T12")
+    assert whole.time.values[2] == np.datetime64("2016-01-01T12")
+    assert np.diff(whole.time.values).tolist() == np.diff(times.as_unit("ns").values).tolist()
+    anywhen = network_of(table.rename(columns={"lat": "latitude"}))
+    assert "time" not in anywhen.coords
+    coords = {
+        "time": pd.date_range("2016-03-12", periods=3),
+        "latitude": np.linspace(30, 60, 4),
+        "longitude": np.linspace(-20, 20, 5),
+    }
+    values = np.arange(3)[:, None, None] * np.ones((3, 4, 5))
+    truth = xr.Dataset({"mslp": (("time", "latitude", "longitude"), values, {"units": "Pa"})}, coords)
+    seen = sample(truth, moved, {"mslp": 1e-9}, np.random.default_rng(0))
+    np.testing.assert_allclose(seen.mslp, [1.0, 1.0, 0.0], atol=1e-6)  # the nearest day of each
+
+
+def test_a_network_keeps_what_describes_its_stations_and_its_calendar() -> None:
+    stations = xgenda.tutorial.open_dataset("europe-synop")
+    moved = network_of(stations.isel(obs=slice(3, 9)), to="1916-02-29T12")
+    np.testing.assert_array_equal(moved.height, stations.height[3:9])
+    np.testing.assert_array_equal(moved.station_id, stations.station_id[3:9])
+    assert str(moved.time.values[0])[:13] == "1916-02-29T12"
+    annual = xgenda.tutorial.open_dataset("a1b-north-america").time[:2]  # of 360 days
+    table = xr.Dataset(
+        coords={"latitude": ("obs", [20.0, 30.0]), "longitude": ("obs", [240.0, 250.0]), "time": ("obs", annual.values)}
+    )
+    late = network_of(table, to="2050-06-01").time.values
+    assert [t.year for t in late] == [2050, 2051]
+    assert late[0].calendar == "360_day"
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (lambda t: t.drop_vars("time"), {"to": "2000-01-01"}, OptionError, "no time for each observation"),
+        (lambda t: t, {"period": slice("1800", "1801")}, OptionError, "holds none of the 1215 observations"),
+        (lambda t: t, {"period": slice("yesterday", None)}, OptionError, "period=.* is not accepted"),
+        (lambda t: t, {"to": "the past"}, OptionError, "to='the past' cannot be reached"),
+        (lambda t: t.drop_vars("latitude"), {}, CoordinateError, "latitude and longitude along one dimension"),
+        (lambda t: xgenda.tutorial.open_dataset("europe-t2m-forecast"), {}, CoordinateError, "latitude and longitude along one dimension"),
+    ],
+)  # fmt: skip
+def test_what_is_no_network_is_refused(change, options, error, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        network_of(change(xgenda.tutorial.open_dataset("europe-synop")), **options)

@@ -102,7 +102,7 @@ def test_fetch_all_goes_on_after_a_failure(run, tmp_path: Path) -> None:
     status, lines, err = run("fetch", "--all")
     assert status == 1
     names = [line.split("\t")[0] for line in lines]
-    bundled = ["t2m-north-america", "t2m-north-america-x4", "ocean-twin"]  # each with its card
+    bundled = ["t2m-north-america", "t2m-north-america-vae", "t2m-north-america-x4", "ocean-twin"]  # each with its card
     assert names == [name for name in [*bundled, "tiny"] for _ in range(2)]
     assert "xgenda: error: Model 'gone': http" in err
     assert "answered 404" in err

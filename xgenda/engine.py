@@ -240,12 +240,15 @@ def _request(
     channels = []
     for c, (name, given, (scale, offset)) in enumerate(zip(job.names, fields, job.factors, strict=True)):
         field = np.asarray(given)
-        if model.valid is not None:  # what is masked has no value; some number in its place keeps arithmetic finite
+        checked = field
+        if model.gaps:
+            checked = np.where(np.isnan(field), np.nanmean(field) if np.isfinite(field).any() else 0.0, field)
+        elif model.valid is not None:  # what is masked has no value; some number in its place keeps arithmetic finite
             valid = job.orientation.from_model(model.valid[c])
             inside = field[:, valid]
-            field = np.where(valid, field, inside[np.isfinite(inside)].mean() if np.isfinite(inside).any() else 0.0)
+            checked = field = np.where(valid, field, inside[np.isfinite(inside)].mean() if np.isfinite(inside).any() else 0.0)
         if job.check:
-            metadata.check_values(field, name, where=where)
+            metadata.check_values(checked, name, where=where)
         channels.append(job.orientation.to_model(field).astype(np.float64) * scale + offset)
     values = np.stack(channels, 1)
     climatology = None
@@ -267,7 +270,9 @@ def _request(
             described.variables if described.scaling is not None else ()
         ):  # neighbouring times come after these
             assert described.scaling is not None
-            check_plausible(job.names[c], float(values[:, c].mean()), described.scaling, c, v.units)
+            seen = values[:, c][~np.isnan(values[:, c])]
+            if seen.size:
+                check_plausible(job.names[c], float(seen.mean()), described.scaling, c, v.units)
     located = None if job.located is None else job.located.between(int(index[0]), int(index[0]) + len(index))
     return Request(
         job.grid, torch.as_tensor(values).flatten(2), climatology, _evidence(job, located, len(index)),

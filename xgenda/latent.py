@@ -111,7 +111,11 @@ class Factored:
 
     def coloured(self, white: Tensor) -> Tensor:
         """Return L u."""
-        return torch.einsum("sij,sj->si", self.factors[self.group], white)
+        out = torch.zeros_like(white)
+        for g, factor in enumerate(self.factors):  # a factor for each sample would not fit into memory
+            rows = torch.nonzero(self.group == g)[:, 0]
+            out[rows] = white[rows] @ factor.T
+        return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,6 +125,8 @@ def _reader(spec: ModelSpec) -> Any:
         from xgenda.models.gaussian import GaussianModel as reader
     elif spec.kind == "latent":
         from xgenda.models.latents import LatentModel as reader  # type: ignore[assignment]
+    elif spec.kind == "conversion":
+        from xgenda.models.conversions import ConversionModel as reader  # type: ignore[assignment]
     elif spec.kind != "diffusion":
         from xgenda.models.classical import ClassicalModel as reader  # type: ignore[assignment]
     elif spec.needs_background:

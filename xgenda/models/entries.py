@@ -27,9 +27,9 @@ _COMMON: dict[str, type] = {"task": str, "description": str, "licence": str, "va
 _FILE = _PLACE | {"name": str}
 _MODEL: dict[int, dict[str, type]] = {
     1: _PLACE | _COMMON,
-    2: _COMMON | {"grid": str, "files": list, "doi": str, "citation": str, "xgenda": str},
+    2: _COMMON | {"grid": str, "files": list, "doi": str, "citation": str, "xgenda": str, "alternative_to": str},
 }
-_OPTIONAL = ("file", "url", "name", "doi", "citation", "xgenda")
+_OPTIONAL = ("file", "url", "name", "doi", "citation", "xgenda", "alternative_to")
 HUB_URL = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})/(?P<path>[^?#\\]+)")
 
 
@@ -53,7 +53,8 @@ class File:
 class Entry:
     """One registered model: what it is, and where its files are; the first is the model.
 
-    `registry` is the file that lists it, `root` the folder below which its own files are.
+    `registry` is the file that lists it, `root` the folder below which its own files are. `alternative_to` names the model that is taken
+    where a call names none and both would fit; this one is then only taken by its name.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Entry:
     doi: str = ""
     citation: str = ""
     xgenda: str = ""
+    alternative_to: str = ""
 
     @property
     def file(self) -> str | None:

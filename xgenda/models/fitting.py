@@ -340,7 +340,9 @@ class _Probe:
         std = np.sqrt(np.diag(self.sample))
         self.scale = std[:, None] * between[self.channel][:, self.channel].numpy() * std
         self._made: dict[tuple[str, float], np.ndarray] = {}
-        self._eofs = functools.cache(lambda: _eofs(anomaly / np.sqrt(len(anomaly) - 1)))  # the longest part, the same for all ranks
+        self._eofs = functools.cache(
+            lambda: _eofs(anomaly / np.sqrt(len(anomaly) - 1))
+        )  # the longest part, the same for all ranks
 
     def __call__(self, choice: Choice) -> np.ndarray:
         if choice.kind == "eof":

@@ -173,6 +173,8 @@ class GenerativeModel(ABC):
         Where the state is, shape (channels, rows, columns), bool: False on land in an ocean. None: everywhere.
     closed_form : bool
         Whether `moments` are known.
+    gaps : bool
+        Whether what it takes, as a model of `downscale`, may be NaN in some cells; these are NaN in ``Request.standardised`` too.
     """
 
     spec: ModelSpec
@@ -180,6 +182,7 @@ class GenerativeModel(ABC):
     sha256: str = ""
     valid: np.ndarray | None = None
     closed_form: bool = False
+    gaps: bool = False
 
     @property
     def pointwise(self) -> bool:

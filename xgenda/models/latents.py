@@ -210,7 +210,7 @@ class LatentModel(GenerativeModel):
             variance = (total[1] / DRAWS - mean**2).clamp(min=0.0) + self.error.reshape(-1) ** 2
             self._moments = mean.reshape(self.error.shape).flatten(1), variance.sqrt().reshape(self.error.shape).flatten(1)
         mean, deviation = self._moments
-        std = self._std().reshape(mean.shape)
+        std = self.deviations().reshape(mean.shape)
         return physical_moments(self.scaling, request.climatology + std * mean, std * deviation)
 
     def drawn(self, count: int) -> Tensor:
@@ -225,13 +225,14 @@ class LatentModel(GenerativeModel):
             z = integrate(self.prior.cpu(), levels[0] * white.reshape(count, -1, 1, 1), levels, "heun")
         return z.reshape(white.shape)[:, self.window // 2]
 
-    def _std(self) -> Tensor:
+    def deviations(self) -> Tensor:
+        """Return the standard deviations of the scaling, flat, in the order of a state."""
         return torch.as_tensor(self.scaling.std).double().expand(self.error.shape).reshape(-1)
 
     def posterior(self, request: Request) -> Tensor:
         """Sample latent vectors for every (time, member), in batches, or for members where all times are solved together."""
         assert request.climatology is not None
-        options, times, std = request.options, len(request.labels), self._std()
+        options, times, std = request.options, len(request.labels), self.deviations()
         single = [(t,) for t in range(times)]
         if options.sampler in SAMPLERS:
             out = Search(self, request, std, single, list(request.evidence)).samples()

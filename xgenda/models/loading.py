@@ -79,6 +79,11 @@ def choose_model(
     for name, entry in registry().items():
         if entry.task != task:
             continue
+        if entry.alternative_to:
+            reasons.append(
+                f"  {name}: it is an alternative to {entry.alternative_to}; if it is the one you want, type model={name!r}"
+            )
+            continue
         if state_of(entry) == "remote":  # nothing is downloaded that was not asked for by its name
             reasons.append(f"  {name}: it is not on this machine; if it is the one you want, type model={name!r}")
             continue

@@ -15,7 +15,7 @@ from xgenda.scaling import Scaling
 __all__ = ["ModelSpec", "VariableSpec"]
 
 TASKS = ("prior", "downscale", "background", "forecast")
-KINDS = ("gaussian", "diffusion", "latent", "bilinear", "bcsd", "ridge")
+KINDS = ("gaussian", "diffusion", "latent", "conversion", "bilinear", "bcsd", "ridge")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelSpec:
     task
         'prior' and 'background' (for `assimilate`), 'downscale' or 'forecast'.
     kind
-        'gaussian', 'diffusion' or 'latent'; for 'downscale' also one of the classical methods, 'bilinear', 'bcsd' or 'ridge'.
+        'gaussian', 'diffusion' or 'latent'; for 'downscale' also 'conversion' or a classical method, 'bilinear', 'bcsd' or 'ridge'.
     variables
         In channel order.
     grid

@@ -204,11 +204,54 @@ class Autoencoder(nn.Module):
         return mean, variance, self._decoded(z), self.log_error
 
 
-class _Convolutions(nn.Module):
-    """What is added to the linear maps."""
+class Encoder(nn.Module):
+    """Fields of any kind to mean and log-variance of a latent vector: what is added to those of a linear map.
+
+    Parameters
+    ----------
+    channels, shape
+        Of the fields.
+    latent
+        Length k of the latent vector.
+    width, levels, periodic
+        As of `Autoencoder`; at first nothing is added, and with 0 levels nothing ever is.
+    """
 
     def __init__(
-        self, channels: int, shape: tuple[int, int], latent: int, width: int, levels: int, periodic: Periodic, linear: bool
+        self, channels: int, shape: tuple[int, int], latent: int, *, width: int = 16, levels: int | None = None, periodic: Periodic = False
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.latent = latent
+        levels = suitable_levels(shape) if levels is None else levels
+        self.log_variance: Tensor
+        self.register_buffer("log_variance", torch.zeros(latent))
+        self.inner = _Contraction(channels, shape, latent, width, levels, periodic, silent=True) if levels else None
+
+    def position_channels(self) -> Tensor | None:
+        """Return None: the dense layer knows where it is."""
+        return None
+
+    @torch.no_grad()
+    def scale_output(self, weight: float) -> None:
+        """Multiply what the convolutions add by a number; 0 leaves the linear map."""
+        if self.inner is not None:
+            for parameter in self.inner.condense.parameters():
+                parameter.mul_(weight)
+
+    def forward(self, x: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance, each shape (batch, k), of fields (batch, channels, rows, columns) and their linear answers (batch, k)."""
+        variance: Tensor = self.log_variance.expand(len(x), -1)
+        if self.inner is not None:
+            added, wider = self.inner.encode(x).chunk(2, 1)
+            linear, variance = linear + added, variance + wider
+        return linear, variance.clamp(LOWEST, HIGHEST)
+
+
+class _Contraction(nn.Module):
+    """Convolutions from fields to two numbers for each of a latent vector."""
+
+    def __init__(
+        self, channels: int, shape: tuple[int, int], latent: int, width: int, levels: int, periodic: Periodic, silent: bool
     ) -> None:
         super().__init__()
         sizes, widths = [shape], [width // 2]
@@ -216,21 +259,13 @@ class _Convolutions(nn.Module):
             ny, nx = sizes[-1]
             sizes.append((-(-ny // 2), -(-nx // 2)))
             widths.append(width * (1 if k == 0 else 2 if k < 3 else 4))
-        self.sizes = sizes
+        self.sizes, self.widths = sizes, widths
         self.first = FieldConv(channels, widths[0], periodic)
         self.down = nn.ModuleList(FieldConv(a, b, periodic, stride=2) for a, b in itertools.pairwise(widths))
         self.shrunk = nn.ModuleList(_norm(w) for w in widths[1:])
         self.coarsest = (widths[-1], *sizes[-1])
         self.condense = nn.Linear(math.prod(self.coarsest), 2 * latent)
-        self.expand = nn.Linear(latent, math.prod(self.coarsest))
-        pairs = list(itertools.pairwise(widths[::-1]))
-        self.up = nn.ModuleList(FieldConv(a, b, periodic) for a, b in pairs)
-        self.grown = nn.ModuleList(_norm(b) for _, b in pairs)
-        self.mix = FieldConv(widths[0] + (channels if linear else 0), widths[0], periodic)
-        self.last = FieldConv(widths[0], channels, periodic)
-        nn.init.zeros_(self.last.conv.weight)
-        nn.init.zeros_(self.last.conv.bias)  # type: ignore[arg-type]
-        if linear:  # the best linear answer is where training starts
+        if silent:  # the best linear answer is where training starts
             nn.init.zeros_(self.condense.weight)
             nn.init.zeros_(self.condense.bias)
 
@@ -241,6 +276,24 @@ class _Convolutions(nn.Module):
             h = norm(conv(functional.silu(h)))
         out: Tensor = self.condense(functional.silu(h).flatten(1))
         return out
+
+
+class _Convolutions(_Contraction):
+    """What is added to the linear maps."""
+
+    def __init__(
+        self, channels: int, shape: tuple[int, int], latent: int, width: int, levels: int, periodic: Periodic, linear: bool
+    ) -> None:
+        super().__init__(channels, shape, latent, width, levels, periodic, silent=linear)
+        widths = self.widths
+        self.expand = nn.Linear(latent, math.prod(self.coarsest))
+        pairs = list(itertools.pairwise(widths[::-1]))
+        self.up = nn.ModuleList(FieldConv(a, b, periodic) for a, b in pairs)
+        self.grown = nn.ModuleList(_norm(b) for _, b in pairs)
+        self.mix = FieldConv(widths[0] + (channels if linear else 0), widths[0], periodic)
+        self.last = FieldConv(widths[0], channels, periodic)
+        nn.init.zeros_(self.last.conv.weight)
+        nn.init.zeros_(self.last.conv.bias)  # type: ignore[arg-type]
 
     def decode(self, z: Tensor, plain: Tensor | None) -> Tensor:
         """Return what is added to the linear field, which it sees."""

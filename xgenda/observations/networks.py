@@ -10,9 +10,9 @@ import pandas as pd
 import xarray as xr
 from scipy.ndimage import gaussian_filter
 
-from xgenda.errors import OptionError, check_count
+from xgenda.errors import CoordinateError, OptionError, check_count
 from xgenda.grids import EARTH_RADIUS, ROTATION
-from xgenda.metadata import match_variable
+from xgenda.metadata import LATITUDE_NAMES, LONGITUDE_NAMES, TIME_NAMES, find_coordinate, match_variable
 from xgenda.spherical import normalised, positions, unit_vectors, wrapped
 from xgenda.states import enter
 from xgenda.weights import interpolation
@@ -131,6 +131,92 @@ def polar_swath(
             "time": ("scan", time.values.astype("datetime64[ns]"), {"standard_name": "time"}),
         }
     )
+
+
+def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, to: object = None) -> xr.Dataset:
+    """Return where and when observations were made, without their values, moved to another time: the network of one date for the fields of another.
+
+    How well would the network of 1916 see the weather of 2016, which is known? ``sample(truth, network_of(obs, period=slice("1916-03-12",
+    "1916-03-12"), to="2016-03-12"), error, rng)`` are the observations to assimilate (after Brohan 2022, who looks at reanalyses so).
+
+    Parameters
+    ----------
+    obs
+        Table along one dimension, with latitude and longitude, and with times where `period` or `to` is given.
+    period
+        Which of them, as ``slice("1916-01-01", "1916-12-31")``, both ends included; all by default.
+    to
+        The time that the begin of `period`, or without it the first of the observations, is moved to; the others keep their distance
+        from it. None: places without times, which every state is seen from.
+
+    Returns
+    -------
+    xarray.Dataset
+        Coordinates latitude and longitude, time unless `to` is None, and others along ``obs``, such as heights and names of stations.
+
+    Raises
+    ------
+    OptionError
+        If there are no times where some are needed, none is in `period`, or `to` is of another calendar.
+    CoordinateError
+        If there is no latitude or longitude along one dimension.
+
+    Examples
+    --------
+    >>> import xgenda
+    >>> from xgenda.observations.networks import network_of
+    >>> stations = xgenda.tutorial.open_dataset("europe-synop")
+    >>> str(network_of(stations, to="1916-03-12").time.values[0])[:10]
+    '1916-03-12'
+    """
+    table = obs if isinstance(obs, xr.Dataset) else xr.Dataset.from_dataframe(obs)
+    names = {"latitude": LATITUDE_NAMES, "longitude": LONGITUDE_NAMES, "time": TIME_NAMES}
+    found = {k: name for k, aliases in names.items() if (name := find_coordinate(table, k, aliases)) is not None}
+    dims = {table[found[k]].dims if k in found else () for k in ("latitude", "longitude")}
+    if len(dims) > 1 or len(rows_of := next(iter(dims))) != 1:
+        raise CoordinateError("obs needs latitude and longitude along one dimension, a row for each observation.")
+    (dim,) = rows_of
+    fields = {str(n): c for n, c in table.coords.items() if c.dims == (dim,) and n != dim and n not in found.values()}
+    fields |= {k: table[n] for k, n in found.items() if table[n].dims == (dim,)}
+    if (period is not None or to is not None) and "time" not in fields:
+        raise OptionError("obs has no time for each observation; leave out period and to: network_of(obs)")
+    rows = np.arange(table.sizes[dim])
+    if period is not None:
+        time = fields["time"].values
+        try:
+            rows = np.sort(xr.DataArray(rows, dims="time", coords={"time": time}).sortby("time").sel(time=period).values)
+        except (TypeError, ValueError, KeyError) as problem:
+            raise OptionError(
+                f"period={period!r} is not accepted ({problem}); give slice('1916-01-01', '1916-12-31')."
+            ) from problem
+        if not len(rows):
+            raise OptionError(f"period={period!r} holds none of the {len(time)} observations, {time.min()} to {time.max()}.")
+    coords = {k: ("obs", f.values[rows], dict(f.attrs)) for k, f in fields.items()}
+    if to is None:
+        coords.pop("time", None)
+    else:
+        _, times, attrs = coords["time"]
+        first = getattr(period, "start", None)
+        coords["time"] = ("obs", _moved(times, times.min() if first is None else first, to), attrs)
+    out = xr.Dataset(coords=coords)
+    out["latitude"].attrs |= LATITUDE
+    out["longitude"].attrs |= LONGITUDE
+    return out
+
+
+def _moved(times: np.ndarray, first: object, to: object) -> np.ndarray:
+    """Return times as long after `to` as they are after `first`."""
+    calendar = getattr(times[0], "calendar", None)
+
+    def read(given: object) -> object:
+        if calendar is None:
+            return np.datetime64(pd.Timestamp(given), "ns")  # type: ignore[arg-type]
+        return xr.date_range(given, periods=1, calendar=calendar, use_cftime=True)[0] if isinstance(given, str) else given
+
+    try:
+        return np.asarray(times + (read(to) - read(first)))  # type: ignore[operator]
+    except (TypeError, ValueError) as problem:
+        raise OptionError(f"to={to!r} cannot be reached from {first}: {problem}. Give a time of the same calendar.") from problem
 
 
 def sample(truth: xr.Dataset, places: xr.Dataset, error: dict[str, float], rng: np.random.Generator) -> xr.Dataset:

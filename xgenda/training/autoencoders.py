@@ -37,7 +37,7 @@ from xgenda.training.latent_priors import check_same_fields, with_learned_prior
 from xgenda.training.objectives import Batch, Draws
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.priors import record_of
-from xgenda.training.sources import Samples, open_source
+from xgenda.training.sources import Samples, Source, open_source
 from xgenda.training.surveys import Survey, look
 from xgenda.training.weighting import loss_weights
 from xgenda.training.windows import FOLDS, blocks, evenly_spaced, split_rows, window_rows
@@ -188,6 +188,16 @@ def open_gappy(
         except StateError as problem:
             problem.add_note(f"Cells may be missing where all fields are read: memory='{math.ceil(source.nbytes / 1e6)}MB'")
             raise
+    samples, observed = read_gappy(source)
+    corpus = Corpus(samples, np.arange(samples.size), samples.time, samples.size)
+    return corpus, None if observed is None else torch.as_tensor(observed)
+
+
+def read_gappy(source: Source) -> tuple[Samples, np.ndarray | None]:
+    """Return fields of which cells may be missing at some times, with the mean of their times there, and where they were observed.
+
+    The latter has the shape of the fields, bool; None where no cell is missing at some times only.
+    """
     values = source.read_all().astype(np.float64)
     holes = np.isnan(values)
     missing = np.asarray(np.asarray(holes.all((2, 3))).any(1))
@@ -202,8 +212,7 @@ def open_gappy(
     if source.valid is not None and source.fill is not None:
         filled = np.where(source.valid, filled, source.fill[:, None, None])
     samples = Samples(filled, source.time, source.grid, source.variables, source.dimension, source.valid)
-    corpus = Corpus(samples, np.arange(len(filled)), samples.time, len(filled))
-    return corpus, torch.as_tensor(~holes) if partial.any() else None
+    return samples, ~holes if partial.any() else None
 
 
 def train_autoencoder(
@@ -216,7 +225,7 @@ def train_autoencoder(
         fold[corpus.rows], recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
     )
     if observed is not None:
-        scaling, z = _by_observed(scaling, z, observed)
+        scaling, z = by_observed(scaling, z, observed)
     chosen, few = corpus.few()
     warn_of_little(z[chosen], few, corpus.size)
     gap = corpus.gap(z)
@@ -315,7 +324,7 @@ def train_latent_prior(
     return model
 
 
-def _by_observed(scaling: Scaling, z: np.ndarray, observed: Tensor) -> tuple[Scaling, np.ndarray]:
+def by_observed(scaling: Scaling, z: np.ndarray, observed: Tensor) -> tuple[Scaling, np.ndarray]:
     """Return scaling and states with the standard deviations of what was observed: what was filled in varies less; it is set to zero."""
     seen = observed.numpy().reshape(z.shape)
     z = z * seen

@@ -40,6 +40,7 @@ from xgenda.training.anchoring import ANCHORS
 from xgenda.training.architectures import check_network_options
 from xgenda.training.autoencoders import AutoencoderRecipe, open_gappy, train_autoencoder, train_latent_prior
 from xgenda.training.classical import train_classical
+from xgenda.training.conversions import open_conversion, train_conversion
 from xgenda.training.corpus import open_corpus
 from xgenda.training.crops import check_tile
 from xgenda.training.downscalers import STAGES, Recipe, train_downscaler
@@ -62,7 +63,7 @@ CLASSICAL = (
     "method",
     "calibrate",
 )  # what methods in closed form take of what belongs to task 'downscale', or do without
-TASKS = ("prior", "downscale", "background", "forecast", "autoencoder")
+TASKS = ("prior", "downscale", "background", "forecast", "autoencoder", "conversion")
 OF_BACKGROUND = ("target", "lag", "stages", "statics", "time_features", "lead_time", "mean_condition", "architecture")
 #: Which of the options that belong to a task each one has.
 OF_TASK: Mapping[str, tuple[str, ...]] = {
@@ -73,6 +74,7 @@ OF_TASK: Mapping[str, tuple[str, ...]] = {
     "background": OF_BACKGROUND,
     "forecast": tuple(n for n in OF_BACKGROUND if n not in ("target", "lead_time")),
     "autoencoder": ("latent", "variational", "beta", "latent_prior"),
+    "conversion": ("target",),
 }  # fmt: skip
 LEARNING_RATE = 2e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -157,9 +159,11 @@ def train(
         'background': the truth given a forecast of it, for `assimilate` around that forecast. 'forecast': the state `lag` later, for `forecast`.
         'autoencoder': a latent space of a few numbers, which `assimilate` searches, or samples by a diffusion that was learned in it
         (`latent_prior`); cells may be NaN at some of the times.
+        'conversion': from fields on another grid, of other variables or with gaps, to the latent space of the autoencoder `start`, for `downscale`.
     target
         For 'downscale': the fine fields, at times of `ds`, on any grid within that of `ds`. They may hold other variables than `ds`. For
         'background': the truth, at times of `ds` and on its grid; the model is of its variables, and others of `ds` are not used.
+        For 'conversion': fields of the variables and on the grid of `start`, at times of `ds`.
     lag
         For 'background' without `target`: the background of a time is the state so long before, such as '48h'. For 'forecast': how far ahead.
     factor
@@ -209,10 +213,11 @@ def train(
         fields after the autoencoder, in the last three tenths of the effort, and only that with `start`, the latent model whose encoder and decoder
         are kept. With `window` it is of so many consecutive ones.
     start
-        Model, name or path to go on from, of the same task (for 'downscale' of method 'diffusion'). Its networks are kept layer by layer, and
-        trained on `ds`. Other variables, another resolution or another region are accepted: channels of variables that are new start at zero,
-        and so do positional channels outside of the region. A downscaler may also have other coarse variables, `neighbours`, `statics` and
-        `time_features`. Scaling, Gaussian and linear mean are refitted; Gaussian (of a prior) and linear mean are kept, with their scaling,
+        For 'conversion': the autoencoder, whose decoder is kept. Else the model, name or path to go on from, of the same task (for
+        'downscale' of method 'diffusion'). Its networks are kept layer by layer, and trained on `ds`. Other variables, another resolution or
+        another region are accepted: channels of variables that are new start at zero, and so do positional channels outside of the region. A
+        downscaler may also have other coarse variables, `neighbours`, `statics` and `time_features`. Scaling, Gaussian and linear mean are
+        refitted; Gaussian (of a prior) and linear mean are kept, with their scaling,
         where they are of the same variables and grids, have not seen these fields, and explain `ds` better. Networks of the
         architecture 'songunet' need the same channels.
         What was kept is in ``spec.training``. Of other options, such as `transform` and `climatology`, the defaults are those of the model.
@@ -381,7 +386,12 @@ def train(
             continue
         if argument == "architecture" and given == "uno" and task not in ("prior", "autoencoder"):
             raise OptionError(f"architecture='uno' is for task='prior'; with task={task!r} use architecture='unet' or 'mesh'.")
-        if argument == "architecture" and given in ("mesh", "uno") and method not in METHODS and task != "autoencoder":
+        if (
+            argument == "architecture"
+            and given in ("mesh", "uno")
+            and method not in METHODS
+            and task not in ("autoencoder", "conversion")
+        ):
             continue
         if argument == "tile" and task == "prior":
             continue
@@ -433,6 +443,12 @@ def train(
             why = "" if argument != "ema" else ": the part of training that the average reaches over, for example ema=0.1"
             raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
     check_kinds(transform, offset, bounds)
+    unused = {"anchor": (anchor, "auto"), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None)}
+    for argument, (asked_for, usual) in unused.items():
+        if task == "conversion" and asked_for != usual:
+            raise OptionError(
+                f"{argument}={asked_for!r} has no effect with task='conversion', a new encoder that starts from ridge regression. Leave it out."
+            )
     if task == "autoencoder" and start is not None:
         if latent_prior == "normal":
             raise OptionError(
@@ -444,9 +460,9 @@ def train(
             "climatology": (climatology, "auto"), "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None),
             "width": (width, None), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None),
         }  # fmt: skip
-        for what, (wanted, usual) in kept.items():
-            if wanted != usual:
-                raise OptionError(f"{what}={wanted!r} has no effect with start: the autoencoder is kept as it is. Leave it out.")
+        for what, (set_to, standard) in kept.items():
+            if set_to != standard:
+                raise OptionError(f"{what}={set_to!r} has no effect with start: the autoencoder is kept as it is. Leave it out.")
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
@@ -494,6 +510,9 @@ def train(
             lead_time=lead_time, large=large, ends="nearest" if context else "drop",
         )  # fmt: skip
         content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
+    elif task == "conversion":
+        converted = open_conversion(ds, target, start, chosen, parse_memory(memory))
+        content = {"ds": fingerprint(ds), "target": "" if target is None else fingerprint(target)} if out is not None else {}
     elif task == "autoencoder":
         if start is not None and not isinstance(start, LatentModel):
             raise OptionError(f"start={start.spec.name!r} is a {start.spec.kind} model; a latent model is needed. Leave it out.")
@@ -530,7 +549,7 @@ def train(
             "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
             "memory": None
-            if (pairs.reservoir if task not in ("prior", "autoencoder") else corpus.source) is None
+            if task == "conversion" or (pairs.reservoir if task not in ("prior", "autoencoder") else corpus.source) is None
             else parse_memory(memory),
             "time_budget": time_budget, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed, "dtype": dtype,
             **({"latent": latent, "variational": variational, "beta": beta} if task == "autoencoder" else {}),
@@ -569,7 +588,7 @@ def train(
                 noise,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
-        elif task == "autoencoder":
+        elif task in ("autoencoder", "conversion"):
             encoding = AutoencoderRecipe(
                 latent,
                 variational,
@@ -586,11 +605,12 @@ def train(
                 latent_prior,
                 window,
             )
-            model = (
-                train_latent_prior(corpus, observed, start, encoding, optimiser, name)
-                if isinstance(start, LatentModel)
-                else train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
-            )
+            if task == "conversion":
+                model = train_conversion(converted, encoding, optimiser, name, licence)
+            elif isinstance(start, LatentModel):
+                model = train_latent_prior(corpus, observed, start, encoding, optimiser, name)
+            else:
+                model = train_autoencoder(corpus, observed, encoding, optimiser, name, licence)
         else:
             recipe = Recipe(
                 "none" if climatology == "auto" and start is None else climatology, transform, offset, bounds, anchor, periodic, width,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xgenda.errors import OptionError, StateError
 from xgenda.formatting import progress_bar
-from xgenda.networks.autoencoder import Autoencoder
+from xgenda.networks.autoencoder import Autoencoder, Encoder
 from xgenda.networks.dense import LatentNet
 from xgenda.networks.mesh import MeshNet
 from xgenda.networks.songunet import SongUNet
@@ -95,7 +95,7 @@ class Effort:
     begin: float = 0.0
 
 
-Network = UNet | SongUNet | MeshNet | UNO | Autoencoder | LatentNet
+Network = UNet | SongUNet | MeshNet | UNO | Autoencoder | Encoder | LatentNet
 #: Returns scores of a network, by name; see `Progress`.
 Scorer = Callable[[Any], Mapping[str, float]]
 
