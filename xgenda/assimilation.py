@@ -83,14 +83,15 @@ def assimilate(
     guidance
         How observations act on a diffusion model: 'anchor', 'mmps', 'sda', 'w2c', 'pigdm', 'dps', 'diffpir' or 'inpaint'; see the
         methods page. 'auto' is 'anchor' where the model has a Gaussian and all operators are linear, else 'mmps'; the result
-        records which. On an autoencoder 'posterior' or, as published, 'mse'.
+        records which. On an autoencoder 'posterior' or, as published, 'mse', and with a diffusion of its latent vectors all but 'inpaint'.
     guidance_options
         Such as ``{"gamma": 0.1}`` for 'sda', ``{"iterations": 8, "solver": "gmres"}`` for 'mmps', or ``{"preset": "published"}`` for
         'inpaint': the soft mask of DiffDA in its 2,910 calls of the network ('soft': the same in 48).
     likelihood
         Of the observation errors: 'gaussian', or for suspect data 'student-t' or 'huber', for diffusion models and autoencoders.
     sampler
-        'auto', or for diffusion models 'heun', 'ddim', 'ancestral', 'dpm++', 'adams' or 'pc'; for autoencoders 'map', 'rmap' ('auto') or 'hmc'.
+        'auto', or for diffusion models 'heun', 'ddim', 'ancestral', 'dpm++', 'adams' or 'pc'; for autoencoders 'map', 'rmap' ('auto') or 'hmc',
+        and where a diffusion of their latent vectors was learned also those of diffusion models, one of which 'auto' is then.
     sampler_options
         Such as ``{"churn": 20}`` for 'heun', ``{"corrections": 2, "tau": 0.25}`` for 'pc', ``{"resample": 5}`` for any.
     schedule

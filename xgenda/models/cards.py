@@ -31,7 +31,7 @@ DEFAULTS: Mapping[str, Any] = {
     "task": "prior", "method": "diffusion", "stages": "both", "neighbours": [0], "context": 0, "time_features": "auto", "lead_time": False,
     "conserve": "auto", "calibrate": True, "mean_condition": True, "climatology": "auto", "transform": "none", "offset": 1e-3,
     "anchor": "auto", "window": 1, "architecture": "unet", "weights": "auto", "freeze": "none", "augment": "auto", "batch_size": 16, "seed": 0,
-    "variational": True, "beta": 1.0,
+    "variational": True, "beta": 1.0, "latent_prior": "normal",
 }  # fmt: skip
 UNTOLD = ("ds", "target", "statics", "task", "start", "memory")  # sums of data and files, and what is told elsewhere
 CALLS = {

@@ -148,9 +148,11 @@ class Diffusion(Decoding):
 
     def _finer(self, span: int, slopes: Tensor, lowest: float) -> int:
         """Return how many levels below the lowest the sharpest observations need."""
+        if not len(slopes):
+            return 0
         states = len(self.std) // self.model.spec.channels * (self.model.spec.channels + len(self.request.operators))
         times = self.observed[span].indices[:, 0] // states
-        sharpness = torch.zeros(int(times.max()) + 1 if len(times) else 1, slopes.shape[1], dtype=torch.float64)
+        sharpness = torch.zeros(int(times.max()) + 1, slopes.shape[1], dtype=torch.float64)
         return finer_levels(sharpness.index_add_(0, times, slopes.square()), lowest)
 
     def _batch(

@@ -191,7 +191,7 @@ def _check_suffix(text: str) -> None:
 def _only_file(text: str, folder: Path) -> Path:
     """Return the one model file that a folder holds."""
     found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
-    if len(found) == 1 or (found and {p.stem for p in found} <= {"prior", "mean", "residual"}):
+    if len(found) == 1 or (found and {p.stem for p in found} <= {"prior", "mean", "residual", "autoencoder", "codes"}):
         return found[0]  # of several parts of a training that was interrupted; reading one says so
     names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
     raise ModelNotFoundError(

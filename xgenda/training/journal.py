@@ -27,7 +27,7 @@ from xgenda.errors import CheckpointError, OptionError, OutputExistsError
 from xgenda.files import aside
 
 FORMAT = 1
-NETWORKS = ("prior", "mean", "residual", "autoencoder")  # that have a file each
+NETWORKS = ("prior", "mean", "residual", "autoencoder", "codes")  # that have a file each
 CONTENT = dict.fromkeys(("ds", "target", "statics"), "the data differ") | {"start": "another model"}
 SAVE_EVERY = 10.0  # seconds, at least
 SHARE = 0.02  # of the time that saving may take

@@ -36,6 +36,7 @@ from xgenda.training.windows import FOLDS, split_rows, window_rows
 
 LARGER_BATCH = 4  # times that of the autoencoder: a step on vectors costs next to nothing
 JITTER = 1e-6
+REACH = 2.0  # of the network of codes, in standard deviations of their largest mode
 
 
 class OfCodes(Denoising):
@@ -132,8 +133,9 @@ def with_learned_prior(
         means[picked].float(), codes.deviations[picked].float(), turn.float(), torch.as_tensor(blocks), crossed, sigma_max
     )
     size = window * model.latent
-    arguments = {
+    arguments: dict[str, Any] = {
         "channels": size, "condition_channels": size if anchor is not None else 0, "width": 128 if size <= 128 else 256, "blocks": 3,
+        "reach": REACH * (1.0 if anchor is None else math.sqrt(anchor.largest())),
     }  # fmt: skip
     latent_net = LatentNet(**arguments)
     near = torch.ones(len(fold), dtype=torch.bool)
