@@ -12,7 +12,7 @@ import xarray as xr
 
 import xgenda
 from xgenda.errors import CheckpointError, GridError, OptionError, StateError
-from xgenda.models.conversions import ConversionModel, reconstructing
+from xgenda.models.conversions import ConversionModel, filled_from_around, reconstructing
 from xgenda.models.latents import LatentModel
 from xgenda.models.spec import ModelSpec
 
@@ -129,6 +129,25 @@ def test_gaps_of_the_source_are_taken_for_what_they_are(fields: Any, latent: Lat
         gappy.isel(time=slice(410, 412)).where(gappy.time < gappy.time[411]).genda.downscale(model=model, members=1, seed=0)
     with pytest.raises(StateError, match="holds NaN"):
         gappy.isel(time=[410]).genda.downscale(model=converted(fields, latent), members=1)
+
+
+def test_gaps_are_filled_from_around() -> None:
+    """A field that is the same everywhere stays so whatever is missing, also beyond the odd edge of a grid; nothing seen is the climate."""
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.rand(5, 2, 7, 13, generator=generator) > 0.8
+    seen[0] = seen[1, 0] = False
+    seen[1, 1] = True
+    seen[2, 0] = False
+    seen[2, 0, 6, 12] = True  # a single cell in a corner
+    found = filled_from_around(torch.where(seen, 4.0, torch.nan), seen)
+    torch.testing.assert_close(found[1:, 1], torch.full_like(found[1:, 1], 4.0))
+    torch.testing.assert_close(found[2:], torch.full_like(found[2:], 4.0))
+    assert not found[0].any()
+    assert not found[1, 0].any()
+    slope = torch.arange(13.0).expand(1, 1, 7, 13)
+    some = torch.rand(1, 1, 7, 13, generator=generator) > 0.5
+    assert (filled_from_around(torch.where(some, slope, torch.nan), some) - slope).abs().max() < 3.0
+    torch.testing.assert_close(filled_from_around(slope, torch.ones_like(some)), slope)
 
 
 def test_network_learns_what_no_linear_map_can() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import CheckpointError, OptionError, StateError, check_choice
@@ -92,10 +93,10 @@ class ConversionModel(GenerativeModel):
         plane, route = self.inputs.grid.plane, self.route
         if route is None:
             own = self.target.network.cpu()
-            states = encoder_inputs(standardised, masks=False).double()
+            states = torch.where(standardised.isfinite(), standardised, 0.0).double()  # as it was trained
             mean, variance = own.encode(states.reshape(len(states), -1, *plane))
             return mean, (0.5 * variance).exp() if own.variational else torch.zeros_like(mean)
-        fields = encoder_inputs(standardised, self.spec.options["encoder"]["masks"])
+        fields = encoder_inputs(standardised, plane, self.spec.options["encoder"]["masks"])
         filled = fields[:, : standardised.shape[1]]
         linear = route.mean.at(filled, filled[..., :1, None], (ONE, ONE))[:, :, 0, 0]
         mean, variance = (t.double() for t in route.encoder(fields.reshape(len(fields), -1, *plane).float(), linear))
@@ -180,8 +181,28 @@ def encoder_arguments(spec: ModelSpec) -> dict[str, Any]:
     return {"channels": channels, "shape": spec.inputs.grid.plane, "latent": int(spec.options["network"]["latent"]), **given}
 
 
-def encoder_inputs(standardised: Tensor, masks: bool) -> Tensor:
-    """Return fields (t, inputs, cells) with zero for NaN and, with `masks`, after them where they have values."""
+def encoder_inputs(standardised: Tensor, plane: tuple[int, int], masks: bool) -> Tensor:
+    """Return fields (t, inputs, cells) with their gaps filled from around and, with `masks`, after them where they have values."""
     seen = standardised.isfinite()
-    filled = torch.where(seen, standardised, 0.0)
+    shape = (*standardised.shape[:2], *plane)
+    filled = filled_from_around(torch.where(seen, standardised, 0.0).reshape(shape), seen.reshape(shape)).flatten(2)
     return torch.cat([filled, seen.to(filled)], 1) if masks else filled
+
+
+def filled_from_around(fields: Tensor, seen: Tensor) -> Tensor:
+    """Return fields (t, channels, rows, columns) where they are `seen`, and elsewhere means over ever larger blocks of cells that hold some.
+
+    The pull and push of Gortler et al. (1996). Zero, the climate, only where nothing of a field is seen: in a climate that has changed
+    all cells are far from it, and gaps would tell where they are.
+    """
+    if bool(seen.all()) or max(fields.shape[-2:]) == 1:
+        return torch.where(seen, fields, 0.0)
+    pooling: dict[str, Any] = {
+        "kernel_size": [min(2, n) for n in fields.shape[-2:]],
+        "ceil_mode": True,
+        "count_include_pad": False,
+    }
+    share = functional.avg_pool2d(seen.to(fields), **pooling)
+    mean = functional.avg_pool2d(torch.where(seen, fields, 0.0), **pooling) / torch.where(share > 0, share, 1.0)
+    above = functional.interpolate(filled_from_around(mean, share > 0), size=fields.shape[-2:], mode="bilinear")
+    return torch.where(seen, fields, above)

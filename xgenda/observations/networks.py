@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -133,7 +135,7 @@ def polar_swath(
     )
 
 
-def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, to: object = None) -> xr.Dataset:
+def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, to: Any = None) -> xr.Dataset:
     """Return where and when observations were made, without their values, moved to another time: the network of one date for the fields of another.
 
     How well would the network of 1916 see the weather of 2016, which is known? ``sample(truth, network_of(obs, period=slice("1916-03-12",
@@ -204,17 +206,17 @@ def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, t
     return out
 
 
-def _moved(times: np.ndarray, first: object, to: object) -> np.ndarray:
+def _moved(times: np.ndarray, first: Any, to: Any) -> np.ndarray:
     """Return times as long after `to` as they are after `first`."""
     calendar = getattr(times[0], "calendar", None)
 
-    def read(given: object) -> object:
+    def read(given: Any) -> Any:
         if calendar is None:
-            return np.datetime64(pd.Timestamp(given), "ns")  # type: ignore[arg-type]
+            return pd.Timestamp(given).to_datetime64()
         return xr.date_range(given, periods=1, calendar=calendar, use_cftime=True)[0] if isinstance(given, str) else given
 
     try:
-        return np.asarray(times + (read(to) - read(first)))  # type: ignore[operator]
+        return np.asarray(times + (read(to) - read(first)))
     except (TypeError, ValueError) as problem:
         raise OptionError(f"to={to!r} cannot be reached from {first}: {problem}. Give a time of the same calendar.") from problem
 

@@ -183,7 +183,7 @@ def train_conversion(
         z[:, ~source.valid.reshape(len(names), -1)] = np.nan
     if pairs.seen is not None:
         z[~pairs.seen.reshape(z.shape)] = np.nan
-    given = encoder_inputs(torch.as_tensor(z), masks)
+    given = encoder_inputs(torch.as_tensor(z), source.grid.plane, masks)
     rows, held = split_rows(fold, time, gap)
     ridge = means.Pairs(
         given[:, : len(names)], given[:, : len(names), :1, None].float(), mean[:, :, None, None], fold, [None] * mean.shape[1],
