@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 
 import xgenda
+from xgenda import forecasts
 from xgenda.diffusion.covariances import SphereKernel
 from xgenda.diffusion.kriging import ExtendedKernel, Kriged
 from xgenda.diffusion.noise import NoiseStream
@@ -307,6 +308,20 @@ def test_correlated_errors_are_whitened_at_their_places() -> None:
     inner, cross = 4 * np.exp(-apart / 300e3), 0.25 * np.exp(-apart / 200e3)
     expected = background.t.interp(latitude=obs.latitude, longitude=obs.longitude).values
     np.testing.assert_allclose(found, expected + inner @ np.linalg.solve(inner + cross, obs.t.values - expected), atol=2e-6)
+
+
+def test_cycles_see_observations_at_their_places() -> None:
+    background, day = field(time=1).isel(time=0), np.timedelta64(1, "D")
+    obs = stations(6).assign_coords(time=("obs", [background.time.values] * 6))
+    obs = xr.concat([obs, obs.assign_coords(time=obs.time + day)], "obs")
+    times = background.time.values + np.arange(2) * day
+    call: dict[str, Any] = {"model": prior(background), "error": 0.5}
+    found = xgenda.cycle(
+        background, obs, forecast=forecasts.persistence("1D"), times=times, window="6h", members=2, seed=0, progress=False, **call
+    )
+    analysis = found.t.isel(time=0).sel(stage="analysis").mean("member")
+    exact = xgenda.posterior_moments(background, obs.isel(obs=slice(0, 6)), **call).t.sel(moment="mean")
+    np.testing.assert_allclose(analysis, exact, atol=1e-4)
 
 
 def test_what_is_asked_wrongly_is_refused() -> None:

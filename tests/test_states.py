@@ -341,7 +341,7 @@ def test_draws_on_many_scattered_cells_have_the_covariance(kind: str, length: fl
     some = torch.arange(150)
     places = torch.as_tensor(unit_vectors(*(np.ravel(a) for a in np.meshgrid(*nodes._axes, indexing="ij"))))
     flat = places[index[some]].reshape(-1, 3)
-    between = nodes._of_chord(torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist"))
+    between = nodes.of_distance(torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist"))
     implied = torch.einsum("ia,iajb,jb->ij", weight[some], between.reshape(150, 16, 150, 16), weight[some]) + torch.diag(
         left[some] ** 2
     )
@@ -361,7 +361,7 @@ def test_draws_on_a_regional_grid_of_many_cells() -> None:
     flat = torch.as_tensor(unit_vectors(*(np.ravel(a) for a in np.meshgrid(*nodes._axes, indexing="ij"))))[index[some]].reshape(
         -1, 3
     )
-    between = nodes._of_chord(torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")).reshape(100, 16, 100, 16)
+    between = nodes.of_distance(torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")).reshape(100, 16, 100, 16)
     implied = torch.einsum("ia,iajb,jb->ij", weight[some], between, weight[some]) + torch.diag(left[some] ** 2)
     assert float((implied - kernel.correlation(some, some)).abs().max()) < 0.01
 

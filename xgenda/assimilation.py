@@ -14,6 +14,7 @@ import xarray as xr
 
 from xgenda import chunking, engine, metadata, states
 from xgenda.devices import resolve_device
+from xgenda.diffusion.covariances import DENSE_LIMIT
 from xgenda.errors import OptionError
 from xgenda.filtering import analyse, check_filter, prepare_ensemble
 from xgenda.filters import LETKF
@@ -296,6 +297,10 @@ def analysed(
         if same := {setup.time, lead.dims[0]} & set(at.layout.dims):
             raise OptionError(
                 f"at is along {(name := min(map(str, same)))!r}, which the result has already; rename it: at.rename({name}='point')"
+            )
+        if setup.model.pointwise and not job.moments and at.grid.size > DENSE_LIMIT:
+            raise OptionError(
+                f"at: {at.grid.size} places are more than members of a model of functions are drawn at ({DENSE_LIMIT}); ask for parts of them."
             )
         job = dataclasses.replace(job, at=at.grid, output=at.orientation)
     if not observed:

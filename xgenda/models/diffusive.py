@@ -97,10 +97,10 @@ class DiffusionModel(GenerativeModel):
             raise OptionError(
                 f"guidance={asked.guidance!r} is for white noise, and {self.spec.name!r} was trained with coloured noise; use guidance='mmps'."
             )
-        if self.pointwise and not (linear and asked.likelihood == "gaussian" and self.scaling.is_affine):
+        if self.pointwise and not (linear and asked.likelihood == "gaussian" and asked.guidance != "inpaint"):
             raise OptionError(
-                f"{self.spec.name!r} is evaluated between its cells, which needs likelihood='gaussian' and operators that are linear; leave out "
-                f"operators= and likelihood=, or use the model without between_cells."
+                f"{self.spec.name!r} is evaluated between its cells, which needs likelihood='gaussian', operators that are linear, and another "
+                f"guidance than 'inpaint'; leave these options out, or use the model without between_cells."
             )
         return plan_guided(asked, self.spec.name, has_anchor=has_anchor, linear=linear and self.scaling.is_affine)
 

@@ -333,6 +333,7 @@ class GenerativeModel(ABC):
             **({} if spec.inputs is None else described_inputs(spec.inputs)),
             "variables": ", ".join(_on_levels(spec.variables)),
             "grid": spec.grid.describe() if spec.grid is not None else "any",
+            **({"representation": "points: between cells evaluated, not interpolated"} if self.pointwise else {}),
             **({"mask": f"{100 * (1 - self.valid.mean()):.0f} % of the cells are masked"} if self.valid is not None else {}),
             **(
                 {"window": f"{spec.options['window']} states, {spec.options['spacing'] / 86400:g} days apart"}
