@@ -34,7 +34,7 @@ from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, build_network
 from xgenda.networks.uno import resample
 
 VISCOSITY, SOLVED = 2e-4, 256
-CONTEXT = 4  # cells of the training along a side of a block whose mean is given
+ERROR = 0.1  # of block means for networks, in standard deviations: with less, guidance under coloured noise is not stable in so few steps
 SIDE = 3.2  # degrees, of a box that is nowhere
 EDGES = (1, 2, 4, 8, 16, 32, 64, 86)  # of bands of wavenumber; the solver keeps waves below a third of its grid
 RUNS: dict[str, dict[str, Any]] = {
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("resolution"))
     parser.add_argument("--trained", type=int, default=64, help="rows of the grid of the training")
+    parser.add_argument("--block", type=int, default=4, help="cells of the training along a side of a block whose mean is given")
     parser.add_argument("--seconds", type=float, default=600.0, help="of processor time for each model")
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--dates", type=int, default=4)
@@ -345,10 +346,12 @@ def posteriors(models: dict[str, DiffusionModel], held: Tensor, fields: Tensor, 
     """Print scores of super-resolution from means of blocks."""
     limit = 3 * float(held.std())
     own = args.trained
-    cells = own // CONTEXT
+    cells = own // args.block
     print(f"from {cells} x {cells} block means: CRPS, RMSE; {args.dates} dates, {args.members} members", flush=True)
     panels: dict[str, Tensor] = {}
     for n in (own, 2 * own, 4 * own):
+        if n == cells:  # given
+            continue
         truth = on(held, n).double()
         means, power = block_means(truth, cells), extrapolated(fields, n)
         panels |= {f"truth, {n}": truth[0], f"means, {n}": means[0]}
@@ -364,7 +367,13 @@ def posteriors(models: dict[str, DiffusionModel], held: Tensor, fields: Tensor, 
                 model.colour is None and n > 2 * own
             ):  # gradients through networks on ever more cells, for what 2 * own already shows
                 continue
-            call = {"members": args.members, "steps": args.steps, "seed": 0, "progress": False}
+            call = {
+                "error": ERROR * float(fields.std()),
+                "members": args.members,
+                "steps": args.steps,
+                "seed": 0,
+                "progress": False,
+            }
             began = time.process_time()
             try:
                 ensemble = xgenda.downscale(coarse, model=finer(model, n // own), **call)
@@ -376,7 +385,7 @@ def posteriors(models: dict[str, DiffusionModel], held: Tensor, fields: Tensor, 
             if model.colour is not None and n > own:
                 members = torch.stack([with_detail(m, power, own // 2 - 1, f"date {i}") for i, m in enumerate(members)])
                 report(f"{name}, Gaussian detail", n, members, truth, panels)
-    picture(args.cache / f"{own}-posteriors.png", panels, limit)
+    picture(args.cache / f"{own}-posteriors-{args.block}.png", panels, limit)
 
 
 def report(name: str, n: int, members: Tensor, truth: Tensor, panels: dict[str, Tensor], seconds: float | None = None) -> None:
