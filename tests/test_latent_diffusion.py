@@ -163,6 +163,16 @@ def test_operators_that_are_not_linear() -> None:
     np.testing.assert_allclose(found[1, :, 1, 1], 6.0, atol=1.2)
 
 
+def test_suspect_observations_count_less() -> None:
+    model = gaussian_codes(error=0.1)
+    truth = analysis(model, 16, steps=12)[0].mean(0)
+    wrong = observed({(0, *w[1:]): float(truth[4 * w[1] + w[2]]) for w in OBS} | {(0, 0, 0): 60.0})
+    plain, robust = (
+        np.abs(analysis(model, 8, obs=wrong, likelihood=k, steps=12)[0].mean(0) - truth).max() for k in ("gaussian", "student-t")
+    )
+    assert robust < 0.2 * plain
+
+
 # -- parts ------------------------------------------------------------------------------------------------------------------------------
 
 
