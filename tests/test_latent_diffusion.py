@@ -78,10 +78,10 @@ def agree(found: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> None:
     assert (np.abs(np.cov(found.T) - covariance) < 4.5 * uncertain).all()
 
 
-@pytest.mark.parametrize(("guidance", "kind"), [("anchor", "white"), ("mmps", "exponential"), ("pigdm", "exponential")])
+@pytest.mark.parametrize(("guidance", "kind"), [("anchor", "white"), ("mmps", "exponential")])
 def test_linear_decoder_of_gaussian_codes_is_the_kalman_filter(guidance: str, kind: str) -> None:
     model = gaussian_codes(error=0.6, kind=kind)
-    found = analysis(model, 400, guidance=guidance, batch_size=800).transpose(1, 0, 2).reshape(400, -1)
+    found = analysis(model, 300, guidance=guidance, batch_size=600).transpose(1, 0, 2).reshape(300, -1)
     agree(found, *smoothed(model, 2, OBS, 0.5))
 
 
@@ -103,16 +103,16 @@ def test_trajectory_of_codes_is_the_kalman_smoother(guidance: str) -> None:
 
 def test_decoder_error_is_in_the_ensemble_unless_it_is_left_out() -> None:
     model = gaussian_codes(error=0.6)
-    on_plane = analysis(model, 8, guidance_options={"decoder_error": False})[0]
+    on_plane = analysis(model, 8, steps=6, guidance_options={"decoder_error": False})[0]
     assert np.linalg.matrix_rank(on_plane - on_plane.mean(0), tol=1e-3) == 3
-    off = analysis(model, 8)[0]
+    off = analysis(model, 8, steps=6)[0]
     assert np.linalg.matrix_rank(off - off.mean(0), tol=1e-3) == 7
 
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_member_depends_on_seed_label_and_number_alone(window: int) -> None:
     model = gaussian_codes(window, kind="matern32")
-    kept: dict[str, Any] = {"error": 0.5, "background_check": None, "progress": False, "steps": 8}
+    kept: dict[str, Any] = {"error": 0.5, "background_check": None, "progress": False, "steps": 4}
 
     def run(ds: xr.Dataset, members: int = 5, seed: int = 0, **more: Any) -> np.ndarray:
         found = xgenda.assimilate(ds, observed(OBS), model=model, members=members, seed=seed, **kept, **more)
@@ -130,7 +130,7 @@ def test_a_member_depends_on_seed_label_and_number_alone(window: int) -> None:
 def test_without_observations_members_are_draws_of_the_codes() -> None:
     model = gaussian_codes(error=0.3)
     with pytest.warns(UserWarning, match="No observation can be used"):
-        result = xgenda.assimilate(empty(), None, model=model, members=400, seed=0, batch_size=800)
+        result = xgenda.assimilate(empty().isel(time=[0]), None, model=model, members=400, seed=0, batch_size=400)
     found = result["x"].isel(time=0).transpose("member", ...).values.reshape(400, -1).astype(float)
     mean, covariance = smoothed(model, 1, {}, 0.5)
     agree(found, mean, covariance)
@@ -155,12 +155,22 @@ def test_operators_that_are_not_linear() -> None:
     whole: Any = as_stored(LatentModel(spec, model.network, model.error, None, EDMDenoiser(LatentNet(**arguments))))
     speed = observed({(0, 1, 1): 9.0, (1, 1, 1): 6.0, (0, 0, 3): 8.0}, "speed", "m s-1")
     result = xgenda.assimilate(
-        empty(("u", "v")), speed, model=whole, error=0.3, members=3, seed=0, background_check=None, progress=False,
+        empty(("u", "v")), speed, model=whole, error=0.3, members=3, seed=0, background_check=None, progress=False, steps=12,
         operators={"speed": xgenda.operators.wind_speed("u", "v")},
     )  # fmt: skip
     found = np.hypot(result["u"], result["v"]).transpose("time", "member", "latitude", "longitude").values
     np.testing.assert_allclose(found[0, :, 1, 1], 9.0, atol=1.2)
     np.testing.assert_allclose(found[1, :, 1, 1], 6.0, atol=1.2)
+
+
+def test_suspect_observations_count_less() -> None:
+    model = gaussian_codes(error=0.1)
+    truth = analysis(model, 16, steps=12)[0].mean(0)
+    wrong = observed({(0, *w[1:]): float(truth[4 * w[1] + w[2]]) for w in OBS} | {(0, 0, 0): 60.0})
+    plain, robust = (
+        np.abs(analysis(model, 8, obs=wrong, likelihood=k, steps=12)[0].mean(0) - truth).max() for k in ("gaussian", "student-t")
+    )
+    assert robust < 0.2 * plain
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------------------------
@@ -256,7 +266,7 @@ def test_two_regimes_are_learned_and_observations_choose_between_them() -> None:
 
     def first(of: Any, value: float, error: float, **options: Any) -> np.ndarray:
         obs = observed({(0, 0, 0): value})
-        found = analysis(of, 200, obs=obs, error=error, batch_size=400, **options)
+        found = analysis(of, 120, obs=obs, error=error, batch_size=240, **options)
         return np.asarray((found - 5.0) / 2.0 @ back.numpy()[:, 0])[0]
 
     undecided, blind = first(learned, 5.0, 3.0, guidance="mmps"), first(model, 5.0, 3.0, sampler="rmap")
