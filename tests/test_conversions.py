@@ -131,6 +131,27 @@ def test_gaps_of_the_source_are_taken_for_what_they_are(fields: Any, latent: Lat
         gappy.isel(time=[410]).genda.downscale(model=converted(fields, latent), members=1)
 
 
+def test_land_of_the_states_is_theirs_alone(fields: Any) -> None:
+    """States with land, and another part missing now and then; the source is whole, and on a grid of its own."""
+    states, source = fields[:2]
+    past = slice(0, 120)
+    holes = np.random.default_rng(3).random(states["x"].shape) < 0.1
+    holes[:, :2, :3] = True
+    gappy = states.where(~holes)
+    own: Any = xgenda.train(gappy.isel(time=past), task="autoencoder", steps=2, width=8, latent=3, **QUIET)
+    found: Any = xgenda.train(
+        source.isel(time=past), target=gappy.isel(time=past), task="conversion", start=own, steps=2, width=8, **QUIET
+    )
+    assert not found.gaps
+    result = source.isel(time=slice(200, 260)).genda.downscale(model=found, members=2, seed=0, stage="mean")["x"]
+    np.testing.assert_array_equal(
+        result.isnull().any("time"), holes[0] & (np.indices((5, 8))[0] < 2) & (np.indices((5, 8))[1] < 3)
+    )
+    left = (result - states["x"].isel(time=slice(200, 260))).values
+    best = np.where(np.isnan(left), np.nan, fields[2][200:260] - states["x"].values[200:260])
+    assert np.nanmean(left**2) < 1.2 * np.nanmean(best**2)
+
+
 def test_gaps_are_filled_from_around() -> None:
     """A field that is the same everywhere stays so whatever is missing, also beyond the odd edge of a grid; nothing seen is the climate."""
     generator = torch.Generator().manual_seed(0)

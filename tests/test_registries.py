@@ -126,6 +126,19 @@ def test_nothing_is_downloaded_that_was_not_named(own: Path, monkeypatch: pytest
         xgenda.assimilate(background, background.isel(latitude=[1], longitude=[2]), error=1.0)
 
 
+def test_an_alternative_is_taken_by_its_name_only(own: Path, monkeypatch: pytest.MonkeyPatch, background: xr.Dataset) -> None:
+    own.write_text(MODEL.replace('region = "Europe"', 'region = "Europe"\nalternative_to = "large"'))
+    monkeypatch.setenv(registries.VARIABLE, str(own))
+    with pytest.raises(
+        ModelNotFoundError, match="tiny: it is an alternative to large; if it is the one you want, type model='tiny'"
+    ):
+        xgenda.assimilate(background, background.isel(latitude=[1], longitude=[2]), error=1.0)
+    assert store.find_file("tiny")[1] == SHA
+    truth = xgenda.tutorial.open_dataset("a1b-north-america").isel(time=[-1])
+    assert xgenda.plan(truth, task="prior", members=1, steps=2).model == "t2m-north-america"
+    assert xgenda.load_model("t2m-north-america-vae").latent == 32  # type: ignore[attr-defined]
+
+
 # -- registries of one's own ----------------------------------------------------------------------------------------------------
 
 

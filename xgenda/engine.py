@@ -243,7 +243,9 @@ def _request(
         checked = field
         if model.gaps:
             checked = np.where(np.isnan(field), np.nanmean(field) if np.isfinite(field).any() else 0.0, field)
-        elif model.valid is not None:  # what is masked has no value; some number in its place keeps arithmetic finite
+        elif (
+            model.valid is not None and model.spec.inputs is None
+        ):  # what is masked has no value; some number in its place keeps arithmetic finite
             valid = job.orientation.from_model(model.valid[c])
             inside = field[:, valid]
             checked = field = np.where(valid, field, inside[np.isfinite(inside)].mean() if np.isfinite(inside).any() else 0.0)

@@ -280,7 +280,7 @@ def plot_reconstruction(
     correlation = float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else np.nan
     rmse, bias = float(np.sqrt(((y - x) ** 2).mean())), float((y - x).mean())
     ax.set(
-        title=f"{count} time" + "s" * (count > 1) + f": correlation {correlation:.4f}, RMSD {rmse:.3g}{unit}, bias {bias:.2g}{unit}",
+        title=f"{count} time" + "s" * (count > 1) + f": correlation {correlation:.4f}\nRMSD {rmse:.3g}{unit}, bias {bias:.2g}{unit}",
         xlabel=f"original {long_name}", ylabel=f"reconstruction {long_name}", aspect="equal", adjustable="box",
     )  # fmt: skip
     figure.suptitle(title or str(attrs.get("long_name") or attrs.get("standard_name") or name) + stamp(instant))
