@@ -1,6 +1,6 @@
 """Observations denser than the grid: seen by interpolation from its cells, or by a prior over functions at their own places.
 
-python docs/benchmarks/points.py              # a quarter of an hour on one core
+python docs/benchmarks/points.py              # about ten minutes on one core
 python docs/benchmarks/points.py --quick      # seconds, numbers without meaning
 
 Twins: rough fields and fields with fronts on 128 x 128 points, of which a model knows every eighth along both axes. Stations are points of the fine
