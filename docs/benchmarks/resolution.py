@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("resolution"))
     parser.add_argument("--trained", type=int, default=64, help="rows of the grid of the training")
+    parser.add_argument("--models", nargs="*", choices=RUNS, default=list(RUNS))
     parser.add_argument("--block", type=int, default=4, help="cells of the training along a side of a block whose mean is given")
     parser.add_argument("--seconds", type=float, default=600.0, help="of processor time for each model")
     parser.add_argument("--members", type=int, default=8)
@@ -304,7 +305,7 @@ def main() -> None:
     fields = on(past, args.trained)
     models = {
         name: trained(name, fields, args.cache / f"{args.trained}-{name.replace(', ', '-')}.safetensors", args.seconds)
-        for name in RUNS
+        for name in args.models
     }
     if args.stage in ("all", "prior"):
         priors(models, past, fields, args)
