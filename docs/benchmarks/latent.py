@@ -88,6 +88,7 @@ def main() -> None:
                 f"{name}, as published, perturbed observations": (model, {"sampler": "rmap", **adam}),
                 f"{name}, diffusion of the codes, mmps": (learned, {"guidance": "mmps"}),
                 f"{name}, diffusion of the codes, anchor": (learned, {"guidance": "anchor"}),
+                f"{name}, Gaussian of the codes, hmc": (learned, {"sampler": "hmc"}),
                 f"{name}, Gaussian of the codes, rmap": (learned, {"sampler": "rmap"}),
             }
         else:

@@ -151,7 +151,11 @@ def with_learned_prior(
     }  # fmt: skip
     extra = {"prior": arguments, "sigma_max": sigma_max} | ({} if spacing is None else {"window": window, "spacing": spacing})
     kept = {k: v for k, v in model.spec.options.items() if k not in ("prior", "sigma_max", "window", "spacing")}
-    spec = dataclasses.replace(model.spec, options={**kept, **extra}, training={**model.spec.training, **record})
+    first = model.spec.description.partition(",")[0]
+    spec = dataclasses.replace(
+        model.spec, options={**kept, **extra}, training={**model.spec.training, **record},
+        description=f"{first}, and a diffusion of such vectors",
+    )  # fmt: skip
     return LatentModel(spec, network, model.error, model.valid, EDMDenoiser(latent_net, anchor, anchor is not None))
 
 
