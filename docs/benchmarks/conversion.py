@@ -1,12 +1,14 @@
 """Conversion of one data set to another through a latent space, and what is not observed from what is, beside regression and a Gaussian.
 
-python docs/benchmarks/conversion.py [--navy FILE] [--steps 200] [--members 16]
+python docs/benchmarks/conversion.py [--navy FILE] [--parts temperature winds ocean]
 
 1. Temperature over North America (bundled), trained to 2039, tested on years from 2060 to 2099: from means over blocks of 4 x 4 cells, of which a
    third is missing at random in every year, to the fields, in the bundled latent space.
 2. Monthly winds over the Pacific (monthly_navy_winds.cdf, see small_data.py), the last fifth of the months withheld after a gap of six: the
    northward from the eastward wind. Once all of the eastward wind is given (conversion and regression), once every third cell along both axes with
    an error of a quarter of its standard deviation (search of the latent space, Gaussian, conversion and regression).
+3. The simulated ocean, four runs of 200 days and another one to test on: the height of the surface from its currents, everywhere, or at every sixth
+   cell along both axes with errors of a quarter of their standard deviation.
 
 Ridge regression cannot take gaps: they are filled with the mean of their times, or with anomalies interpolated along longitude. Its members are its
 past errors.
@@ -32,17 +34,22 @@ QUIET: dict[str, Any] = {"progress": False}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--navy", help="monthly_navy_winds.cdf; without it only the first part is run")
-    parser.add_argument("--winds", action="store_true", help="only the second part")
+    parser.add_argument("--navy", help="monthly_navy_winds.cdf; without it the second part is left out")
+    parser.add_argument("--parts", nargs="*", choices=("temperature", "winds", "ocean"))
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     parser.add_argument("--members", type=int, default=16)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=xgenda.errors.LittleDataWarning)
-    if options.navy is None or not options.winds:
+    parts = options.parts or ("temperature", "winds", "ocean")
+    if "temperature" in parts:
         print(temperature(options.steps, options.members).round(4).to_string(), flush=True)
-    if options.navy is not None:
-        for name, table in winds(options.navy, options.steps, options.members).items():
-            print(f"\n{name}\n{table.round(4).to_string()}", flush=True)
+    tables = {}
+    if "winds" in parts and options.navy is not None:
+        tables |= winds(options.navy, options.steps, options.members)
+    if "ocean" in parts:
+        tables |= ocean(options.steps, options.members)
+    for name, table in tables.items():
+        print(f"\n{name}\n{table.round(4).to_string()}", flush=True)
 
 
 def timed(rows: dict[str, dict[str, float]], name: str, predict: Callable[[], xr.Dataset], truth: xr.Dataset) -> None:
@@ -104,31 +111,51 @@ def winds(path: str, steps: int, members: int) -> dict[str, pd.DataFrame]:
     ds = navy(path)
     count = ds.sizes["time"]
     past, later = ds.isel(time=slice(0, int(0.8 * count) - 6)), ds.isel(time=slice(int(0.8 * count), None))
-    truth = later[["v"]]
-    latent = xgenda.train(past, task="autoencoder", steps=steps, width=8, **QUIET)
-    gaussian = xgenda.gaussian_prior(past)
+    climate = past[["v"]].groupby("time.month").mean().sel(month=later["time"].dt.month).drop_vars("month")
+    return unobserved(past, later, ["u"], "v", 3, climate, steps, members, climatology="dayofyear")
+
+
+def ocean(steps: int, members: int, runs: int = 4, dates: int = 50) -> dict[str, pd.DataFrame]:
+    """Return scores of the height of the sea surface given its currents, whole or sparse, in the simulated ocean."""
+    fields = [
+        xgenda.tutorial.simulate_ocean(count, every="4D", start=f"{2000 + s}-01-01", seed=s)[["ssh", "u", "v"]]
+        for s, count in [*((s, dates) for s in range(runs)), (90, 12)]
+    ]
+    past, later = xr.concat(fields[:-1], "time").astype(float), fields[-1].astype(float)
+    climate = past[["ssh"]].mean("time").expand_dims(time=later["time"])
+    return unobserved(past, later, ["u", "v"], "ssh", 6, climate, steps, members, periodic="both", climatology="none")
+
+
+def unobserved(
+    past: xr.Dataset, later: xr.Dataset, known: list[str], wanted: str, every: int, climate: xr.Dataset, steps: int, members: int, **options: Any
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """Return scores of one variable given others everywhere, and at every so manyth cell along both axes with errors."""
+    truth = later[[wanted]]
+    latent = xgenda.train(
+        past, task="autoencoder", steps=steps, width=8, **QUIET, **{k: v for k, v in options.items() if k == "periodic"}
+    )
+    gaussian = xgenda.gaussian_prior(past, **({"covariance": "eof"} if "periodic" in options else {}))
     record = latent.spec.training
     print(f"latent space: {record['latent']} numbers, {record['card']}; decoder's error {record['decoder_error']}")
-    error = float(0.25 * past["u"].std())
+    error = {n: float(0.25 * past[n].std()) for n in known}
     rng = np.random.default_rng(0)
 
     def sparse(fields: xr.Dataset) -> xr.Dataset:
-        seen = xr.zeros_like(fields["u"][0], dtype=bool)
-        seen[1::3, 1::3] = True
-        return (fields[["u"]] + error * rng.standard_normal(fields["u"].shape)).where(seen).assign_attrs(fields.attrs)
+        seen = xr.zeros_like(fields[known[0]][0], dtype=bool)
+        seen[1::every, 1::every] = True
+        return (
+            fields[known] + xr.Dataset({n: (fields[n].dims, error[n] * rng.standard_normal(fields[n].shape)) for n in known})
+        ).where(seen)
 
     out = {}
-    for name, source, given in (
-        ("the whole eastward wind", past[["u"]], later[["u"]]),
-        ("every ninth cell of the eastward wind, with errors", sparse(past), sparse(later)),
-    ):
-        source["u"].attrs = given["u"].attrs = past["u"].attrs
-        gaps = bool(source["u"].isnull().any())
+    for name, source, given in (("everywhere", past[known], later[known]), ("sparse, with errors", sparse(past), sparse(later))):
+        for n in known:
+            source[n].attrs = given[n].attrs = past[n].attrs
+        gaps = bool(source[known[0]].isnull().any())
         filled, filled_later = (d.fillna(0.0) if gaps else d for d in (source, given))
         rows: dict[str, dict[str, float]] = {}
-        climate = past[["v"]].groupby("time.month").mean().sel(month=later["time"].dt.month).drop_vars("month")
-        timed(rows, "mean of the month", lambda c=climate: c, truth)
-        ridge = xgenda.train(filled, target=past[["v"]], task="downscale", method="ridge", climatology="dayofyear", **QUIET)
+        timed(rows, "climate", lambda c=climate: c, truth)
+        ridge = xgenda.train(filled, target=past[[wanted]], task="downscale", method="ridge", **QUIET, **options)
         converted = xgenda.train(source, target=past, task="conversion", start=latent, steps=steps, width=8, **QUIET)
         print(f"conversion, {name}: {converted.spec.training['card']}")
         own: dict[str, Any] = {"members": members, "seed": 0, "target": later}
@@ -150,7 +177,7 @@ def winds(path: str, steps: int, members: int) -> dict[str, pd.DataFrame]:
                     "progress": False,
                 }
                 timed(rows, label, lambda b=blank, g=given, a=asked: b.genda.assimilate(g, **a), truth)
-        out[f"{name}: the northward wind of {later.sizes['time']} months"] = pd.DataFrame(rows).T
+        out[f"{wanted} at {later.sizes['time']} times from {' and '.join(known)}, {name}"] = pd.DataFrame(rows).T
     return out
 
 
