@@ -507,6 +507,26 @@ def test_a_run_is_extended(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Pat
         xgenda.cycle(**given | {"obs": obs.iloc[:4]}, store=path, resume=True)
 
 
+def test_a_run_of_one_time_is_extended(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """As one who gives a time a day does: windows may change as long as those of the cycles that are over hold the same."""
+    times, path = pd.unique(obs.time), tmp_path / "run.zarr"
+    given = options_of(initial, obs) | {"window": None}
+    one = xgenda.cycle(**given | {"times": times[:1]}, store=path)
+    assert one.attrs["xgenda_window"] == "0 days 01:00:00"
+    for n, window, found in ((2, None, 6), (3, "5h", 5), (5, None, 6)):
+        longer = xgenda.cycle(**given | {"times": times[:n], "window": window}, store=path, resume=True)
+        assert longer.attrs["xgenda_window"] == f"0 days 0{found}:00:00"
+    xr.testing.assert_identical(longer.compute().drop_attrs(), xgenda.cycle(**given | {"times": times}).drop_attrs())
+    late = obs.assign(time=[times[0], times[0] + np.timedelta64(2, "h"), *obs.time[2:]])  # in the wider window only
+    given |= {"obs": late.iloc[:4], "times": times[:2]}
+    xgenda.cycle(**given | {"times": times[:1]}, store=path, overwrite=True)
+    with pytest.raises(OptionError, match="The window was 0 days 01:00:00 and is 0 days 06:00:00") as refused:
+        xgenda.cycle(**given, store=path, resume=True)
+    as_before = re.search("window='(.*?)'", str(refused.value))
+    assert as_before is not None
+    assert xgenda.cycle(**given | {"window": as_before[1]}, store=path, resume=True).observations_given.values.tolist() == [1, 2]
+
+
 def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
     given, path = options_of(initial, obs), tmp_path / "run.zarr"
     xgenda.cycle(**given, store=path)

@@ -109,7 +109,8 @@ def cycle(
         A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
         std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.
     window
-        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that windows tile.
+        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that windows tile; 1 h where
+        there is one time only. A store may be resumed with another where the observations of its cycles stay the same, unless both were given.
     times
         Analysis times, ascending, not before that of `initial`. None: every `window` from the time of `initial` (a window later, where
         nothing was observed before) to the last observation.
@@ -220,7 +221,7 @@ def cycle(
             f"initial.rename({clash[0]}='my_{clash[0]}')"
         )
     moments = analysis_times(times, window, frame, obs)
-    width = window if window is not None else shortest(moments)
+    width = parse_window(window if window is not None else shortest(moments))
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
@@ -252,7 +253,7 @@ def cycle(
         "model": analyst.described(),
         "members": len(frame.numbers),
         "seed": drawn,
-        "window": None if width is None else str(pd.Timedelta(parse_window(width))),
+        "window": str(pd.Timedelta(width)),
         **summary_of(error, quality, representativeness, lapse_rate, fingerprints(setup, frame, state)),
         "background_check": analyst.threshold,
         "guard": None if guard is None else guard.described(),
@@ -262,7 +263,7 @@ def cycle(
     outline = Outline(frame, setup, moments, _attributes(frame, described))
     plan = _Plan(frame, setup, analyst, forecast, moments, drawn, guard, restart)
     content = {"initial": frame.digest(state)} | ({} if restart is None else {"guard.restart": frame.digest(restart)})
-    record = {"options": described, "content": content, "seed": drawn}
+    record = {"options": described, "content": content, "seed": drawn, "window_given": window is not None}
     total = len(moments)
     with ExitStack() as stack:
         kept: Memory | Stored
