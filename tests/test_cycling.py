@@ -337,7 +337,21 @@ def test_windows_without_observations(initial: xr.Dataset, obs: pd.DataFrame) ->
         assert run.inflation.values.tolist() == [1.2, 1.2, 1.0, 1.2, 1.2]
         assert np.isnan(run.innovation_rms.values[2, 0])
         assert run.notice.attrs["flag_meanings"].split()[0] == "no_observation_used"
-    with pytest.warns(UserWarning, match="In 5 of 5 cycles"):
+    far = pd.concat([obs] * 6, ignore_index=True)
+    far = far.assign(latitude=np.linspace(50, 53, 60)).assign(latitude=lambda t: t.latitude.where(t.index % 3 > 0, -40.0))
+    given = {"forecast": drift, "model": xgenda.LETKF(), "window": "6h", "seed": 0, **PLAIN}
+    # off the grid is no reason to warn, as in `assimilate`
+    assert xgenda.cycle(initial, far, **given).observations_used.sum() == 40
+    with pytest.warns(UserWarning, match="In 5 of 5 cycles") as told:
+        xgenda.cycle(initial, far.assign(latitude=-40.0, t2m_error=[np.inf] * 6 + [0.5] * 54), **given)
+    assert [str(w.message) for w in told] == [
+        "In 5 of 5 cycles no observation could be used, first at 2020-01-01T00:00: the analysis is the forecast. Of 60 observations "
+        "60 are not used: 60 domain (outside the grid). See the variable notice."
+    ]
+    near = far.assign(latitude=np.linspace(50, 53, 60), t2m=lambda t: t.t2m.where(t.index >= 50, 320.0))
+    with pytest.warns(UserWarning, match="^50 of 60 observations were too far from the background or from their neighbours"):
+        xgenda.cycle(initial, near, **given | {"background_check": 5.0, "guard": None})
+    with pytest.warns(UserWarning, match="In 5 of 5 cycles .* There are no observations"):
         xgenda.cycle(initial, None, forecast=drift, model=xgenda.LETKF(), times=pd.unique(obs.time), seed=0)
 
 
@@ -505,6 +519,26 @@ def test_a_run_is_extended(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Pat
     xr.testing.assert_identical(longer.compute().drop_attrs(), whole.drop_attrs())
     with pytest.raises(OptionError, match="holds 5 from 2020-01-01T00:00:00 to 2020-01-02T00:00:00; times has 2 from"):
         xgenda.cycle(**given | {"obs": obs.iloc[:4]}, store=path, resume=True)
+
+
+def test_a_run_of_one_time_is_extended(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """As one who gives a time a day does: windows may change as long as those of the cycles that are over hold the same."""
+    times, path = pd.unique(obs.time), tmp_path / "run.zarr"
+    given = options_of(initial, obs) | {"window": None}
+    one = xgenda.cycle(**given | {"times": times[:1]}, store=path)
+    assert one.attrs["xgenda_window"] == "0 days 01:00:00"
+    for n, window, found in ((2, None, 6), (3, "5h", 5), (5, None, 6)):
+        longer = xgenda.cycle(**given | {"times": times[:n], "window": window}, store=path, resume=True)
+        assert longer.attrs["xgenda_window"] == f"0 days 0{found}:00:00"
+    xr.testing.assert_identical(longer.compute().drop_attrs(), xgenda.cycle(**given | {"times": times}).drop_attrs())
+    late = obs.assign(time=[times[0], times[0] + np.timedelta64(2, "h"), *obs.time[2:]])  # in the wider window only
+    given |= {"obs": late.iloc[:4], "times": times[:2]}
+    xgenda.cycle(**given | {"times": times[:1]}, store=path, overwrite=True)
+    with pytest.raises(OptionError, match="The window was 0 days 01:00:00 and is 0 days 06:00:00") as refused:
+        xgenda.cycle(**given, store=path, resume=True)
+    as_before = re.search("window='(.*?)'", str(refused.value))
+    assert as_before is not None
+    assert xgenda.cycle(**given | {"window": as_before[1]}, store=path, resume=True).observations_given.values.tolist() == [1, 2]
 
 
 def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
@@ -824,9 +858,20 @@ def test_the_guard_replaces_states_that_are_broken(
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda ds: ds, StateError, "returned the time 2020-01-01T00:00:00.000000000; it must be later"),
-        (lambda ds: ds.assign_coords(time=ds.time + 2 * STEP), StateError, "and not beyond the next analysis at 2020-01-01T06"),
-        (lambda ds: ds.drop_vars("time"), StateError, "returned the time none"),
+        (
+            lambda ds: ds,
+            StateError,
+            "returned the time 2020-01-01T00:00:00.000000000; it must be later. If it is of the next analysis, at 2020-01-01T06:00:00.000000000, "
+            "say so: out.assign_coords(time=ds.time + numpy.timedelta64(21600, 's'))",
+        ),
+        (
+            persistence("4h"),
+            StateError,
+            "from 2020-01-01T04:00:00.000000000 returned the time 2020-01-01T08:00:00.000000000, beyond the next analysis at "
+            "2020-01-01T06:00:00.000000000. The step of the forecast, 4 h, must divide the 6 h from 2020-01-01T00:00:00.000000000 to there: give "
+            "one of shorter steps, such as xgenda.forecasts.persistence('2h'), or other times=...",
+        ),
+        (lambda ds: ds.drop_vars("time"), StateError, "returned no time; it must be later"),
         (
             lambda ds: later(ds).drop_vars("t2m"),
             StateError,

@@ -90,6 +90,11 @@ def test_inflation_is_a_factor_on_the_anomalies(ensemble: xr.Dataset, table: xr.
     np.testing.assert_allclose(np.cov(flat(analysis).T), covariance, rtol=0, atol=1e-10)
 
 
+def test_a_localisation_in_kilometres_is_noticed(ensemble: xr.Dataset, table: xr.Dataset) -> None:
+    with pytest.warns(UserWarning, match=r"localization=350\) is in metres, .* Kilometres\? localization=350000"):
+        xgenda.assimilate(ensemble, table, model=xgenda.LETKF(localization=350), background_check=None)
+
+
 def test_one_observation_localised(ensemble: xr.Dataset, table: xr.Dataset) -> None:
     # the error of the observation grows by the taper's inverse: a scalar Kalman filter at each cell
     one = table.isel(obs=[2])

@@ -14,7 +14,7 @@ from xgenda.ensembles import Frame
 from xgenda.errors import CoordinateError, OptionError
 from xgenda.observations.containers import Observations
 from xgenda.observations.shapes import decoded, open_container
-from xgenda.observations.times import fits_nanoseconds, parse_window
+from xgenda.observations.times import DEFAULT_WINDOW, fits_nanoseconds, parse_window
 
 EXAMPLE = "times=pandas.date_range('2020-01-01', periods=8, freq='6h')"
 
@@ -67,9 +67,9 @@ def analysis_times(given: Any, window: Any, frame: Frame, obs: Observations) -> 
 
 
 def shortest(times: np.ndarray) -> Any:
-    """Return the shortest spacing of times; None for a single one."""
+    """Return the shortest spacing of times; for a single one the window that it has in `assimilate`."""
     if len(times) < 2:
-        return None
+        return DEFAULT_WINDOW
     return pd.Timedelta(seconds=float(metadata.seconds_between(times).min()))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial import ConvexHull, QhullError, cKDTree
 
 from xgenda.errors import GridError
 from xgenda.grids import EARTH_RADIUS, Grid
@@ -246,3 +246,16 @@ def _packed(values: np.ndarray) -> dict[str, Any]:
 def _unpacked(data: Mapping[str, Any]) -> np.ndarray:
     raw = zlib.decompress(base64.b64decode(data["float64"]))
     return np.frombuffer(raw, dtype="<f8").reshape(data["shape"]).astype(float)
+
+
+def spacing_far_above(grid: AnyGrid, length: float) -> float:
+    """Return the median distance of neighbouring cells in metres where it is more than ten times a length that someone gave, else 0."""
+    # half of n cells cannot be further apart than this from their nearest: their caps would not fit on the sphere
+    farthest = 4 * EARTH_RADIUS * np.arcsin(np.sqrt(min(1.0, 2 / grid.size)))
+    if grid.size < 2 or length >= farthest / 10:
+        return 0.0
+    latitude, longitude = grid.points()
+    some = np.random.default_rng(0).choice(len(latitude), min(200, len(latitude)), replace=False)
+    places = unit_vectors(latitude, longitude)
+    found = float(np.median(cKDTree(places).query(places[some], k=2)[0][:, 1])) * EARTH_RADIUS
+    return found if length < found / 10 else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from xgenda.forecasts import identity_of
 from xgenda.formatting import progress_bar
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
-from xgenda.observations.quality import Quality, QualityControl
+from xgenda.observations.quality import MEANINGS, Quality, QualityControl
 from xgenda.observations.times import parse_window
 from xgenda.operators import AnyOperator
 from xgenda.preparation import MANY, MEMBERS, REJECTED, ModelLike, Prepared, prepare
@@ -109,7 +110,8 @@ def cycle(
         A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
         std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.
     window
-        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that windows tile.
+        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that windows tile; 1 h where
+        there is one time only. A store may be resumed with another where the observations of its cycles stay the same, unless both were given.
     times
         Analysis times, ascending, not before that of `initial`. None: every `window` from the time of `initial` (a window later, where
         nothing was observed before) to the last observation.
@@ -220,7 +222,7 @@ def cycle(
             f"initial.rename({clash[0]}='my_{clash[0]}')"
         )
     moments = analysis_times(times, window, frame, obs)
-    width = window if window is not None else shortest(moments)
+    width = parse_window(window if window is not None else shortest(moments))
     asked = SamplingOptions(
         guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
@@ -252,7 +254,7 @@ def cycle(
         "model": analyst.described(),
         "members": len(frame.numbers),
         "seed": drawn,
-        "window": None if width is None else str(pd.Timedelta(parse_window(width))),
+        "window": str(pd.Timedelta(width)),
         **summary_of(error, quality, representativeness, lapse_rate, fingerprints(setup, frame, state)),
         "background_check": analyst.threshold,
         "guard": None if guard is None else guard.described(),
@@ -262,7 +264,7 @@ def cycle(
     outline = Outline(frame, setup, moments, _attributes(frame, described))
     plan = _Plan(frame, setup, analyst, forecast, moments, drawn, guard, restart)
     content = {"initial": frame.digest(state)} | ({} if restart is None else {"guard.restart": frame.digest(restart)})
-    record = {"options": described, "content": content, "seed": drawn}
+    record = {"options": described, "content": content, "seed": drawn, "window_given": window is not None}
     total = len(moments)
     with ExitStack() as stack:
         kept: Memory | Stored
@@ -391,21 +393,36 @@ def _to(plan: _Plan, state: Arrays, now: Any, target: Any, where: str, kept: Mem
         )
         later = labels.time_in(out, frame.time, now, f"{where}: what forecast returned from {now}")
         if later is None or not later > now or later > target:
-            step = (
-                f"numpy.timedelta64({(target - first) // np.timedelta64(1, 's')}, 's')"
-                if isinstance(target, np.datetime64)
-                else "step"
-            )
-            raise StateError(
-                f"{where}: the forecast from {now} returned the time {'none' if later is None else later}; it must be "
-                f"later, and not beyond the next analysis at {target}. Set it: out.assign_coords({frame.time}=ds.{frame.time} + {step})"
-            )
+            raise _no_step(frame.time, (first, now, later, target), where)
         leads += metadata.in_seconds(np.array([later - now])).tolist()
         state, now = plan.analyst.from_forecast(found), later
         what = f"the forecast for {now}"
         if _broken(plan, state) is not None:
             break
     return state, leads, what
+
+
+def _no_step(time: str, moments: tuple[Any, Any, Any, Any], where: str) -> StateError:
+    """Return the error of a forecast that is not of a later time, or goes beyond the next analysis.
+
+    `moments` are when the forecasts to this analysis began, when this one did, what it returned, and when the analysis is.
+    """
+    first, now, later, target = moments
+    if later is None or not later > now:
+        whole = int(metadata.in_seconds(np.array([target - first]))[0])
+        step = f"numpy.timedelta64({whole}, 's')" if isinstance(target, np.datetime64) else f"datetime.timedelta(seconds={whole})"
+        return StateError(
+            f"{where}: the forecast from {now} returned {'no time' if later is None else f'the time {later}'}; it must be later. If it is of the "
+            f"next analysis, at {target}, say so: out.assign_coords({time}=ds.{time} + {step})"
+        )
+    step, span = (round(float(metadata.in_seconds(np.array([x]))[0])) for x in (later - now, target - first))
+    fits = math.gcd(step, span)
+    shown = f"{fits // 3600}h" if fits % 3600 == 0 else f"{fits}s"
+    return StateError(
+        f"{where}: the forecast from {now} returned the time {later}, beyond the next analysis at {target}. The step of the forecast, "
+        f"{step / 3600:g} h, must divide the {span / 3600:g} h from {first} to there: give one of shorter steps, such as "
+        f"xgenda.forecasts.persistence({shown!r}), or other times=..."
+    )
 
 
 def _others(plan: _Plan, label: str) -> Arrays:
@@ -470,27 +487,52 @@ def _attributes(frame: Frame, described: Mapping[str, Any]) -> dict[str, Any]:
 
 def _warn_of_run(result: xr.Dataset, total: int, plan: _Plan) -> None:
     """Say once what a user should know of the run."""
-    notice, used, given = (result[n].values for n in ("notice", "observations_used", "observations_given"))
+    notice, used = (result[n].values for n in ("notice", "observations_used"))
+    located = plan.setup.located
+    code = np.zeros(0, dtype=np.uint8) if located is None else located.table.code  # before they are compared with the background
     empty = int(((notice & EMPTY) > 0).sum())
     if empty:
         first = metadata.time_labels(result["time"])[int(np.flatnonzero(notice & EMPTY)[0])][:16]
         warnings.warn(
-            f"In {empty} of {total} cycles no observation could be used, first at {first}: the analysis is the forecast. See the variable notice.",
+            f"In {empty} of {total} cycles no observation could be used, first at {first}: the analysis is the forecast. "
+            f"{_reasons(code, int(used.sum()))} See the variable notice.",
             stacklevel=3,
         )
+    within = np.zeros(0, dtype=bool) if located is None else located.time_index >= 0
+    judged = int((code[within] == Quality.USED).sum())
+    refused = judged - int(used.sum())
     suspect = int(((notice & SUSPECT) > 0).sum())
-    refused = int(given.sum() - used.sum())
-    if suspect > max(2, total / 4) or refused > max(MANY, REJECTED * given.sum()):
-        warnings.warn(
-            f"{refused} of {int(given.sum())} observations were not used, and in {suspect} of {total} cycles squared innovations were more than "
-            f"{plan.guard.chi2 if plan.guard else SUSPICIOUS:g} times what their errors let expect. See the variables chi2 and innovation_mean.",
-            stacklevel=3,
+    told = []
+    if refused > max(MANY, REJECTED * judged):
+        told.append(
+            f"{refused} of {judged} observations were too far from the background or from their neighbours and were not used"
         )
-    located = plan.setup.located
-    outside = 0 if located is None else int((located.table.code == Quality.WINDOW).sum())
-    if located is not None and outside > max(MANY, REJECTED * len(located.table)):
+    if suspect > max(2, total / 4):
+        most = plan.guard.chi2 if plan.guard else SUSPICIOUS
+        told.append(
+            f"in {suspect} of {total} cycles squared innovations were more than {most:g} times what their errors let expect"
+        )
+    if told:
+        text = ", and ".join(told)
+        warnings.warn(f"{text[0].upper()}{text[1:]}. See the variables chi2 and innovation_mean.", stacklevel=3)
+    outside = int((code == Quality.WINDOW).sum())
+    if outside > max(MANY, REJECTED * len(code)):
         warnings.warn(
-            f"{outside} of {len(located.table)} observations fall in no window of the {total} analysis times and are not used. Widen it: "
+            f"{outside} of {len(code)} observations fall in no window of the {total} analysis times and are not used. Widen it: "
             f"window=..., or give more times.",
             stacklevel=3,
         )
+
+
+def _reasons(code: np.ndarray, used: int) -> str:
+    """Return why observations of a run are not used, the most frequent reasons first."""
+    count = {q: int((code == q).sum()) for q in Quality if q != Quality.USED}
+    far = int((code == Quality.USED).sum()) - used
+    found = {f"{n} {q.name.lower()} ({MEANINGS[q].partition(':')[0]})": n for q, n in count.items() if n}
+    if far:
+        found[f"{far} too far from the background or from their neighbours"] = far
+    if not found:
+        return f"There are {len(code) or 'no'} observations." if not used else "No other observation was refused."
+    return (
+        f"Of {len(code)} observations {len(code) - used} are not used: {', '.join(sorted(found, key=lambda k: -found[k])[:3])}."
+    )

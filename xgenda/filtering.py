@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from xgenda import chunking, states
+from xgenda.curvilinear import spacing_far_above
 from xgenda.diffusion.noise import seed_for
 from xgenda.errors import ChunkingError, OptionError, StateError, check_choice
 from xgenda.filters import LETKF, find_neighbours, random_rotation, rotated, transform
@@ -68,6 +70,12 @@ def check_filter(setup: Prepared, filter: LETKF, members: int) -> None:
         raise OptionError(
             "Errors that depend on each other (ErrorCovariance) and localization exclude each other. Type model=xgenda.LETKF() for a "
             "global filter, or give standard deviations and thin: quality=xgenda.QualityControl(thin=50e3)"
+        )
+    if filter.localization is not None and (spacing := spacing_far_above(setup.state.grid, filter.localization)):
+        warnings.warn(
+            f"LETKF(localization={filter.localization:g}) is in metres, and the cells of the state are about {spacing / 1e3:.3g} km apart: an "
+            f"observation acts only on a cell that it lies on. Kilometres? localization={1e3 * filter.localization:g}",
+            stacklevel=3,
         )
     if filter.localization is not None and located is not None and len(located.table):
         find_neighbours(

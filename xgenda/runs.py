@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from xgenda import metadata, storage
@@ -18,6 +19,7 @@ from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
 from xgenda.observations.correlations import blocks
 from xgenda.observations.operators import Located
+from xgenda.observations.times import DEFAULT_WINDOW
 from xgenda.preparation import Prepared
 
 #: Bytes of a result in memory of which a user is told.
@@ -148,7 +150,7 @@ class Stored(Kept):
         if not (resume and path.exists()):
             return cls(outline, storage.create(path, layout, record, overwrite=overwrite))
         store = storage.reopen(path)
-        store.compare(record["options"], record["content"])
+        store.compare(record["options"], record["content"], window_given=record["window_given"])
         store.check_layout(layout)
         with storage.open_cycles(path) as before:
             mine, theirs = outline.setup.labels, metadata.time_labels(before["time"])
@@ -162,9 +164,11 @@ class Stored(Kept):
             )
         digest = _digest_of(outline.setup, store.done)
         if store.done and digest != store.record["observations"]:
+            then, now = store.record["options"].get("window") or str(pd.Timedelta(DEFAULT_WINDOW)), record["options"]["window"]
+            windows = "" if then == now else f" The window was {then} and is {now}, which may be why: window={then!r}"
             raise OptionError(
                 f"resume=True goes on with the same observations, errors and operators, and those of the {store.done} cycles in {path} differ. "
-                f"Only later ones may be added. Call cycle as before, or start again: resume=False, overwrite=True"
+                f"Only later ones may be added.{windows} Call cycle as before, or start again: resume=False, overwrite=True"
             )
         whole, why = store.whole(layout)
         if whole < store.done:
@@ -174,6 +178,7 @@ class Stored(Kept):
             )
             digest = _digest_of(outline.setup, whole)
             store.back_to(whole, digest)
+        store.adopt_window(record["options"]["window"], record["window_given"])
         store.extend(layout)
         return cls(outline, store, digest)
 

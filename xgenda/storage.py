@@ -45,8 +45,8 @@ class CycleStore:
         Its folder.
     record
         What ``cycle.json`` holds: 'done', the number of whole cycles; 'options'; 'content', checksums; 'seed'; 'observations', a
-        checksum of those of the cycles that are whole; 'leads', seconds that each forecast before the last of these went; 'checksums', CRC-32 of
-        the chunks of the last.
+        checksum of those of the cycles that are whole; 'window_given', whether the width of time windows was; 'leads', seconds that each
+        forecast before the last of these went; 'checksums', CRC-32 of the chunks of the last.
     """
 
     path: Path
@@ -167,8 +167,11 @@ class CycleStore:
 
         return zarr.open_group(str(self.path), mode=mode)
 
-    def compare(self, options: Mapping[str, Any], content: Mapping[str, str]) -> None:
+    def compare(self, options: Mapping[str, Any], content: Mapping[str, str], *, window_given: bool = True) -> None:
         """Refuse to go on with other data or options.
+
+        The windows count where both were given. What else they are, the spacing of the times or the one of a single time, may change
+        with these, as long as the cycles have the observations that they had.
 
         Raises
         ------
@@ -177,6 +180,8 @@ class CycleStore:
         """
         now = json.loads(json.dumps(options))
         before = self.record["options"]
+        if not (window_given and self.record.get("window_given", before.get("window") is not None)):
+            now = {**now, "window": before.get("window")}
         lines = [
             f"  {k}: {before.get(k, 'not there')!r} then, {now.get(k, 'not there')!r} now"
             for k in sorted({*before, *now})
@@ -189,6 +194,12 @@ class CycleStore:
                 + "\n".join(lines)
                 + "\nCall cycle as before, or start again: resume=False, overwrite=True"
             )
+
+    def adopt_window(self, window: str, given: bool) -> None:
+        """Write down the window from here on."""
+        if (self.record["options"].get("window"), self.record.get("window_given")) != (window, given):
+            self.record |= {"options": {**self.record["options"], "window": window}, "window_given": given}
+            _write_record(self.path, self.record)
 
     def extend(self, layout: xr.Dataset) -> None:
         """Make room for more times; readers see the old ones until all is done."""
@@ -208,7 +219,11 @@ class CycleStore:
             array.resize((max(times, array.shape[0]), *array.shape[1:]))
         if longer or (arrays["time"][:times] != encoded).any():  # those of cycles that are yet to come may have changed
             arrays["time"][:times] = encoded
-        if longer:
+        window = layout.attrs.get("xgenda_window")
+        other = group.attrs.get("xgenda_window") != window
+        if other:
+            group.attrs["xgenda_window"] = window
+        if longer or other:
             self._headers.clear()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # other formats have no consolidated metadata; this one has

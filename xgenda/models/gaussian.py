@@ -9,11 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xarray as xr
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from xgenda import metadata, states
-from xgenda.curvilinear import AnyGrid
+from xgenda.curvilinear import AnyGrid, spacing_far_above
 from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import (
     DENSE_LIMIT,
@@ -29,14 +28,12 @@ from xgenda.diffusion.hybrids import HybridSample, hybrid_modes
 from xgenda.diffusion.kriging import ExtendedKernel
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
-from xgenda.grids import EARTH_RADIUS
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, memory_length, outside, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
 from xgenda.models.places import Places
 from xgenda.models.spec import ModelSpec, VariableSpec
 from xgenda.scaling import CYCLES, cycle_basis
-from xgenda.spherical import unit_vectors
 from xgenda.states import State
 
 SAMPLE_KINDS = ("hybrid", "localized", "eof")
@@ -432,11 +429,8 @@ def _from_function(
         f"{variable}: {lengths[names[at[0]]] / 1e3:g} km, {_range([deviations[names[i]] for i in at])} {variables[at[0]].units or ''}".rstrip()
         for variable, at, _, _ in states.columns(names)
     ) + (f"; between levels {vertical_scale:g}" if vertical_scale is not None else "")  # fmt: skip
-    # half of n cells cannot be further apart than this from their nearest: their caps would not fit on the sphere
-    farthest = 4 * EARTH_RADIUS * np.arcsin(np.sqrt(min(1.0, 2 / state.grid.size)))
-    spacing = _spacing(state) if min(lengths.values()) < farthest / 10 else 0.0
     for variable, length in lengths.items():
-        if length < spacing / 10:
+        if spacing := spacing_far_above(state.grid, length):
             warnings.warn(
                 f"length_scale={length:g} for {variable!r} is in metres, and the cells of ds are about {spacing / 1e3:.3g} km apart: no cell "
                 f"knows of another. Kilometres? length_scale={1e3 * length:g}",
@@ -457,16 +451,6 @@ def _from_function(
         ),
         {} if valid.all() else {"valid": torch.as_tensor(valid)},
     )  # fmt: skip
-
-
-def _spacing(state: State) -> float:
-    """Return the median distance of neighbouring cells in metres."""
-    latitude, longitude = state.grid.points()
-    if len(latitude) < 2:
-        return 0.0
-    some = np.random.default_rng(0).choice(len(latitude), min(200, len(latitude)), replace=False)
-    places = unit_vectors(latitude, longitude)
-    return float(np.median(cKDTree(places).query(places[some], k=2)[0][:, 1])) * EARTH_RADIUS
 
 
 def _range(values: list[float]) -> str:
