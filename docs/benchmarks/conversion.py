@@ -1,14 +1,12 @@
 """Conversion of one data set to another through a latent space, and what is not observed from what is, beside regression and a Gaussian.
 
-python docs/benchmarks/conversion.py [--navy FILE] [--parts temperature winds ocean]
+python docs/benchmarks/conversion.py [--navy FILE] [--parts temperature winds]
 
 1. Temperature over North America (bundled), trained to 2039, tested on years from 2060 to 2099: from means over blocks of 4 x 4 cells, of which a
    third is missing at random in every year, to the fields, in the bundled latent space.
 2. Monthly winds over the Pacific (monthly_navy_winds.cdf, see small_data.py), the last fifth of the months withheld after a gap of six: the
    northward from the eastward wind. Once all of the eastward wind is given (conversion and regression), once every third cell along both axes with
    an error of a quarter of its standard deviation (search of the latent space, Gaussian, conversion and regression).
-3. The simulated ocean, four runs of 200 days and another one to test on: the height of the surface from its currents, everywhere, or at every sixth
-   cell along both axes with errors of a quarter of their standard deviation.
 
 Ridge regression cannot take gaps: they are filled with the mean of their times, or with anomalies interpolated along longitude. Its members are its
 past errors.
@@ -35,19 +33,17 @@ QUIET: dict[str, Any] = {"progress": False}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--navy", help="monthly_navy_winds.cdf; without it the second part is left out")
-    parser.add_argument("--parts", nargs="*", choices=("temperature", "winds", "ocean"))
+    parser.add_argument("--parts", nargs="*", choices=("temperature", "winds"))
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     parser.add_argument("--members", type=int, default=16)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=xgenda.errors.LittleDataWarning)
-    parts = options.parts or ("temperature", "winds", "ocean")
+    parts = options.parts or ("temperature", "winds")
     if "temperature" in parts:
         print(temperature(options.steps, options.members).round(4).to_string(), flush=True)
     tables = {}
     if "winds" in parts and options.navy is not None:
         tables |= winds(options.navy, options.steps, options.members)
-    if "ocean" in parts:
-        tables |= ocean(options.steps, options.members)
     for name, table in tables.items():
         print(f"\n{name}\n{table.round(4).to_string()}", flush=True)
 
@@ -115,26 +111,13 @@ def winds(path: str, steps: int, members: int) -> dict[str, pd.DataFrame]:
     return unobserved(past, later, ["u"], "v", 3, climate, steps, members, climatology="dayofyear")
 
 
-def ocean(steps: int, members: int, runs: int = 4, dates: int = 50) -> dict[str, pd.DataFrame]:
-    """Return scores of the height of the sea surface given its currents, whole or sparse, in the simulated ocean."""
-    fields = [
-        xgenda.tutorial.simulate_ocean(count, every="4D", start=f"{2000 + s}-01-01", seed=s)[["ssh", "u", "v"]]
-        for s, count in [*((s, dates) for s in range(runs)), (90, 12)]
-    ]
-    past, later = xr.concat(fields[:-1], "time").astype(float), fields[-1].astype(float)
-    climate = past[["ssh"]].mean("time").expand_dims(time=later["time"])
-    return unobserved(past, later, ["u", "v"], "ssh", 6, climate, steps, members, periodic="both", climatology="none")
-
-
 def unobserved(
     past: xr.Dataset, later: xr.Dataset, known: list[str], wanted: str, every: int, climate: xr.Dataset, steps: int, members: int, **options: Any
 ) -> dict[str, pd.DataFrame]:  # fmt: skip
     """Return scores of one variable given others everywhere, and at every so manyth cell along both axes with errors."""
     truth = later[[wanted]]
-    latent = xgenda.train(
-        past, task="autoencoder", steps=steps, width=8, **QUIET, **{k: v for k, v in options.items() if k == "periodic"}
-    )
-    gaussian = xgenda.gaussian_prior(past, **({"covariance": "eof"} if "periodic" in options else {}))
+    latent = xgenda.train(past, task="autoencoder", steps=steps, width=8, **QUIET)
+    gaussian = xgenda.gaussian_prior(past)
     record = latent.spec.training
     print(f"latent space: {record['latent']} numbers, {record['card']}; decoder's error {record['decoder_error']}")
     error = {n: float(0.25 * past[n].std()) for n in known}
