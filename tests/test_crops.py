@@ -300,6 +300,7 @@ def test_an_interrupted_training_on_parts_goes_on_to_the_same_weights(
     assert same_bits(trained(fields, **options, out=tmp_path / "a.safetensors", resume=True), whole)
 
 
+@pytest.mark.slow
 def test_a_model_on_parts_is_trained_on_with_its_own_or_others(tiled: DiffusionModel, fields: xr.Dataset) -> None:
     assert trained(fields, start=tiled, anchor="auto", width=None).spec.options["tile"] == [8, 12]
     whole = trained(fields, start=tiled, anchor="auto", width=None, tile=(16, 24))
@@ -309,6 +310,7 @@ def test_a_model_on_parts_is_trained_on_with_its_own_or_others(tiled: DiffusionM
     assert north.spec.training["transfer_position"] == "kept"
 
 
+@pytest.mark.slow
 def test_on_the_globe_parts_and_tiles_go_across_the_date_line(seen: list[tuple[int, ...]]) -> None:
     ds = smooth(ny=16, nx=32, around=True)
     plain, band, cutting = (trained(ds, tile=tile) for tile in (None, {"latitude": 8}, (8, 16)))

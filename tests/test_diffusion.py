@@ -378,6 +378,7 @@ def _network(anchor: LowRank) -> EDMDenoiser:
 
 @pytest.mark.parametrize("kind", GUIDANCES)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_members_do_not_know_each_other(kind: str, way: str) -> None:
     """Alone, in another order and in another batch: to the bit at equal batch size, to 1e-5 across.
 

@@ -403,6 +403,7 @@ def test_factors_are_found_that_make_spread_and_error_agree() -> None:
     np.testing.assert_allclose(found.factors[0], expected, rtol=0.12)  # the filters overlap a little
 
 
+@pytest.mark.slow
 def test_calibration_is_stored_and_changes_the_spread_alone(fine: xr.Dataset, tmp_path: Path) -> None:
     train, held, test = fine.isel(time=slice(0, 24)), fine.isel(time=slice(24, 34)), coarse_of(fine).isel(time=slice(34, 40))
     plain = xgenda.train(train, task="downscale", factor=4, calibrate=False, **FAST | {"steps": 30})

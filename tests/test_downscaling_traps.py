@@ -70,6 +70,7 @@ def factors(model: xgenda.GenerativeModel) -> np.ndarray:
     return np.array(model.spec.options["calibration"]["factors"])
 
 
+@pytest.mark.slow
 def test_calibration_takes_other_units_names_orders_and_more_variables(
     model: xgenda.GenerativeModel, paired: xgenda.GenerativeModel, fine: xr.Dataset
 ) -> None:
@@ -335,13 +336,21 @@ def globe() -> xr.Dataset:
     return series(ny=8, nx=24).assign_coords(latitude=-78.75 + 22.5 * np.arange(8), longitude=7.5 + 15.0 * np.arange(24))
 
 
-@pytest.mark.parametrize("options", [{}, {"tile": (8, 8), "overlap": (0, 4)}, {"sampler": "dpm++"}])
-def test_a_plan_counts_the_calls_that_are_made(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def around() -> xgenda.GenerativeModel:
     """On a globe, whose tiles wrap around, with a calibration, which asks for the mean of the denoiser."""
+    fine = globe()
+    return xgenda.calibrate(xgenda.train(fine, factor=4, calibrate=False, **FAST | {"steps": 40}), fine.isel(time=slice(24, 34)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"tile": (8, 8), "overlap": (0, 4)}, {"sampler": "dpm++"}])
+def test_a_plan_counts_the_calls_that_are_made(
+    around: xgenda.GenerativeModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from xgenda.networks.unet import UNet
 
-    fine = globe()
-    model = xgenda.calibrate(xgenda.train(fine, factor=4, calibrate=False, **FAST | {"steps": 40}), fine.isel(time=slice(24, 34)))
+    fine, model = globe(), around
     assert isinstance(model, CorrectiveModel)
     coarse = means_of(fine).isel(time=[3, 7])
     planned = xgenda.plan(coarse, model=model, members=3, steps=4, **options)
@@ -375,6 +384,7 @@ def test_a_globe_in_rows_still_wraps_around(monkeypatch: pytest.MonkeyPatch) -> 
 # -- memory ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_network_call_of_the_training_is_larger_than_a_batch_or_a_tile(
     fine: xr.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def close(a: xr.Dataset, b: xr.Dataset, fields: xr.Dataset) -> bool:
     return bool(difference <= max(ROUNDING * float(fields.air_temperature.std()), 6.2e-5))
 
 
+@pytest.mark.slow
 def test_layout_of_the_work_changes_nothing(method, fields: xr.Dataset, obs: xr.Dataset) -> None:  # type: ignore[no-untyped-def]
     reference = method(fields)
     assert reference.air_temperature.dims == ("member", "time", "latitude", "longitude")
@@ -288,6 +289,7 @@ def uneven(fields: xr.Dataset) -> xr.Dataset:
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "huber"])
 @pytest.mark.parametrize("guidance", GUIDANCES)
+@pytest.mark.slow
 def test_no_guidance_lets_times_with_unequal_observations_touch(
     tiny_prior: GenerativeModel, fields: xr.Dataset, uneven: xr.Dataset, guidance: str, likelihood: str
 ) -> None:
@@ -301,6 +303,7 @@ def test_no_guidance_lets_times_with_unequal_observations_touch(
 
 
 @pytest.mark.parametrize("error", [1.0, 0.1, 0.02, 0.005])
+@pytest.mark.slow
 def test_spread_is_right_however_precise_the_observations(climate: xr.Dataset, fields: xr.Dataset, error: float) -> None:
     """With the default settings; the correction of this model is zero, so that the posterior is known."""
     model = xgenda.train(climate, steps=1, learning_rate=1e-30, width=8, anchor="eof", progress=False)

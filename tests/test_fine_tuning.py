@@ -395,6 +395,7 @@ def test_a_correction_that_makes_members_worse_is_left_out(fine: xr.Dataset, mon
     assert float(model.denoiser.network.last.conv.weight.abs().max()) == 0.0
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_a_fifth_of_the_steps() -> None:
     """Structure that depends on the sign of the coarse field, beyond any linear map, in another climate of fewer samples."""
 

@@ -341,6 +341,7 @@ def test_what_is_not_pinned_is_refused(place: str, message: str, hub: Hub) -> No
     assert hub.hits == []
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_with_the_documented_variables(hub: Hub, content: bytes, tmp_path: Path) -> None:
     """HF_ENDPOINT is read by the client too when it is imported."""
     commit = hub.put("org/repo", **{"tiny.safetensors": content})

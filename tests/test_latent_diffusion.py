@@ -254,6 +254,7 @@ def regimes(count: int = 400) -> tuple[LatentModel, xr.Dataset, torch.Tensor]:
     return model, days(count).copy(data={"x": 5.0 + 2.0 * states.reshape(count, 3, 4)}), back
 
 
+@pytest.mark.slow
 def test_two_regimes_are_learned_and_observations_choose_between_them() -> None:
     """Where N(0, I) puts its mode there is no state; what was learned knows it, and agrees with the mixture in closed form."""
     model, ds, back = regimes()

@@ -389,6 +389,7 @@ def speeds(winds: xr.Dataset, times: list[int], units: float = 1.0) -> pd.DataFr
     return pd.DataFrame(parts, columns=["time", "latitude", "longitude", "wind_speed"])
 
 
+@pytest.mark.slow
 def test_speeds_are_assimilated(winds: xr.Dataset, model: GenerativeModel) -> None:
     times = [7, 30]
     ds, obs = winds.isel(time=times), speeds(winds, times)

@@ -59,6 +59,7 @@ def test_interpolation_wraps_both_ways() -> None:
     np.testing.assert_allclose(found.reshape(NY, NX), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_mean_is_that_of_the_homogeneous_gaussian(fields: xr.Dataset, spectrum: np.ndarray, tmp_path: Path) -> None:
     """Against the dense conditional mean with the covariance that the fields were drawn from."""
     model = xgenda.train(fields.isel(time=slice(0, 56)), stages="residual", steps=1, calibrate=False, **FAST)
@@ -151,6 +152,7 @@ def test_smooth_fields_have_the_means_of_their_blocks_and_no_edges(wraps: bool, 
     torch.testing.assert_close(part.mean(part.smooth(means[:, 1:])), means[:, 1:])
 
 
+@pytest.mark.slow
 def test_calibration_leaves_block_means_and_no_edges(fields: xr.Dataset) -> None:
     """Deviations whose smooth part is multiplied lose their block means by a smooth field: no more roughness than they had."""
     model = xgenda.train(fields, stages="residual", steps=1, calibrate=False, **FAST)

@@ -458,6 +458,7 @@ def test_masks_are_refused(tmp_path: Path) -> None:
 OPTIONS: dict[str, Any] = {"width": 8, "batch_size": 4, "anchor": "eof", "calibrate": False, "progress": False, "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_a_training_on_pairs_larger_than_memory_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
     ds = stored(weather(150), tmp_path / "f", 10)
     options = {**OPTIONS, "task": "downscale", "factor": 2, "steps": 8, "memory": "10kB"}
@@ -485,6 +486,7 @@ def test_a_training_on_pairs_larger_than_memory_is_resumed_to_the_same_bits(tmp_
     np.testing.assert_allclose(means.t2m.isel(member=0), coarsened(weather(3)).t2m, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_training_in_memory_is_what_it_was(tmp_path: Path) -> None:
     """Whether the pairs are in a store or not, as long as they fit, and in memory whatever their size."""
     ds = weather(60)
@@ -494,6 +496,7 @@ def test_a_training_in_memory_is_what_it_was(tmp_path: Path) -> None:
     assert content_hash(xgenda.train(stored(ds, tmp_path / "f"), **options)) == whole
 
 
+@pytest.mark.slow
 def test_backgrounds_are_trained_and_downscalers_are_tuned(tmp_path: Path) -> None:
     ds = stored(weather(120, memory=0.9), tmp_path / "f", 10)
     options = {k: v for k, v in OPTIONS.items() if k != "calibrate"}

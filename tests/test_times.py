@@ -186,6 +186,7 @@ def gaussian_trajectory(model: GenerativeModel, days: int, rows: np.ndarray, val
 
 
 @pytest.mark.parametrize("kind", ["between", "mean"])
+@pytest.mark.slow
 def test_observations_between_the_times_of_a_trajectory(windows: tuple[xr.Dataset, GenerativeModel], kind: str) -> None:
     """Against the closed form; taken at the nearest time instead they would be off by more than the error allowed here."""
     series, model = windows
@@ -238,6 +239,7 @@ def test_a_period_that_begins_before_the_trajectory(windows: tuple[xr.Dataset, G
         operators.time_mean(3, period="1D")
 
 
+@pytest.mark.slow
 def test_a_covariance_matrix_reaches_across_the_times_of_a_trajectory(windows: tuple[xr.Dataset, GenerativeModel]) -> None:
     """Against the closed form with the full R; with what is between times left out the mean would be another."""
     import torch

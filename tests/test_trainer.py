@@ -505,6 +505,7 @@ def test_refused_trainings_leave_nothing_behind(tmp_path: Path) -> None:
 # -- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command of the documentation."""
     regimes().to_netcdf(tmp_path / "data.nc")

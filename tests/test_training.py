@@ -50,6 +50,7 @@ def test_training_learns_what_the_anchor_leaves(trained: xgenda.GenerativeModel)
     assert record["validation_best"] < 0.985 * record["validation_start"]
 
 
+@pytest.mark.slow
 def test_training_learns_two_regimes() -> None:
     """Which of the two regimes a state is in is Gaussian information; what follows from it is not, and needs the state."""
     ds = bimodal(480, (6, 6))  # in small batches the noise of the gradient hides it
@@ -116,6 +117,7 @@ def test_start_goes_on_from_a_model(trained: xgenda.GenerativeModel) -> None:
         torch.testing.assert_close(more.denoiser(x, 0.5), trained.denoiser(x, 0.5), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_regression_stage_learns_and_conserves() -> None:
     """Fine structure that depends on the sign of the coarse field: beyond any linear map."""
     rng = np.random.default_rng(0)
@@ -173,6 +175,7 @@ def test_saving_twice_gives_the_same_bytes(trained: xgenda.GenerativeModel, tmp_
     assert files[0].stat().st_mode == plain.stat().st_mode  # others may read it where the umask says so
 
 
+@pytest.mark.slow
 def test_a_time_budget_keeps_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch longer than the budget still ends with a validation; the clock is one that ticks once per look."""
     looks = itertools.count()

@@ -235,6 +235,7 @@ def best_estimate(seen: xr.DataArray, error: float) -> np.ndarray:
     return (gain @ y[at]).reshape(seen.shape)
 
 
+@pytest.mark.slow
 def test_a_model_of_windows_solves_a_trajectory() -> None:
     """Observed at every third time: nearly as good as the true covariance, an honest spread, and a prior with the right memory."""
     model = xgenda.train(chain(400, 0), window=3, steps=20, width=8, progress=False)
