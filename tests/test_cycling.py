@@ -153,6 +153,9 @@ def test_a_cycle_is_analyses_and_forecasts_one_after_the_other(initial: xr.Datas
         state = drift(state)
     assert run.observations_used.values.tolist() == run.observations_given.values.tolist() == [2] * 5
     assert not (run.notice & 3).any()
+    assert all(
+        len(run[n].long_name) <= 50 for n in ("spread", "chi2", "innovation_mean", "inflation")
+    )  # they are axes of pictures
     assert run.attrs["title"] == "a test"
     assert "cycle(model=" in run.attrs["history"]
     assert run.orography.dims == ("latitude", "longitude")
