@@ -801,6 +801,8 @@ def test_flags(frame: pd.DataFrame, background: xr.Dataset) -> None:
             found = checked(frame.assign(**{column: flags}), background, flags=good)
             assert found == ["used", "flagged", "used", "used", "flagged", "used"]
     assert checked(frame.assign(flag=9), background) == ["used"] * 6  # nobody said what it means
+    with pytest.warns(UserWarning, match=r"obs\['quality'\] holds 0, 4 and is not read: say which are good, quality=.*\(flags="):
+        assert checked(frame.assign(quality=[0, 4, 0, 0, 0, 0]), background) == ["used"] * 6
     assert checked(frame.assign(flag=list("VSXQBk")), background, flags="madis") == ["used", "used"] + ["flagged"] * 4
 
 
