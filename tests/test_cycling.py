@@ -121,6 +121,15 @@ def test_lorenz96(lorenz: ModuleType) -> None:
         assert found["chi2"] == pytest.approx(1.0, abs=0.1)
 
 
+def test_scores_of_a_run_keep_its_stages(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    run = xgenda.cycle(**options_of(initial, obs))
+    truth = initial.t2m.mean("member").expand_dims(time=run.time).to_dataset()
+    scores = run.genda.verify(truth).t2m
+    assert set(scores.dims) == {"metric", "stage"}
+    for stage in ("background", "analysis"):
+        np.testing.assert_allclose(scores.sel(stage=stage), run.sel(stage=stage).genda.verify(truth).t2m, rtol=1e-12)
+
+
 def test_lorenz96_forecast(lorenz: ModuleType) -> None:
     x = lorenz.twin(1, 2, 0)[1].x.values.ravel()
     exact = solve_ivp(lambda _, y: lorenz.tendency(y), (0, 0.05), x, rtol=1e-12, atol=1e-12).y[:, -1]
@@ -144,6 +153,9 @@ def test_a_cycle_is_analyses_and_forecasts_one_after_the_other(initial: xr.Datas
         state = drift(state)
     assert run.observations_used.values.tolist() == run.observations_given.values.tolist() == [2] * 5
     assert not (run.notice & 3).any()
+    assert all(
+        len(run[n].long_name) <= 50 for n in ("spread", "chi2", "innovation_mean", "inflation")
+    )  # they are axes of pictures
     assert run.attrs["title"] == "a test"
     assert "cycle(model=" in run.attrs["history"]
     assert run.orography.dims == ("latitude", "longitude")
@@ -545,7 +557,10 @@ def test_other_options_are_refused_on_resuming(initial: xr.Dataset, obs: pd.Data
     given, path = options_of(initial, obs), tmp_path / "run.zarr"
     xgenda.cycle(**given, store=path)
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"model": xgenda.LETKF(500e3)}, "model: {'filter': 'LETKF(localization=400000.0, rotation=True)'} then"),
+        (
+            {"model": xgenda.LETKF(500e3)},
+            "model.filter: 'LETKF(localization=400000.0, rotation=True)' then, 'LETKF(localization=500000.0)' now",
+        ),
         ({"seed": 2}, "seed: 1 then, 2 now"),
         ({"window": "5h", "times": pd.unique(obs.time)}, "window: '0 days 06:00:00' then, '0 days 05:00:00' now"),
         ({"background_check": 4.0}, "background_check: 5.0 then, 4.0 now"),
@@ -582,7 +597,7 @@ def test_other_data_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFra
         ({}, {"initial": initial.assign(orography=initial.orography + 1)}, "initial: the data differ"),
         ({}, {"initial": initial.assign_coords(time=initial.time - STEP)}, "initial: the data differ"),
         ({"guard": guards[0]}, {"guard": guards[1]}, "guard.restart: the data differ"),
-        ({"obs": renamed, "operators": warm[0]}, {"operators": warm[1]}, "operators: {'warm': 'mean "),
+        ({"obs": renamed, "operators": warm[0]}, {"operators": warm[1]}, "operators.warm: 'mean "),
         ({"obs": renamed, "operators": wide[0]}, {"operators": wide[1]}, "the same observations, errors and operators"),
         (
             {"obs": plain, "model": xgenda.LETKF(), "error": covariances[0]}, {"error": covariances[1]},
@@ -710,8 +725,10 @@ def test_what_is_no_store_is_left_alone(initial: xr.Dataset, obs: pd.DataFrame, 
         xgenda.cycle(**given, store=tmp_path / "mine", overwrite=True)
     with pytest.raises(CheckpointError, match="is no store of a cycle"):
         xgenda.cycle(**given | {"seed": None}, store=tmp_path / "mine", resume=True)
-    with pytest.raises(CheckpointError, match="is no store of a cycle"):
+    with pytest.raises(CheckpointError, match="mine is no store of a cycle: it has no cycle.json, which each has. Give"):
         xgenda.open_cycles(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="yours is no store of a cycle: there is no such folder. Give"):
+        xgenda.open_cycles(tmp_path / "yours")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     with pytest.raises(OptionError, match="a store lies on a local disk"):
         xgenda.cycle(**given, store="s3://bucket/run.zarr")
@@ -918,7 +935,18 @@ def test_the_guard_replaces_states_that_are_broken(
             CoordinateError,
             "cftime of the calendar 'standard', and the state has datetime64. Count from that: out.assign_coords(time=ds.time + step)",
         ),
-        (lambda ds: later(ds).t2m, OptionError, "What forecast returned is a xarray.core.dataarray.DataArray"),
+        (
+            lambda ds: later(ds).t2m,
+            OptionError,
+            "is a xarray.core.dataarray.DataArray; an xarray Dataset is needed: make it one: out.to_dataset(",
+        ),
+        (lambda ds: later(ds).t2m.values, OptionError, "ds.assign(t2m=(ds['t2m'].dims, values))"),
+        (
+            lambda _: None,
+            OptionError,
+            "What forecast returned is None; an xarray Dataset is needed. Its last line should be: return out",
+        ),
+        (lambda ds: later(ds).isel(latitude=slice(0, 3)), GridError, "(6, 4, 5) is needed. Interpolate: out.interp_like(ds)"),
         (
             lambda ds: later(ds).expand_dims(step=2),
             StateError,
@@ -1014,6 +1042,13 @@ def test_options_that_are_refused(initial: xr.Dataset, obs: pd.DataFrame, tiny_p
         ({"obs": None}, OptionError, "times is needed where obs has none"),
         ({"obs": obs.assign(time=obs.time - pd.Timedelta("30D"))}, OptionError, "before the first analysis time"),
         ({"obs": obs.rename(columns={"t2m": "rain", "t2m_error": "rain_error"})}, ObservationError, "which is not in the state"),
+        ({"forecast": persistence}, OptionError, "call it: forecast=xgenda.forecasts.persistence('6h')"),
+        ({"model": xgenda.LETKF}, OptionError, "model is the class LETKF itself; make one of it: model=xgenda.LETKF(...)"),
+        ({"initial": initial.rename(member="ens")}, OptionError, "If 'ens' is it, call it so: initial.rename({'ens': 'member'})"),
+        (
+            {"obs": obs.rename(columns={"t2m": "rain"})}, ObservationError, "If that is it, call it so: obs.rename(columns={'rain': 't2m'})",
+        ),
+        ({"window": initial}, OptionError, "window of Dataset is no time span"),
         ({"forecast": "persistence"}, OptionError, "forecast is a str; a function from a Dataset"),
         ({"members": 7}, OptionError, "members=7 is not accepted: initial has 6"),
         ({"inflation": 1.1}, OptionError, "A filter has its own inflation: model=xgenda.LETKF(inflation=1.1"),

@@ -608,7 +608,7 @@ def test_without_time(frame: pd.DataFrame, background: xr.Dataset) -> None:
 
 def test_almost_all_outside_the_window(frame: pd.DataFrame, background: xr.Dataset) -> None:
     frame["time"] += pd.Timedelta("30D")
-    message = r"6 of 6 obs fall in no time window of the state \(the first is at 2018-12-20.*Is their time UTC\?.*window='12h'"
+    message = r"6 of 6 obs fall in no time window of the state \(.* at 2018-12-20.*nearest is 29.5 days away. Is their time UTC\? .* right ones$"
     with pytest.raises(ObservationError, match=message):
         locate_observations(frame, [T2M], GRID, background.time)
 
@@ -801,6 +801,8 @@ def test_flags(frame: pd.DataFrame, background: xr.Dataset) -> None:
             found = checked(frame.assign(**{column: flags}), background, flags=good)
             assert found == ["used", "flagged", "used", "used", "flagged", "used"]
     assert checked(frame.assign(flag=9), background) == ["used"] * 6  # nobody said what it means
+    with pytest.warns(UserWarning, match=r"obs\['quality'\] holds 0, 4 and is not read: say which are good, quality=.*\(flags="):
+        assert checked(frame.assign(quality=[0, 4, 0, 0, 0, 0]), background) == ["used"] * 6
     assert checked(frame.assign(flag=list("VSXQBk")), background, flags="madis") == ["used", "used"] + ["flagged"] * 4
 
 

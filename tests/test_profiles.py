@@ -314,7 +314,8 @@ def test_argo() -> None:
     assert table.level[:4] == pytest.approx([3.97, 9.93, 496.1, 1976.9], abs=0.5)
     assert table.time is not None
     assert table.time[:6].tolist() == TIMES[[0, 0, 0, 0, 1, 1]].to_numpy().tolist()
-    unflagged = read_observations(argo(), wanted, 0.1)
+    with pytest.warns(UserWarning, match=r"obs\['(TEMP|PSAL)_QC'\] holds .* and is not read: .*flags="):
+        unflagged = read_observations(argo(), wanted, 0.1)
     assert unflagged.code.tolist() == [0] * 12
     both = argo().pipe(lambda d: d.assign(TEMP_ADJUSTED=d.TEMP))
     with pytest.raises(ObservationError, match=r"'TEMP' and 'TEMP_ADJUSTED' both could be 'temperature'; keep one"):
@@ -359,7 +360,8 @@ def test_frames_of_earth2studio() -> None:
             "observation": np.float32([281, 255, 283, np.nan]), "variable": ["t", "t", "t2m", "t"],
         }
     )  # fmt: skip
-    table = read_observations(frame, [T2M, AIR], {"t": 1.0, "t2m": 2.0})
+    with pytest.warns(UserWarning, match=r"obs\['quality'\] holds 2.0, 9.0 and is not read"):
+        table = read_observations(frame, [T2M, AIR], {"t": 1.0, "t2m": 2.0})
     assert table.row.tolist() == [2, 0, 1, 3]
     assert table.code.tolist() == [0, 0, 0, Quality.MISSING]  # a null is an observation that is missing
     assert table.level.tolist()[1:] == [100000.0, 50000.0, 92500.0]

@@ -434,6 +434,7 @@ def test_states_that_do_not_fit_are_refused(change: Any, error: Any, message: st
         ({"providers": ["Abacus"]}, OptionError, "this onnxruntime has .*'CPUExecutionProvider'"),
         ({"mean": np.zeros(4)}, OptionError, "mean has shape \\(4,\\); \\(5,\\) is needed"),
         ({"mean": {"t2m": 0.0}}, OptionError, "mean lacks the channel 'z500'"),
+        ({"mean": np.zeros(5)}, OptionError, "mean is given without std"),
         ({"std": np.zeros(5)}, OptionError, "std of 'z500' holds 0"),
         ({"std": "x.npy"}, CheckpointError, "std='x.npy' cannot be read"),
         ({"std": "x.pkl"}, OptionError, "a .npy or .json file is read"),
@@ -443,6 +444,14 @@ def test_states_that_do_not_fit_are_refused(change: Any, error: Any, message: st
 def test_options_that_are_refused(change: dict[str, Any], error: Any, message: str, path: Path) -> None:
     with pytest.raises(error, match=message):
         forecasts.onnx(path, **{"channels": CHANNELS, **GRID} | change)
+
+
+def test_a_forecast_shows_itself_in_one_line(path: Path) -> None:
+    shown = repr(forecasts.onnx(path, channels=CHANNELS, **GRID))
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert shown.startswith("<OnnxForecast of z500, z850, t850, ... (5 channels), 6 h, 5 x 8")
+    assert shown.endswith(f"sha256 {checksum[:12]}>")
+    assert len(shown) < 200
 
 
 def test_variables_that_cannot_be(state: xr.Dataset, path: Path) -> None:

@@ -26,7 +26,7 @@ from xgenda.ensembles import Arrays, Frame, read_initial
 from xgenda.errors import DivergenceError, OptionError, StateError, check_choice, check_flag
 from xgenda.filtering import check_filter, check_spread, ensemble_threshold
 from xgenda.filters import LETKF, Inflation
-from xgenda.forecasts import identity_of
+from xgenda.forecasts import by_member, identity_of, persistence
 from xgenda.formatting import progress_bar
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
@@ -201,6 +201,12 @@ def cycle(
             f"forecast is a {type(forecast).__name__}; a function from a Dataset to a Dataset a step later is needed, for example "
             f"xgenda.forecasts.persistence('6h')"
         )
+    makers: tuple[tuple[object, str], ...] = ((persistence, "persistence('6h')"), (by_member, "by_member(function)"))
+    for maker, call in makers:
+        if forecast is maker:
+            raise OptionError(
+                f"forecast is the function {call.partition('(')[0]} itself, which makes one; call it: forecast=xgenda.forecasts.{call}"
+            )
     if guard == "default":
         guard = DivergenceGuard()
     if guard is not None and not isinstance(guard, DivergenceGuard):
@@ -410,10 +416,10 @@ def _no_step(time: str, moments: tuple[Any, Any, Any, Any], where: str) -> State
     first, now, later, target = moments
     if later is None or not later > now:
         whole = int(metadata.in_seconds(np.array([target - first]))[0])
-        step = f"numpy.timedelta64({whole}, 's')" if isinstance(target, np.datetime64) else f"datetime.timedelta(seconds={whole})"
+        add = f"numpy.timedelta64({whole}, 's')" if isinstance(target, np.datetime64) else f"datetime.timedelta(seconds={whole})"
         return StateError(
             f"{where}: the forecast from {now} returned {'no time' if later is None else f'the time {later}'}; it must be later. If it is of the "
-            f"next analysis, at {target}, say so: out.assign_coords({time}=ds.{time} + {step})"
+            f"next analysis, at {target}, say so: out.assign_coords({time}=ds.{time} + {add})"
         )
     step, span = (round(float(metadata.in_seconds(np.array([x]))[0])) for x in (later - now, target - first))
     fits = math.gcd(step, span)

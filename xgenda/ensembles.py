@@ -79,7 +79,12 @@ class Frame:
             If variables are missing, are no real numbers, or are on other dimensions, coordinates or members, or in units that do not fit.
         """
         if not isinstance(ds, xr.Dataset):
-            raise OptionError(f"{argument} is a {type(ds).__module__}.{type(ds).__name__}; an xarray Dataset is needed.")
+            advice = f"put its values into the state: ds.assign({self.names[0]}=(ds[{self.names[0]!r}].dims, values))"
+            if isinstance(ds, xr.DataArray):
+                advice = f"make it one: out.to_dataset(name={self.names[0]!r})"
+            if ds is None:
+                raise OptionError(f"{argument} is None; an xarray Dataset is needed. Its last line should be: return out")
+            raise OptionError(f"{argument} is a {type(ds).__module__}.{type(ds).__name__}; an xarray Dataset is needed: {advice}")
         lead = sample or self.member
         ds = self._in_order(ds, argument, sample)
         out: Arrays = {}
@@ -105,7 +110,12 @@ class Frame:
             if variable.shape[1:] != template.shape or (sample is None and len(variable) != len(self.numbers)):
                 raise GridError(
                     f"{argument}[{name!r}] has shape {variable.shape} along {(lead, *self.dims[name])}; "
-                    f"{(len(self.numbers), *template.shape)} is needed."
+                    f"{(len(self.numbers), *template.shape)} is needed. "
+                    + (
+                        "Interpolate: out.interp_like(ds)"
+                        if variable.shape[1:] != template.shape
+                        else "Return all members of ds."
+                    )
                 )
             values = labels.in_units_of(variable, template, f"{argument}[{name!r}]")
             # a forecast may leave anything where there is no state, such as on land
@@ -250,8 +260,9 @@ def read_initial(initial: xr.Dataset | xr.DataArray, members: int | None, otherw
             f"members={members} is not accepted: initial has {count}. Leave it out, or select: initial.isel({member}=...)"
         )
     if count is None and otherwise is None:
+        shown = _perhaps_members(ds)
         raise OptionError(
-            "A filter needs an ensemble to begin with, and initial has no dimension 'member'. Give one, such as states of other times: "
+            f"A filter needs an ensemble to begin with, and initial has no dimension 'member'. {shown}Give one, such as states of other times: "
             "initial = xarray.concat([ds.isel(time=t, drop=True) for t in ...], 'member').assign_coords(time=...)"
         )
     template = ds if member is None else ds.isel({member: 0}, drop=True)
@@ -288,6 +299,13 @@ def read_initial(initial: xr.Dataset | xr.DataArray, members: int | None, otherw
         if not mask.any():
             raise StateError(f"initial[{name!r}] is NaN everywhere. Drop it: initial.drop_vars({name!r})")
     return frame, values
+
+
+def _perhaps_members(ds: xr.Dataset) -> str:
+    """Return the line to type where a Dataset has one dimension more than a state, of no unit: an ensemble of another name."""
+    layout = states.enter(ds, "initial").layout
+    others = [str(d) for d in ds.dims if d not in layout.dims and (d not in ds.coords or not ds[d].attrs)]
+    return f"If {others[0]!r} is it, call it so: initial.rename({{{others[0]!r}: 'member'}}). " if len(others) == 1 else ""
 
 
 def _channels_of(state: State, names: list[str]) -> set[str]:

@@ -52,6 +52,8 @@ def persistence(step: Any) -> Persistence:
     >>> str(persistence("6h")(state).time.values)[:13]
     '2020-01-01T06'
     """
+    if isinstance(step, xr.Dataset):  # by `cycle`, which refuses it, or by someone else's loop
+        raise OptionError("persistence makes a forecast from a step, and got a state; give forecast=persistence('6h')")
     return Persistence(parse_window(step, "step"))
 
 

@@ -72,7 +72,7 @@ def read_numbers(mean: Any, std: Any, inputs: Sequence[str], outputs: Sequence[s
     Raises
     ------
     OptionError
-        If shapes do not fit, a channel is missing, or values are not finite, or not positive for `std`.
+        If there is a mean and no std, shapes do not fit, a channel is missing, or values are not finite, or not positive for `std`.
     CheckpointError
         If a file cannot be read.
     """
@@ -94,6 +94,8 @@ def read_numbers(mean: Any, std: Any, inputs: Sequence[str], outputs: Sequence[s
                     f"{argument} of {name!r} holds {value.min():g}; finite {'positive ' if argument == 'std' else ''}numbers are needed."
                 )
         out.append(found)
+    if mean is not None and std is None:
+        raise OptionError("mean is given without std, and a model is fed with (x - mean) / std; give both: mean=..., std=...")
     return Numbers(out[0], out[1])
 
 

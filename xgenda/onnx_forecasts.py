@@ -86,7 +86,7 @@ class Port:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OnnxForecast:
     """A forecast by a model that is stored as ONNX; see `onnx`.
 
@@ -106,6 +106,13 @@ class OnnxForecast:
     numbers: Numbers
     batch: int
     dtype: Any
+
+    def __repr__(self) -> str:
+        """Show what it forecasts, on which grid, and which file it is of."""
+        names = self.interface.outputs
+        shown = ", ".join(names[:3]) + (f", ... ({len(names)} channels)" if len(names) > 3 else "")
+        hours = self.interface.step / np.timedelta64(1, "h")
+        return f"<OnnxForecast of {shown}, {hours:g} h, {self.interface.grid.describe()}, sha256 {self.identity['onnx'][:12]}>"
 
     def __call__(self, ds: xr.Dataset) -> xr.Dataset:
         """Return the state of all members one step later."""

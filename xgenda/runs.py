@@ -34,14 +34,22 @@ NOTICES = {
 }
 #: Variables along time beside those of the state.
 DIAGNOSTICS = {
-    "spread": "root mean ensemble variance over area and levels",
-    "innovation_mean": "mean of observation minus background over observations that are used",
-    "innovation_rms": "root mean square of observation minus background over observations that are used",
-    "chi2": "mean of squared innovation over its expected variance, over observations that are used or refused by the background check",
+    "spread": "ensemble standard deviation",
+    "innovation_mean": "mean innovation",
+    "innovation_rms": "root mean square innovation",
+    "chi2": "squared innovation over its expectation",
     "observations_used": "number of observations that are used",
     "observations_given": "number of observations in the window",
-    "inflation": "ensemble standard deviation of the analysis over what the method alone gives",
+    "inflation": "inflation of the analysis",
     "notice": "what is to be known of this cycle",
+}
+#: What long names, which are those of the axes of pictures, have no room for.
+COMMENTS = {
+    "spread": "root mean ensemble variance over area and levels",
+    "innovation_mean": "observation minus background, over observations that are used",
+    "innovation_rms": "observation minus background, over observations that are used",
+    "chi2": "mean over observations that are used or refused by the background check; 1 where errors and spread are right",
+    "inflation": "ensemble standard deviation of the analysis over what the method alone gives",
 }
 
 
@@ -262,6 +270,7 @@ def laid_out(outline: Outline, arrays: Mapping[str, np.ndarray] | None, size: in
         else:
             values = arrays.get(name, np.zeros(shape, dtype=kinds.get(name, np.float64)))
         attrs = dict(template[name].attrs) if name in frame.names else {"long_name": DIAGNOSTICS[name]}
+        attrs |= {"comment": COMMENTS[name]} if name in COMMENTS else {}
         if name == "notice":
             attrs |= {"flag_masks": np.array(list(NOTICES.values()), dtype=np.uint8), "flag_meanings": " ".join(NOTICES)}
         variables[name] = (along, values, attrs)

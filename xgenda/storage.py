@@ -183,9 +183,7 @@ class CycleStore:
         if not (window_given and self.record.get("window_given", before.get("window") is not None)):
             now = {**now, "window": before.get("window")}
         lines = [
-            f"  {k}: {before.get(k, 'not there')!r} then, {now.get(k, 'not there')!r} now"
-            for k in sorted({*before, *now})
-            if before.get(k) != now.get(k)
+            line for k in sorted({*before, *now}) for line in _differences(k, before.get(k, "not there"), now.get(k, "not there"))
         ]
         lines += [f"  {k}: the data differ" for k, v in content.items() if v != self.record["content"].get(k)]
         if lines:
@@ -230,6 +228,15 @@ class CycleStore:
                 zarr.consolidate_metadata(str(self.path))
         for file in (*self.path.glob(".z*"), *self.path.glob("*/.z*"), *(self.path / "time").iterdir()):
             flush(file)
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield a line for each option that differs, of mappings only what does."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(f"{name}.{key}", before.get(key, "not there"), now.get(key, "not there"))
+    elif before != now:
+        yield f"  {name}: {before!r} then, {now!r} now"
 
 
 def _chunk_of(name: str, cycle: int, place: Sequence[int]) -> str:
@@ -366,6 +373,15 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
         version = found["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        why = (
+            f"it has no {RECORD}, which each has"
+            if path.is_dir()
+            else "it is a file"
+            if path.exists()
+            else "there is no such folder"
+        )
+        raise CheckpointError(f"{path} is no store of a cycle: {why}. Give what was given to xgenda.cycle(store=...).") from None
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{path} is no store of a cycle ({problem}).") from problem
     if version != FORMAT:

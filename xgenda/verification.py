@@ -83,7 +83,7 @@ def verify(
         Standard deviation of the observation error: needed for observations that do not carry it. It enters spread and chi2, and
         is drawn nowhere: the CRPS is that of the state.
     dims
-        Dimensions to average over; all by default, weighted by cell area. For observations always all.
+        Dimensions to average over; all by default, weighted by cell area, but for the ``stage`` of a cycle. For observations always all.
     quality, lapse_rate, window, representativeness, operators
         For observations, as in `xgenda.assimilate`. Those outside of the window, by default within half an hour of a time, are not scored:
         see the attribute `counts` of the result.
@@ -156,6 +156,8 @@ def _matched(state: State, reference: xr.Dataset) -> Iterator[tuple[str, np.ndar
 
 def _dimensions(dims: str | Sequence[str] | None, array: xr.DataArray, name: str) -> list[str] | None:
     """Return the dimensions to average over, None for all."""
+    if dims is None and "stage" in array.coords and set(array["stage"].values.ravel().tolist()) == {"background", "analysis"}:
+        dims = [str(d) for d in array.dims if d != "stage"]  # of a cycle, whose mean says nothing
     over = None if dims is None else [dims] if isinstance(dims, str) else list(dims)
     strange = [d for d in over or () if d not in array.dims]
     if strange:

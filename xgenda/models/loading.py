@@ -71,6 +71,11 @@ def choose_model(
         return model
     if isinstance(model, (str, os.PathLike)):
         return load_model(model)
+    if isinstance(model, type):
+        raise OptionError(
+            f"model is the class {model.__name__} itself; make one of it: model=xgenda.{model.__name__}(...), such as "
+            f"model=xgenda.LETKF(localization=1000e3)"
+        )
     if model is not None:
         raise OptionError(
             f"model={model!r} is not accepted; give a GenerativeModel, a registered name, or a path: model='t2m-north-america'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,14 +115,29 @@ def deviations(sigma: Any, platform: np.ndarray, wanted: Wanted, cells: Cells, a
 def refused_by_provider(container: Container, name: str, level: str | None, cells: Cells, control: QualityControl) -> np.ndarray:
     """Return True where the provider's flag of a value, of its level or of its report is not good."""
     refused = np.zeros(cells.size, dtype=bool)
-    if control.flags is None:
-        return refused
     own = next((c for c in (*(f"{name}_{s}" for s in FLAG_SUFFIXES), *FLAG_NAMES) if c in container.ds.variables), None)
+    if control.flags is None:
+        _notice_unread(container, own)
+        return refused
     of_level = [f"{level}_{s}" for s in FLAG_SUFFIXES] if level is not None else []
     for column in (own, *of_level, *REPORT_FLAGS):
         if column is not None and column in container.ds.variables and cells.holds(container.ds[column]):
             refused |= flagged(cells.spread(container.ds[column]), control.flags)
     return refused
+
+
+def _notice_unread(container: Container, column: str | None) -> None:
+    """Warn of flags that tell values apart, and of which nobody said what they mean; what is lazy is not read for that."""
+    if column is None or container.ds[column].chunks is not None:
+        return
+    given = pd.Series(np.ravel(container.ds[column].values)).dropna()
+    kinds = given.unique().tolist()
+    if len(kinds) > 1:
+        warnings.warn(
+            f"{container.argument}[{column!r}] holds {', '.join(map(str, kinds[:4]))}{', ...' if len(kinds) > 4 else ''} and is not read: "
+            f"say which are good, quality=xgenda.QualityControl(flags=[...]), or leave it out.",
+            stacklevel=2,
+        )
 
 
 def texts(ds: xr.Dataset, usual: tuple[str, ...], cells: Cells) -> np.ndarray:

@@ -286,6 +286,10 @@ def _variables(container: Container, wanted: list[Wanted]) -> dict[int, str]:
         kept = columns if container.is_frame else [n for n in columns if n in ds.data_vars]
         part = f"{argument}['variable'].isin({list(found.values())!r})" if container.rows else f"{kept!r}"
         hint = f" Keep what the state has: {argument}[{part}]" if found else did_you_mean((strange or [""])[0], names)
+        values = [n for n in strange if not n.endswith(tuple(f"_{s}" for s in ERROR_SUFFIXES))]
+        if not found and len(values) == len(names) == 1 and not container.rows:
+            mapping = f"{{{values[0]!r}: {names[0]!r}}}"
+            hint += f" If that is it, call it so: {argument}.rename({'columns=' if container.is_frame else ''}{mapping})"
         raise ObservationError(
             f"{argument} holds {', '.join(map(repr, strange)) or 'no variable'}, which is not in the state; it has "
             f"{', '.join(map(repr, names))}.{hint}"

@@ -24,7 +24,16 @@ from xgenda.observations.correlations import check_blocks
 from xgenda.observations.grouping import first_of_each
 from xgenda.observations.quality import Quality, QualityControl, boxes, superob
 from xgenda.observations.table import check_names
-from xgenda.observations.times import assign_times, bracket, mean_times, period_of, ticks, trajectory_weights
+from xgenda.observations.times import (
+    assign_times,
+    bracket,
+    common_ticks,
+    far_away,
+    mean_times,
+    period_of,
+    ticks,
+    trajectory_weights,
+)
 from xgenda.weights import interpolation
 
 #: Part of an observation's weight that must lie on valid cells.
@@ -236,7 +245,7 @@ def locate_observations(
     code[fine & ~inside] = Quality.DOMAIN
     code[fine & inside & (index < 0)] = Quality.WINDOW
     code[(code <= Quality.PASSIVE) & ~seen] = Quality.LAND
-    _complain_if_all_outside(table, grid, fine, inside, index, argument)
+    _complain_if_all_outside(table, grid, fine, inside, index, times, argument)
     above = np.full(len(table), np.nan) if ground is None else table.height - points(ground)
     above[np.array([w.of is not None for w in wanted])[table.variable]] = np.nan  # what sees an area has no height of its own
     if control.height_difference is not None:
@@ -382,7 +391,13 @@ def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space,
 
 
 def _complain_if_all_outside(
-    table: Table, grid: AnyGrid, fine: np.ndarray, inside: np.ndarray, index: np.ndarray, argument: str
+    table: Table,
+    grid: AnyGrid,
+    fine: np.ndarray,
+    inside: np.ndarray,
+    index: np.ndarray,
+    times: xr.DataArray | None,
+    argument: str,
 ) -> None:
     n = int(fine.sum())
     if n < 5:
@@ -395,9 +410,16 @@ def _complain_if_all_outside(
                 f"exchanged {int(swapped.sum())} lie inside. Did you swap them? "
                 f"{argument}.rename(latitude='longitude', longitude='latitude')"
             )
-    if (index[fine] < 0).sum() > 0.9 * n:
-        first = table.time[fine][0] if table.time is not None else ""
+    outside = fine & (index < 0)
+    if outside.sum() > 0.9 * n:
+        assert table.time is not None  # else all are within
+        assert times is not None
+        state, seen, tick = common_ticks(table.time[outside], times, argument)
+        right = (
+            np.clip(np.searchsorted(np.sort(state), seen), 1, len(state) - 1) if len(state) > 1 else np.zeros(len(seen), np.int64)
+        )
+        nearest = float(np.abs(seen - np.sort(state)[[right, right - 1]]).min()) * tick / 1e9
         raise ObservationError(
-            f"{int((index[fine] < 0).sum())} of {n} {argument} fall in no time window of the state (the first is at {first}). "
-            f"Is their time UTC? Select the right ones, or widen the window: window='12h'"
+            f"{int(outside.sum())} of {n} {argument} fall in no time window of the state (the first is at {table.time[fine][0]}). "
+            f"{far_away(nearest)}"
         )

@@ -74,8 +74,8 @@ class Container:
         steps = np.flatnonzero((time >= period[0]) & (time <= period[1]))
         if not len(steps):
             raise ObservationError(
-                f"None of the {len(time)} times of {self.argument} is near those of the state (the first is {time[0]}). Is their time UTC? "
-                f"Select the right ones, or widen the window: window='12h'"
+                f"None of the {len(time)} times of {self.argument} is near those of the state (the first is {time[0]}, the last "
+                f"{time[-1]}). Is their time UTC? Select the right ones, or widen the window: window=..."
             )
         if len(steps) == len(time):
             return None

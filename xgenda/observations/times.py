@@ -25,7 +25,8 @@ def parse_window(window: object, argument: str = "window") -> np.timedelta64:
             raise TypeError
         width = np.timedelta64(pd.Timedelta(window).value, "ns")
     except (ValueError, TypeError):
-        raise OptionError(f"{argument}={window!r} is no time span; give for example {argument}='6h'.") from None
+        shown = f"={window!r}" if len(repr(window)) <= 80 else f" of {type(window).__name__}"
+        raise OptionError(f"{argument}{shown} is no time span; give for example {argument}='6h'.") from None
     if not width > np.timedelta64(0, "ns"):
         raise OptionError(f"{argument}={window!r} must be positive; give for example {argument}='6h'.")
     return width
@@ -68,6 +69,14 @@ def assign_times(
     distance = seen - ordered[nearest]
     ok = (distance >= -half) & (distance < half) & (seen != NEVER)
     return np.where(ok, order[nearest], -1)
+
+
+def far_away(seconds: float) -> str:
+    """Return in words how far observations are from the nearest time, and what to do about it."""
+    hours = seconds / 3600
+    advice = f", or widen the window: window='{int(2 * hours) + 1}h'" if hours < 24 else ""
+    shown = f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.4g} days"
+    return f"The nearest is {shown} away. Is their time UTC? Select the right ones{advice}"
 
 
 def period_of(times: xr.DataArray | None, window: object, *, trajectory: bool = False) -> tuple[Any, Any] | None:
