@@ -30,11 +30,11 @@ from xgenda.forecasts import by_member, identity_of, persistence
 from xgenda.formatting import progress_bar
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
-from xgenda.observations.quality import MEANINGS, Quality, QualityControl
+from xgenda.observations.quality import QualityControl
 from xgenda.observations.times import parse_window
 from xgenda.operators import AnyOperator
-from xgenda.preparation import MANY, MEMBERS, REJECTED, ModelLike, Prepared, prepare
-from xgenda.runs import DIAGNOSTICS, EMPTY, RESTARTED, SUSPECT, Memory, Outline, Stored
+from xgenda.preparation import MEMBERS, ModelLike, Prepared, prepare
+from xgenda.runs import DIAGNOSTICS, EMPTY, RESTARTED, SUSPECT, Memory, Outline, Stored, warn_of_run
 
 #: Names of the result that no variable of a state may have.
 RESERVED = (*DIAGNOSTICS, "stage", "field", "observed")
@@ -289,7 +289,7 @@ def cycle(
             advance(1)
             bar.note(f"{setup.labels[t][:16]}, chi2 {kept.chi2[-1]:.2f}")
         result = kept.result()
-    _warn_of_run(result, total, plan)
+    warn_of_run(result, total, setup, SUSPICIOUS if guard is None else guard.chi2)
     return result
 
 
@@ -489,56 +489,3 @@ def _attributes(frame: Frame, described: Mapping[str, Any]) -> dict[str, Any]:
     flat = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in described.items()}
     call = f"cycle(model={described['model']}, members={described['members']}, seed={described['seed']})"
     return dict(frame.template.attrs) | metadata.provenance_attrs(frame.template, call, flat)
-
-
-def _warn_of_run(result: xr.Dataset, total: int, plan: _Plan) -> None:
-    """Say once what a user should know of the run."""
-    notice, used = (result[n].values for n in ("notice", "observations_used"))
-    located = plan.setup.located
-    code = np.zeros(0, dtype=np.uint8) if located is None else located.table.code  # before they are compared with the background
-    empty = int(((notice & EMPTY) > 0).sum())
-    if empty:
-        first = metadata.time_labels(result["time"])[int(np.flatnonzero(notice & EMPTY)[0])][:16]
-        warnings.warn(
-            f"In {empty} of {total} cycles no observation could be used, first at {first}: the analysis is the forecast. "
-            f"{_reasons(code, int(used.sum()))} See the variable notice.",
-            stacklevel=3,
-        )
-    within = np.zeros(0, dtype=bool) if located is None else located.time_index >= 0
-    judged = int((code[within] == Quality.USED).sum())
-    refused = judged - int(used.sum())
-    suspect = int(((notice & SUSPECT) > 0).sum())
-    told = []
-    if refused > max(MANY, REJECTED * judged):
-        told.append(
-            f"{refused} of {judged} observations were too far from the background or from their neighbours and were not used"
-        )
-    if suspect > max(2, total / 4):
-        most = plan.guard.chi2 if plan.guard else SUSPICIOUS
-        told.append(
-            f"in {suspect} of {total} cycles squared innovations were more than {most:g} times what their errors let expect"
-        )
-    if told:
-        text = ", and ".join(told)
-        warnings.warn(f"{text[0].upper()}{text[1:]}. See the variables chi2 and innovation_mean.", stacklevel=3)
-    outside = int((code == Quality.WINDOW).sum())
-    if outside > max(MANY, REJECTED * len(code)):
-        warnings.warn(
-            f"{outside} of {len(code)} observations fall in no window of the {total} analysis times and are not used. Widen it: "
-            f"window=..., or give more times.",
-            stacklevel=3,
-        )
-
-
-def _reasons(code: np.ndarray, used: int) -> str:
-    """Return why observations of a run are not used, the most frequent reasons first."""
-    count = {q: int((code == q).sum()) for q in Quality if q != Quality.USED}
-    far = int((code == Quality.USED).sum()) - used
-    found = {f"{n} {q.name.lower()} ({MEANINGS[q].partition(':')[0]})": n for q, n in count.items() if n}
-    if far:
-        found[f"{far} too far from the background or from their neighbours"] = far
-    if not found:
-        return f"There are {len(code) or 'no'} observations." if not used else "No other observation was refused."
-    return (
-        f"Of {len(code)} observations {len(code) - used} are not used: {', '.join(sorted(found, key=lambda k: -found[k])[:3])}."
-    )

@@ -19,8 +19,9 @@ from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
 from xgenda.observations.correlations import blocks
 from xgenda.observations.operators import Located
+from xgenda.observations.quality import MEANINGS, Quality
 from xgenda.observations.times import DEFAULT_WINDOW
-from xgenda.preparation import Prepared
+from xgenda.preparation import MANY, REJECTED, Prepared
 
 #: Bytes of a result in memory of which a user is told.
 LARGE = 2**33
@@ -287,3 +288,55 @@ def laid_out(outline: Outline, arrays: Mapping[str, np.ndarray] | None, size: in
     for v in out.variables.values():
         v.encoding = {}
     return out
+
+
+def warn_of_run(result: xr.Dataset, total: int, setup: Prepared, chi2: float) -> None:
+    """Say once what a user should know of a run, of which `chi2` is beyond what is usual."""
+    notice, used = (result[n].values for n in ("notice", "observations_used"))
+    located = setup.located
+    code = np.zeros(0, dtype=np.uint8) if located is None else located.table.code  # before they are compared with the background
+    empty = int(((notice & EMPTY) > 0).sum())
+    if empty:
+        first = metadata.time_labels(result["time"])[int(np.flatnonzero(notice & EMPTY)[0])][:16]
+        warnings.warn(
+            f"In {empty} of {total} cycles no observation could be used, first at {first}: the analysis is the forecast. "
+            f"{_reasons(code, int(used.sum()))} See the variable notice.",
+            stacklevel=3,
+        )
+    within = np.zeros(0, dtype=bool) if located is None else located.time_index >= 0
+    judged = int((code[within] == Quality.USED).sum())
+    refused = judged - int(used.sum())
+    suspect = int(((notice & SUSPECT) > 0).sum())
+    told = []
+    if refused > max(MANY, REJECTED * judged):
+        told.append(
+            f"{refused} of {judged} observations were too far from the background or from their neighbours and were not used"
+        )
+    if suspect > max(2, total / 4):
+        told.append(
+            f"in {suspect} of {total} cycles squared innovations were more than {chi2:g} times what their errors let expect"
+        )
+    if told:
+        text = ", and ".join(told)
+        warnings.warn(f"{text[0].upper()}{text[1:]}. See the variables chi2 and innovation_mean.", stacklevel=3)
+    outside = int((code == Quality.WINDOW).sum())
+    if outside > max(MANY, REJECTED * len(code)):
+        warnings.warn(
+            f"{outside} of {len(code)} observations fall in no window of the {total} analysis times and are not used. Widen it: "
+            f"window=..., or give more times.",
+            stacklevel=3,
+        )
+
+
+def _reasons(code: np.ndarray, used: int) -> str:
+    """Return why observations of a run are not used, the most frequent reasons first."""
+    count = {q: int((code == q).sum()) for q in Quality if q != Quality.USED}
+    far = int((code == Quality.USED).sum()) - used
+    found = {f"{n} {q.name.lower()} ({MEANINGS[q].partition(':')[0]})": n for q, n in count.items() if n}
+    if far:
+        found[f"{far} too far from the background or from their neighbours"] = far
+    if not found:
+        return f"There are {len(code) or 'no'} observations." if not used else "No other observation was refused."
+    return (
+        f"Of {len(code)} observations {len(code) - used} are not used: {', '.join(sorted(found, key=lambda k: -found[k])[:3])}."
+    )
