@@ -512,7 +512,7 @@ def test_a_cycle_is_not_resumed_with_another_model(state: xr.Dataset, path: Path
         forecasts.by_member(forecasts.onnx(other, channels=CHANNELS, **GRID)),
     ]  # fmt: skip
     for wrong in changed:
-        with pytest.raises(OptionError, match="(?s)resume=True goes on with the same data and options only.*forecast: {'onnx'"):
+        with pytest.raises(OptionError, match="(?s)resume=True goes on with the same data and options only.*\n  forecast"):
             cycled(state, wrong, store=store, resume=True)
     resumed = cycled(state, forecasts.by_member(forecasts.onnx(path, channels=CHANNELS, **GRID)), store=store, resume=True)
     xr.testing.assert_identical(resumed.compute().drop_attrs(), whole.drop_attrs())
@@ -662,7 +662,7 @@ def test_a_cycle_is_not_resumed_with_other_weights_of_earth2studio(state: xr.Dat
     other = Shift()
     with torch.no_grad():
         other.factor[0] = 3.0
-    with pytest.raises(OptionError, match="(?s)same data and options only.*'earth2studio': '.*Shift'"):
+    with pytest.raises(OptionError, match="(?s)same data and options only.*\n  forecast.weights: "):
         cycled(state, forecasts.earth2studio(other), store=tmp_path / "run.zarr", resume=True)
     resumed = cycled(state, forecasts.earth2studio(Shift()), store=tmp_path / "run.zarr", resume=True)
     xr.testing.assert_identical(resumed.compute().drop_attrs(), whole.drop_attrs())
