@@ -387,7 +387,7 @@ def test_members_do_not_know_each_other(kind: str, way: str) -> None:
     """
     sampler, options = WAYS[way]
     anchor = LowRank.of(covariance())
-    indices, weights = operator("block mean")
+    indices, weights = operator("points")
     value = torch.tensor([1.0, -1.0, 0.5, 3.0, -2.0], dtype=torch.float64)
     denoise = _network(anchor)
     levels = karras_schedule(12, 0.1, 10.0)
@@ -498,7 +498,7 @@ def test_mmps_survives_a_network_whose_jacobian_is_no_covariance() -> None:
         flat = x.flatten(1)
         return (0.1 * flat.roll(1, 1) - 2.0 * flat + 0.5 * (3 * flat).sin()).reshape(x.shape)
 
-    indices, weights = operator("block mean")
+    indices, weights = operator("points")
     ev = evidence(indices, weights, torch.full((5,), 2.0).double(), torch.full((5,), 1e-4).double(), 4)
     for solver in ("damped", "gmres"):
         guided = guide(denoise, ev, "mmps", solver=solver)
@@ -538,7 +538,7 @@ def test_joint_evidence_is_the_evidence_of_all_parts() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "log", "function", "joint"])
 def test_tangents_are_derivatives_and_their_own_adjoints(kind: str) -> None:
-    indices, weights = operator("block mean")
+    indices, weights = operator("points")
     one = torch.ones(1, 5, 4, dtype=torch.float64)
     shared = {"values": torch.zeros(1, 5), "variances": torch.ones(1, 5), "group": torch.zeros(2, dtype=torch.long)}
     log = {"log": one.bool(), "offset": 0.1 * one} if kind in ("log", "joint") else {}
