@@ -621,7 +621,7 @@ CASES: dict[str, Case] = {
     "unknown task": (
         lambda k: k.train(task="downscaling"),
         OptionError,
-        r"task='downscaling' is not accepted.*'prior', 'downscale', 'background', 'forecast', 'autoencoder', 'conversion'. Did you mean 'downscale'",
+        r"'downscaling' is not accepted.*'prior', 'downscale', 'background', 'forecast', 'autoencoder', 'conversion'. Did you mean 'downscale'",
     ),
     "no factor": (
         lambda k: k.train(task="downscale"),
