@@ -212,7 +212,7 @@ def _moved(times: np.ndarray, first: Any, to: Any) -> np.ndarray:
 
     def read(given: Any) -> Any:
         if calendar is None:
-            return pd.Timestamp(given).to_datetime64()
+            return pd.Timestamp(given).as_unit("ns").to_datetime64()  # whatever unit this version of pandas reads
         return xr.date_range(given, periods=1, calendar=calendar, use_cftime=True)[0] if isinstance(given, str) else given
 
     try:
