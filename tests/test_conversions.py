@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 import xgenda
-from xgenda.errors import CheckpointError, GridError, OptionError, StateError
+from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsError, StateError
 from xgenda.models.conversions import ConversionModel, filled_from_around, reconstructing
 from xgenda.models.latents import LatentModel
 from xgenda.models.spec import ModelSpec
@@ -257,6 +257,9 @@ def test_training_resumes_to_the_bit(fields: Any, latent: LatentModel, tmp_path:
 
     with pytest.raises(KeyboardInterrupt):
         converted(fields, latent, steps=45, out=tmp_path / "m.safetensors", callbacks=[stop])
+    with pytest.raises(OutputExistsError, match="holds a training that was interrupted"):
+        converted(fields, latent, steps=45, out=tmp_path / "m.safetensors")
     resumed = converted(fields, latent, steps=45, out=tmp_path / "m.safetensors", resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name

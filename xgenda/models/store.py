@@ -32,6 +32,9 @@ __all__ = [
     "Entry", "File", "cache_dir", "fetch", "find_file", "list_models", "path_of", "registry", "sha256_of", "state_of",
 ]  # fmt: skip
 
+#: Networks of which a training has a file each while it lasts.
+PARTS = ("prior", "mean", "residual", "autoencoder", "codes", "conversion")
+
 State = Literal["bundled", "cached", "remote", "damaged", "missing"]
 
 
@@ -191,7 +194,7 @@ def _check_suffix(text: str) -> None:
 def _only_file(text: str, folder: Path) -> Path:
     """Return the one model file that a folder holds."""
     found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
-    if len(found) == 1 or (found and {p.stem for p in found} <= {"prior", "mean", "residual", "autoencoder", "codes"}):
+    if len(found) == 1 or (found and {p.stem for p in found} <= set(PARTS)):
         return found[0]  # of several parts of a training that was interrupted; reading one says so
     names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
     raise ModelNotFoundError(

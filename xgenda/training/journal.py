@@ -25,9 +25,9 @@ from torch import Tensor
 
 from xgenda.errors import CheckpointError, OptionError, OutputExistsError
 from xgenda.files import aside
+from xgenda.models.store import PARTS
 
 FORMAT = 1
-NETWORKS = ("prior", "mean", "residual", "autoencoder", "codes")  # that have a file each
 CONTENT = dict.fromkeys(("ds", "target", "statics"), "the data differ") | {"start": "another model"}
 SAVE_EVERY = 10.0  # seconds, at least
 SHARE = 0.02  # of the time that saving may take
@@ -159,17 +159,20 @@ class Journal:
 
     def _states(self) -> Iterator[Path]:
         """Yield the files that are whole."""
-        paths = () if self.folder is None else (self.folder / f"{n}.safetensors" for n in NETWORKS)
+        paths = () if self.folder is None else (self.folder / f"{n}.safetensors" for n in PARTS)
         return (path for path in paths if path.is_file())
 
     def _partial(self) -> Iterator[Path]:
         """Yield files that are half written, by processes that were killed."""
         if self.folder is not None:
-            patterns = (".tmp*", *(f".{name}.safetensors.partial-*" for name in NETWORKS))  # safetensors' own and ours
+            patterns = (".tmp*", *(f".{name}.safetensors.partial-*" for name in PARTS))  # safetensors' own and ours
             yield from (path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file())
 
     def _path(self, stage: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{stage}.safetensors"
+        if self.folder is None:
+            return None
+        assert stage in PARTS, f"{stage} would neither be found again nor removed"
+        return self.folder / f"{stage}.safetensors"
 
 
 class Interrupts:
