@@ -184,18 +184,12 @@ class Posterior:
     def curvature(self, z: Tensor) -> Tensor:
         """Return the Gauss-Newton Hessian of each sample at z, shape (batch, k, k); of a heavy-tailed likelihood that of its core."""
         columns, real = [], self.evidence.seen().to(z.device)
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_(True)
-            state = self.decode(leaf)
-            tangent = self.evidence.tangent(state.detach())
-            dual = torch.zeros_like(state, requires_grad=True)
-            # J^T v is linear in v, so its own derivative with respect to v is J; torch's forward mode takes seconds to load
-            (pulled,) = torch.autograd.grad(state, leaf, dual, create_graph=True)
+        state, decoder = linearised(self.decode, z)
+        tangent = self.evidence.tangent(state)
         for k in range(z.shape[1]):
             along = torch.zeros_like(z)
             along[:, k] = 1.0
-            (moved,) = torch.autograd.grad(pulled, dual, along, retain_graph=True)
-            columns.append(self.whiten(torch.where(real, tangent.forth(moved), 0.0)))
+            columns.append(self.whiten(torch.where(real, tangent.forth(decoder.forth(along)), 0.0)))
         jacobian = torch.stack(columns, -1).detach()
         return jacobian.transpose(1, 2) @ jacobian + torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
 
@@ -233,22 +227,14 @@ class Decoded:
 
     def tangent(self, state: Tensor) -> Tangent:
         """Return the derivative at some latent vectors, by automatic differentiation of the decoder."""
-        with torch.enable_grad():
-            leaf = state.detach().requires_grad_(True)
-            decoded = self.decode(leaf)
-            dual = torch.zeros_like(decoded, requires_grad=True)
-            # J^T v is linear in v, so its own derivative with respect to v is J
-            (pulled,) = torch.autograd.grad(decoded, leaf, dual, create_graph=True)
-        inner = self.evidence.tangent(decoded.detach())
+        decoded, decoder = linearised(self.decode, state)
+        inner = self.evidence.tangent(decoded)
 
         def forth(change: Tensor) -> Tensor:
-            (moved,) = torch.autograd.grad(pulled, dual, change.to(pulled), retain_graph=True)
-            return self.whiten(inner.forth(moved))
+            return self.whiten(inner.forth(decoder.forth(change)))
 
         def back(vector: Tensor) -> Tensor:
-            seen = inner.back(self.whiten.transposed(vector.to(decoded)))
-            (out,) = torch.autograd.grad(decoded, leaf, seen, retain_graph=True)
-            return out
+            return decoder.back(inner.back(self.whiten.transposed(vector.to(decoded))))
 
         return Tangent(forth, back)
 
@@ -264,6 +250,26 @@ class Decoded:
         """Return what one standard deviation of the latent vectors is in each observation, 1 where it is nothing."""
         total = self.gain(self.value).sqrt()
         return torch.where(total > 0, total, 1.0)
+
+
+def linearised(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tangent]:
+    """Return a function of vectors (batch, k) at z, and its derivative there, by automatic differentiation."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_(True)
+        value = function(leaf)
+        dual = torch.zeros_like(value, requires_grad=True)
+        # J^T v is linear in v, so its own derivative with respect to v is J; torch's forward mode takes seconds to load
+        (pulled,) = torch.autograd.grad(value, leaf, dual, create_graph=True)
+
+    def forth(change: Tensor) -> Tensor:
+        (out,) = torch.autograd.grad(pulled, dual, change.to(pulled), retain_graph=True)
+        return out
+
+    def back(vector: Tensor) -> Tensor:
+        (out,) = torch.autograd.grad(value, leaf, vector, retain_graph=True)
+        return out
+
+    return value.detach(), Tangent(forth, back)
 
 
 def most_probable(function: Gradient, candidates: Tensor) -> Tensor:

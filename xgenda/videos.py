@@ -144,7 +144,7 @@ def animate(
         squeeze=False,
         layout="constrained",
     )
-    attrs, shown = whole[name].attrs, np.full(fields_at(next(iter(panels.values())), name, layout, 0)[0].shape, np.nan)
+    attrs, shown = whole[name].attrs, np.full([whole.sizes[d] for d in layout.dims], np.nan)
     label = title if title is not None else str(attrs.get("long_name") or attrs.get("standard_name") or name)
     times = whole[layout.time].values
     images = []

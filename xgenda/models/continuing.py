@@ -14,7 +14,7 @@ from xgenda import metadata, states
 from xgenda.diffusion.kriging import Kriged
 from xgenda.diffusion.random_fields import TorusField
 from xgenda.errors import GridError, OptionError, StateError, check_choice
-from xgenda.grids import Grid
+from xgenda.grids import EARTH_RADIUS, Grid
 from xgenda.models.fitting import kernel_on
 from xgenda.models.places import Between, Places
 from xgenda.models.spec import ModelSpec
@@ -105,7 +105,10 @@ def fit_between(spec: ModelSpec, fine: xr.Dataset | xr.DataArray) -> dict[str, A
         order = np.argsort(((vectors[between] - vectors[centre]) ** 2).sum(-1), kind="stable")
         windows.append(np.sort(between[order[:PLACES]]))
     centres = unit_vectors(*grid.points())
-    apart = np.sort(((centres[:1] - centres) ** 2).sum(-1))[1] ** 0.5 * 6_371_229.0
+    apart = np.sort(((centres[:1] - centres) ** 2).sum(-1))[1] ** 0.5 * EARTH_RADIUS
+    # what does not depend on the kernel: values at the places of each window less what is expected there, and the cells less theirs
+    departures = [values[:, :, w] - interpolation(grid, latitude[w], longitude[w])[0](climatology) for w in windows]
+    anomalies = cells - climatology
     best: tuple[float, dict[str, Any]] | None = None
     for kind in KINDS:
         chosen, total = {"length_scale": dict[str, float](), "std": dict[str, float]()}, 0.0
@@ -115,11 +118,8 @@ def fit_between(spec: ModelSpec, fine: xr.Dataset | xr.DataArray) -> dict[str, A
             made = [Kriged(kernel, torch.as_tensor(latitude[w]), torch.as_tensor(longitude[w])) for w in windows]
             for c, n in enumerate(names):
                 square, size, log = 0.0, 0, 0.0
-                for w, k in zip(windows, made, strict=True):
-                    to_places = interpolation(grid, latitude[w], longitude[w])[0]
-                    left = torch.as_tensor(
-                        values[:, c, w] - to_places(climatology[:, c]) - (cells[:, c] - climatology[:, c]) @ k.rows.numpy().T
-                    )
+                for departure, k in zip(departures, made, strict=True):
+                    left = torch.as_tensor(departure[:, c] - anomalies[:, c] @ k.rows.numpy().T)
                     square += float(torch.linalg.solve_triangular(k.root, left.T, upper=False).square().sum())
                     size += left.numel()
                     log += len(left) * float(k.root.diagonal().log().sum())

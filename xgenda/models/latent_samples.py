@@ -129,8 +129,8 @@ class Diffusion(Decoding):
         """
         request, members = self.request, self.request.members
         assert request.options.batch_size is not None
-        slopes = {s: self.slopes(s) for s, e in enumerate(self.observed) if len(e.value)}
-        slopes = {s: slopes.get(s, torch.zeros(0, self.model.latent, dtype=torch.float64)) for s in range(len(self.spans))}
+        nothing = torch.zeros(0, self.model.latent, dtype=torch.float64)
+        slopes = {s: self.slopes(s) if len(e.value) else nothing for s, e in enumerate(self.observed)}
         finer = [self._finer(s, slopes[s], sigmas[0]) for s in range(len(self.spans))]
         kinds = [(finer[s], s if self.derives(s) else -1) for s in range(len(self.spans))]
         parts: dict[int, Tensor] = {}

@@ -33,7 +33,7 @@ from xgenda.scaling import Scaling, check_named
 from xgenda.training.corpus import Corpus, open_corpus
 from xgenda.training.defaults import warn_of_little
 from xgenda.training.fields import Fields
-from xgenda.training.latent_priors import check_same_fields, with_learned_prior
+from xgenda.training.latent_priors import check_same_fields, positive, with_learned_prior
 from xgenda.training.objectives import Batch, Draws
 from xgenda.training.optimiser import Optimiser
 from xgenda.training.priors import record_of
@@ -276,8 +276,7 @@ def train_autoencoder(
     states_held = max(8, LARGEST_HELD // z.shape[1])  # more of them say little more, and would not fit into memory
     if not recipe.variational:
         encoded = _encoded(network, fields, evenly_spaced(rows, min(2000, states_held)), None)[1]
-        covariance = torch.cov(encoded.T).reshape(latent, latent)
-        covariance = covariance + JITTER * covariance.diagonal().mean() * torch.eye(latent, dtype=torch.float64)
+        covariance = positive(torch.cov(encoded.T).reshape(latent, latent))
         network.standardise(encoded.mean(0), torch.linalg.cholesky(covariance))
     repeats = REPEATS if recipe.variational else 1
     some = evenly_spaced(held, states_held)

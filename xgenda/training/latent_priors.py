@@ -172,11 +172,15 @@ def standardising(codes: Codes, network: Autoencoder, rows: Tensor, held: Tensor
         return away.T @ away / len(some) + turned @ turned.T
 
     centre = codes.means[rows].mean(0)
-    covariance = second(rows, centre)
-    covariance = covariance + JITTER * covariance.diagonal().mean() * torch.eye(len(centre), dtype=torch.float64)
+    covariance = positive(second(rows, centre))
     seen = float(torch.linalg.solve(covariance, second(held, centre)).trace()) / len(centre)
     spread: Tensor = torch.linalg.cholesky(covariance)
     return centre, math.sqrt(max(1.0, seen)) * spread
+
+
+def positive(covariance: Tensor) -> Tensor:
+    """Return a covariance with so much on its diagonal that it has a Cholesky factor."""
+    return covariance + JITTER * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
 
 
 def check_same_fields(model: LatentModel, corpus: Corpus) -> None:

@@ -443,26 +443,22 @@ def train(
             why = "" if argument != "ema" else ": the part of training that the average reaches over, for example ema=0.1"
             raise OptionError(f"{argument}={real!r} is not accepted; it must be a positive number{below}{why}.")
     check_kinds(transform, offset, bounds)
-    unused = {"anchor": (anchor, "auto"), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None)}
-    for argument, (asked_for, usual) in unused.items():
-        if task == "conversion" and asked_for != usual:
-            raise OptionError(
-                f"{argument}={asked_for!r} has no effect with task='conversion', a new encoder that starts from ridge regression. Leave it out."
-            )
+    kept: dict[str, tuple[object, object]] = {
+        "anchor": (anchor, "auto"), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None),
+    }  # fmt: skip
+    if task == "conversion":
+        _refuse_changes(kept, "with task='conversion', a new encoder that starts from ridge regression")
     if task == "autoencoder" and start is not None:
         if latent_prior == "normal":
             raise OptionError(
                 "start has no effect with task='autoencoder': autoencoders are trained from scratch. Leave it out, or learn a prior of the latent "
                 "vectors of a trained one: latent_prior='diffusion'"
             )
-        kept: dict[str, tuple[object, object]] = {
-            "latent": (latent, None), "variational": (variational, True), "beta": (beta, 1.0), "anchor": (anchor, "auto"),
-            "climatology": (climatology, "auto"), "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None),
-            "width": (width, None), "weights": (weights, "auto"), "freeze": (freeze, "none"), "adapters": (adapters, None),
+        kept |= {
+            "latent": (latent, None), "variational": (variational, True), "beta": (beta, 1.0), "climatology": (climatology, "auto"),
+            "transform": (transform, "none"), "bounds": (bounds, None), "periodic": (periodic, None), "width": (width, None),
         }  # fmt: skip
-        for what, (set_to, standard) in kept.items():
-            if set_to != standard:
-                raise OptionError(f"{what}={set_to!r} has no effect with start: the autoencoder is kept as it is. Leave it out.")
+        _refuse_changes(kept, "with start: the autoencoder is kept as it is")
     _check_fine_tuning(start, task, freeze, adapters)
     check_choice("augment", augment, ("auto", "none", "longitude"))
     _check_validation(validation)
@@ -664,6 +660,13 @@ def _finished(path: Path, journal: Journal) -> GenerativeModel | None:
     model = load_model(path)
     journal.compare(model.spec.training.get("asked", {}), path)
     return model
+
+
+def _refuse_changes(given: Mapping[str, tuple[object, object]], why: str) -> None:
+    """Refuse options that are not their defaults, where they have no effect."""
+    for argument, (value, default) in given.items():
+        if value != default:
+            raise OptionError(f"{argument}={value!r} has no effect {why}. Leave it out.")
 
 
 def _check_fine_tuning(start: Any, task: str, freeze: str, adapters: int | None) -> None:
