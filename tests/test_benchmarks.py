@@ -26,6 +26,12 @@ def program(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in PROGRAMS.glob("*.py")))
+def test_every_program_finds_what_it_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PROGRAMS)  # as where it is started
+    assert callable(program(name).main)
+
+
 @pytest.fixture(scope="module")
 def kolmogorov() -> ModuleType:
     return program("kolmogorov")

@@ -32,7 +32,7 @@ from xgenda.diffusion.anchors import Spectral
 from xgenda.grids import EARTH_RADIUS, ROTATION
 from xgenda.models.background import BackgroundModel
 from xgenda.models.generative import SamplingOptions
-from xgenda.twins import OCEAN_TRACERS, OCEAN_VARIABLES, QGState, TwoLayerQG, _random_flow, _surface
+from xgenda.twins import OCEAN_TRACERS, OCEAN_VARIABLES, QGState, TwoLayerQG, _random_flow, ocean_surface
 
 NAMES = tuple(OCEAN_VARIABLES)
 SIZE, SPACING, LATITUDE = 64, 15e3, 38.0
@@ -64,8 +64,8 @@ def run(seed: int, count: int, every: int = EVERY) -> tuple[np.ndarray, np.ndarr
     forecasts, truth = [], []
     for day in range(LEAD + every * (count - 1) + 1):
         if (begun := pending.pop(day - LEAD, None)) is not None:
-            forecasts.append(_surface(forecaster, forecaster.advance(begun, LEAD * PER_DAY), coriolis, True))
-            truth.append(_surface(nature, state, coriolis, True))
+            forecasts.append(ocean_surface(forecaster, forecaster.advance(begun, LEAD * PER_DAY), coriolis, True))
+            truth.append(ocean_surface(nature, state, coriolis, True))
         if day % every == 0:
             shifted = np.fft.rfft2(np.roll(np.fft.irfft2(other), rng.integers(SIZE, size=2), (1, 2)))
             pending[day] = QGState(state.spectrum + PERTURBATION * shifted)
