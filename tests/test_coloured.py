@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from xgenda.diffusion.anchors import Spectral
 from xgenda.diffusion.coloured import ColouredNoise, HomogeneousDenoiser
-from xgenda.diffusion.evidence import FunctionEvidence, LinearEvidence
+from xgenda.diffusion.evidence import Evidence, FunctionEvidence, LinearEvidence
 from xgenda.diffusion.gaussian import GaussianPosterior
 from xgenda.diffusion.guidance import GUIDANCES, WHITE_ONLY, guide
 from xgenda.diffusion.kernels import Kernel
@@ -20,6 +21,7 @@ from xgenda.errors import OptionError
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (6, 8)
 N = SHAPE[0] * SHAPE[1]
+CUTOFF = 2
 DRAWS = 2048
 PRIOR = TorusField(SHAPE, Kernel("matern32", 0.2))
 NOISE = TorusField(SHAPE, Kernel("exponential", 0.15))
@@ -204,6 +206,73 @@ def test_each_guidance_is_its_formula_with_k(kind: str, options: dict[str, objec
     torch.testing.assert_close(found, clean + push(sigma, matrices, value - a @ clean), atol=2e-5, rtol=1e-4)
 
 
+def two_channels(shape: tuple[int, int] = SHAPE) -> Spectral:
+    """Return the covariance of two fields that depend on each other, whose waves end where those of a band-limited noise do."""
+    first, second = (
+        TorusField(shape, k, cutoff=CUTOFF).power * (shape[0] * shape[1])
+        for k in (Kernel("gaussian", 0.2), Kernel("exponential", 0.1))
+    )
+    between = 0.6 * (first * second).sqrt()
+    return Spectral(torch.stack([torch.stack([first, between], -1), torch.stack([between, second], -1)], -2), (2, *shape))
+
+
+@pytest.mark.parametrize(
+    "noise", [NOISE, TorusField(SHAPE, Kernel("exponential", 0.1), cutoff=CUTOFF)], ids=["all waves", "cutoff"]
+)
+@pytest.mark.parametrize("sigma", [0.1, 2.0])
+@pytest.mark.parametrize("known", [True, False], ids=["factorised", "iterated"])
+def test_a_homogeneous_anchor_is_its_formula_with_k(noise: TorusField, sigma: float, known: bool) -> None:
+    r"""C = S - S (S + sigma^2 K)^-1 S, which needs no inverse of a K that has none."""
+    prior = two_channels()
+    rows = torch.arange(2 * N)
+    s, k = prior.block(rows, rows), torch.block_diag(covariance(noise), covariance(noise))
+    given = s - s @ torch.linalg.pinv(s + sigma**2 * k, hermitian=True, rtol=1e-12) @ s
+    anchor = prior.under(noise)
+    v = torch.randn(3, 2 * N, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    conditional = anchor.given_noise(sigma)
+    torch.testing.assert_close(conditional.multiply(v), v @ given, atol=1e-9, rtol=0)
+    limited = v @ torch.linalg.pinv(s, hermitian=True, rtol=1e-12) @ s  # waves that states do not have say nothing
+    torch.testing.assert_close(
+        conditional.shrink(limited),
+        limited @ torch.linalg.pinv(s + sigma**2 * k, hermitian=True, rtol=1e-12) @ s,
+        atol=1e-8,
+        rtol=0,
+    )
+    blocks, weights = operator("block mean")
+    a = torch.zeros(6, 2 * N, dtype=torch.float64)
+    a.scatter_(1, blocks + N, weights.double())
+    value, error = torch.linspace(-1, 2, 6, dtype=torch.float64), torch.full((6,), 0.04, dtype=torch.float64)
+    ev: Evidence = observed(blocks + N, weights, value, error, 3)
+    if not known:
+        ev = FunctionEvidence(lambda z: z.flatten(1) @ a.T, (2, *SHAPE), value, error, linear=True)
+    x = v.reshape(3, 2, *SHAPE)
+    found = guide(lambda z, _: z, ev, "anchor", anchor=anchor, colour=noise, tolerance=1e-12)(x, sigma).flatten(1)
+    exact = v + (value - v @ a.T) @ torch.linalg.solve(a @ given @ a.T + torch.diag(error), a @ given)
+    torch.testing.assert_close(found, exact, atol=1e-7, rtol=0)
+
+
+def test_an_anchor_is_for_its_noise() -> None:
+    indices, weights = operator("points")
+    ev, prior = observed(indices, weights, torch.ones(5).double(), torch.ones(5).double(), 1), two_channels()
+    for anchor, colour in ((prior, NOISE), (prior.under(NOISE), None)):
+        with pytest.raises(OptionError, match="states under other noise than the denoiser; use guidance='mmps'"):
+            guide(HomogeneousDenoiser(PRIOR, NOISE), ev, "anchor", anchor=anchor, colour=colour)
+
+
+@pytest.mark.parametrize("finer", [(2 * SHAPE[0], 2 * SHAPE[1]), (3 * SHAPE[0], 3 * SHAPE[1])])
+def test_a_covariance_on_a_finer_grid_is_that_of_the_same_functions(finer: tuple[int, int]) -> None:
+    torch.testing.assert_close(two_channels().on(finer).spectrum, two_channels(finer).spectrum, atol=1e-12, rtol=0)
+
+
+def test_observations_of_many_cells_take_no_matrix_between_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    conditional = two_channels().under(NOISE).given_noise(0.7)
+    matrix = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    columns = torch.randperm(2 * N, generator=torch.Generator().manual_seed(5))[:40]
+    between = conditional.observed(columns, matrix)
+    monkeypatch.setattr("xgenda.diffusion.anchors.LARGEST_BETWEEN", 5 * N)  # two rows at a time
+    torch.testing.assert_close(conditional.observed(columns, matrix), between, atol=1e-12, rtol=0)
+
+
 def test_white_noise_of_a_torus_is_white_guidance() -> None:
     """K = I by way of the Fourier transform is what there is without it, and no colour is to the bit what there was."""
     white = TorusField(SHAPE, Kernel("exponential", 1e-4))
@@ -212,7 +281,7 @@ def test_white_noise_of_a_torus_is_white_guidance() -> None:
     ev = observed(indices, weights, torch.ones(6).double(), torch.full((6,), 0.1).double(), 2)
     denoise = HomogeneousDenoiser(PRIOR)
     x = NOISE.draw(_Stream(2), 1)
-    for kind in set(GUIDANCES) - set(WHITE_ONLY):
+    for kind in set(GUIDANCES) - {"anchor", *WHITE_ONLY}:
         torch.testing.assert_close(
             guide(denoise, ev, kind, colour=white)(x, 0.7), guide(denoise, ev, kind)(x, 0.7), atol=1e-6, rtol=0
         )

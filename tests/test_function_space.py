@@ -68,17 +68,18 @@ def test_what_is_trained_is_stored(model: DiffusionModel, fields: xr.Dataset, tm
     obs, states = observations(fields), fields.isel(time=[3])
     found = analysis(model, states, obs)
     xr.testing.assert_identical(found.a.drop_attrs(), analysis(again, states, obs).a.drop_attrs())
-    assert found.attrs["xgenda_guidance"].startswith("mmps")
+    assert found.attrs["xgenda_guidance"].startswith("anchor")
     near = found.a.isel(latitude=[2, 5, 11], longitude=[3, 8, 14])
     assert float(np.abs(near - obs.a).mean()) < 0.5  # of fields with a standard deviation of 2
 
 
-def test_a_refined_model_is_the_same_functions(model: DiffusionModel, fields: xr.Dataset) -> None:
+@pytest.mark.parametrize("guidance", ["anchor", "mmps"])
+def test_a_refined_model_is_the_same_functions(model: DiffusionModel, fields: xr.Dataset, guidance: str) -> None:
     """Members on a grid of twice as many rows and columns pass through those of the coarse one."""
     finer = model.refined(2)
     states = fields.isel(time=[3])
     fine = box(np.full((1, 2 * N, 2 * N), 3.0), 3)
-    coarse_members, members = (analysis(m, s, observations(fields)) for m, s in ((model, states), (finer, fine)))
+    coarse_members, members = (analysis(m, s, observations(fields), guidance=guidance) for m, s in ((model, states), (finer, fine)))
     assert members.a.sizes["latitude"] == 2 * N
     np.testing.assert_allclose(members.a.values[..., ::2, ::2], coarse_members.a.values, atol=5e-3)
     waves = np.abs(np.fft.fft2(members.a.values, norm="forward"))
@@ -143,8 +144,8 @@ def test_what_does_not_go_with_it_is_refused(fields: xr.Dataset, options: dict[s
 
 
 def test_what_a_model_cannot_do_it_says(model: DiffusionModel, fields: xr.Dataset) -> None:
-    with pytest.raises(OptionError, match="guidance='anchor' is for white noise.*use guidance='mmps'"):
-        analysis(model, fields.isel(time=[3]), observations(fields), guidance="anchor")
+    with pytest.raises(OptionError, match="guidance='inpaint' is for white noise.*use guidance='mmps'"):
+        analysis(model, fields.isel(time=[3]), observations(fields), guidance="inpaint")
     white = xgenda.train(fields, steps=1, periodic="both", width=8, anchor=None, progress=False)
     assert isinstance(white, DiffusionModel)
     with pytest.raises(OptionError, match="knows one resolution only.*architecture='uno'.*'cutoff': 5"):

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from xgenda.diffusion.covariances import DENSE_LIMIT, Covariance, matrix_root
 from xgenda.diffusion.noise import NoiseStream
+from xgenda.diffusion.random_fields import TorusField
 from xgenda.errors import OptionError
 
 FEW_CHANNELS = 8  # up to which sums over channels are faster than a batch of tiny matrix products
 CACHE_ELEMENTS = 2**24  # of all noise levels of one anchor together
+LARGEST_BETWEEN = (
+    2**24
+)  # entries of a matrix between cells, beyond which a homogeneous covariance is applied to the rows of an operator
 
 
 class Anchor(Covariance, Protocol):
@@ -255,10 +259,12 @@ class Spectral:
         complex Hermitian, or real where channels do not depend on each other.
     shape
         (channels, ny, nx).
+    noise
+        Power of the waves of the noise over that of white noise, shape (ny, nx // 2 + 1), the same in all channels; None where it is white.
     """
 
-    def __init__(self, spectrum: Tensor, shape: tuple[int, int, int]) -> None:
-        self.shape, self.size = shape, shape[0] * shape[1] * shape[2]
+    def __init__(self, spectrum: Tensor, shape: tuple[int, int, int], noise: Tensor | None = None) -> None:
+        self.shape, self.size, self.noise = shape, shape[0] * shape[1] * shape[2], noise
         self.spectrum = spectrum.to(torch.complex128)
         self.power, self.vectors = torch.linalg.eigh(self.spectrum)
         self.power = self.power.clamp(min=0.0)
@@ -271,6 +277,19 @@ class Spectral:
         f = torch.fft.rfft2(fields.double(), norm="ortho")
         spectrum = torch.einsum("scyx,sdyx->yxcd", f, f.conj()) * (inflation / (len(fields) - 1))
         return cls(spectrum, (fields.shape[1], fields.shape[2], fields.shape[3]))
+
+    def under(self, field: TorusField) -> Spectral:
+        """Return the same covariance, of states that are seen under noise of another covariance than white noise."""
+        return Spectral(self.spectrum, self.shape, field.power * (self.shape[1] * self.shape[2]))
+
+    def on(self, plane: tuple[int, int]) -> Spectral:
+        """Return the covariance of the same functions on a finer grid of the same box, which has no more waves than this one."""
+        (channels, ny, nx), (rows, columns) = self.shape, plane
+        k = torch.arange(-((ny - 1) // 2), (ny + 1) // 2)  # without half waves, which are two on a finer grid
+        across = (nx + 1) // 2
+        spectrum = torch.zeros(rows, columns // 2 + 1, channels, channels, dtype=self.spectrum.dtype)
+        spectrum[k % rows, :across] = self.spectrum[k % ny, :across] * (rows * columns / (ny * nx))
+        return Spectral(spectrum, (channels, rows, columns))
 
     def block(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return S[rows][:, columns]."""
@@ -303,28 +322,46 @@ class Spectral:
         if sigma not in self._cache:
             if len(self._cache) * self.spectrum.numel() > CACHE_ELEMENTS:
                 self._cache.clear()
-            left = (sigma**2 * self.power / (self.power + sigma**2)).to(self.vectors.dtype)
-            kernel = self.vectors * left[..., None, :] @ self.vectors.conj().transpose(-1, -2)
-            self._cache[sigma] = SpectralConditional(kernel, self.shape, sigma)
+            level = sigma**2 * (torch.ones(()) if self.noise is None else self.noise[..., None]).to(self.power)
+            share = torch.where(self.power > 0, self.power / (self.power + level).clamp(min=1e-300), 0.0)
+            shrinking = None if self.noise is None else self._matrices(share)
+            self._cache[sigma] = SpectralConditional(self._matrices(level * share), self.shape, sigma, shrinking)
         return self._cache[sigma]
+
+    def _matrices(self, power: Tensor) -> Tensor:
+        """Return the Hermitian matrices of other eigenvalues."""
+        return self.vectors * power.to(self.vectors.dtype)[..., None, :] @ self.vectors.conj().transpose(-1, -2)
 
 
 class SpectralConditional:
-    """C of a homogeneous covariance, applied by Fourier transform."""
+    """C of a homogeneous covariance, applied by Fourier transform.
+
+    Parameters
+    ----------
+    kernel
+        Spectrum of C.
+    shape, sigma
+        As of the covariance.
+    shrinking
+        Spectrum of the best linear estimate where the noise is not white.
+    """
 
     direct_limit = 1500
 
-    def __init__(self, kernel: Tensor, shape: tuple[int, int, int], sigma: float) -> None:
-        self.kernel, self.shape, self.sigma = kernel, shape, sigma
+    def __init__(self, kernel: Tensor, shape: tuple[int, int, int], sigma: float, shrinking: Tensor | None = None) -> None:
+        self.kernel, self.shape, self.sigma, self.shrinking = kernel, shape, sigma, shrinking
         self.variance = _channel_variance(kernel, shape)
-        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._cast: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def multiply(self, vector: Tensor) -> Tensor:
         """Return C v for vectors (batch, n)."""
-        key = (vector.dtype, vector.device)
+        return self._filter("C", self.kernel, vector)
+
+    def _filter(self, name: str, spectrum: Tensor, vector: Tensor) -> Tensor:
+        key = (name, vector.dtype, vector.device)
         if key not in self._cast:
             complex_dtype = torch.complex128 if vector.dtype == torch.float64 else torch.complex64
-            kernel = self.kernel.to(device=vector.device, dtype=complex_dtype)
+            kernel = spectrum.to(device=vector.device, dtype=complex_dtype)
             self._cast[key] = kernel.permute(2, 3, 0, 1).contiguous()
         kernel, field = self._cast[key], torch.fft.rfft2(vector.reshape(-1, *self.shape), norm="ortho")
         if self.shape[0] <= FEW_CHANNELS:
@@ -338,6 +375,13 @@ class SpectralConditional:
 
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
+        if len(columns) ** 2 > LARGEST_BETWEEN:
+            parts, n = [], self.shape[0] * self.shape[1] * self.shape[2]
+            for some in matrix.split(max(1, LARGEST_BETWEEN // n)):
+                whole = torch.zeros(len(some), n, dtype=torch.float64)
+                whole[:, columns] = some
+                parts.append(self.multiply(whole)[:, columns] @ matrix.T)
+            return torch.cat(parts)
         between = _between(_lagged(self.kernel, self.shape), self.shape, columns, columns)
         few = matrix.to_sparse(layout=torch.sparse_coo)  # a few cells in each row
         half = torch.sparse.mm(few, between)
@@ -345,7 +389,9 @@ class SpectralConditional:
         return out
 
     def shrink(self, vector: Tensor) -> Tensor:
-        """Return C v / sigma^2."""
+        """Return the best linear estimate of the state from a noisy one, C v / sigma^2 where the noise is white."""
+        if self.shrinking is not None:
+            return self._filter("shrink", self.shrinking, vector)
         return self.multiply(vector) / self.sigma**2
 
 

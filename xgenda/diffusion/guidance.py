@@ -22,7 +22,8 @@ inpaint  none: the observed cells are replaced       none                       
 ======== =========================================== ============================== ================================
 
 With coloured noise, x = x0 + sigma K^1/2 e, the table holds with sigma^2 K for sigma^2 and r^2 K for r^2: K is applied to the gradient and stands
-between A and A^T in V (`xgenda.diffusion.coloured`). 'anchor' and 'inpaint' are for white noise.
+between A and A^T in V (`xgenda.diffusion.coloured`). C of 'anchor' is (S^-1 + sigma^-2 K^-1)^-1 then, which takes an S that is diagonal where
+K is (`Spectral.under`); 'inpaint' is for white noise.
 
 States are in units of their climatological standard deviation, in which the scalars of the table are meant. Nothing is shared between
 samples: losses, norms and the iterations of the solvers are per sample.
@@ -50,7 +51,7 @@ from xgenda.diffusion.solvers import SOLVERS, arnoldi_solve, conjugate_gradients
 from xgenda.errors import OptionError, check_choice, check_count, check_flag, check_option
 
 STIFF, MORE = 100.0, 3  # see `factorises`
-WHITE_ONLY = ("anchor", "inpaint")
+WHITE_ONLY = ("inpaint",)
 GUIDANCES = ("anchor", "mmps", "sda", "w2c", "pigdm", "dps", "diffpir", "inpaint")
 LIKELIHOODS = {"gaussian": 0.0, "student-t": 4.0, "huber": 1.345}
 #: Options of each guidance with their defaults, chosen on the closed form (docs/benchmarks/closed_form.py).
@@ -139,7 +140,8 @@ def guide(
     Raises
     ------
     OptionError
-        If an option is not known, 'anchor' has no covariance, 'inpaint' a non-linear operator, or either of them coloured noise.
+        If an option is not known, 'anchor' has no covariance or one that is for other noise, or 'inpaint' a non-linear operator or coloured
+        noise.
     """
     known = guidance_options(kind, options)
     check_choice("likelihood", likelihood, LIKELIHOODS)
@@ -149,6 +151,10 @@ def guide(
         )
     if kind == "anchor" and anchor is None:
         raise OptionError("guidance='anchor' needs a Gaussian anchor, and there is none; use guidance='mmps'.")
+    if kind == "anchor" and (getattr(anchor, "noise", None) is None) != (colour is None):
+        raise OptionError(
+            "guidance='anchor' has the covariance of states under other noise than the denoiser; use guidance='mmps'."
+        )
     if kind == "inpaint" and not evidence.linear:
         raise OptionError("guidance='inpaint' needs a linear operator, and this one is not; use guidance='mmps'.")
     if evidence.value.shape[1] == 0:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xgenda.diffusion.anchors import Anchor, Separable, anchor_tensors, read_anchor
+from xgenda.diffusion.anchors import Anchor, Separable, Spectral, anchor_tensors, read_anchor
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.guidance import WHITE_ONLY
 from xgenda.diffusion.samplers import network_calls
@@ -76,12 +76,15 @@ class DiffusionModel(GenerativeModel):
         if spec.grid is None or spec.scaling is None:
             raise OptionError("A diffusion model needs a grid and a scaling.")
         self.spec, self.denoiser = spec, denoiser.eval().requires_grad_(False)
-        self.covariance = denoiser.anchor if covariance is None else covariance
+        covariance = denoiser.anchor if covariance is None else covariance
         self.scaling: Scaling = spec.scaling
         self.valid = valid
         self.sigma_max = float(spec.options["sigma_max"])
         self.denoiser.sigma_range = (SIGMA_MIN, self.sigma_max)
         self.colour = noise_on(spec.options.get("noise"), spec.grid.plane)
+        if self.colour is not None:  # only one that is diagonal where that of the noise is can be had beside it
+            covariance = covariance.under(self.colour) if isinstance(covariance, Spectral) else None
+        self.covariance = covariance
 
     @property
     def window(self) -> int:
@@ -90,9 +93,7 @@ class DiffusionModel(GenerativeModel):
 
     def plan(self, asked: SamplingOptions, *, linear: bool = True) -> SamplingOptions:
         """Resolve the options, see `plan_guided`."""
-        has_anchor = (
-            self.colour is None and self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
-        )
+        has_anchor = self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
         if self.colour is not None and asked.guidance in WHITE_ONLY:
             raise OptionError(
                 f"guidance={asked.guidance!r} is for white noise, and {self.spec.name!r} was trained with coloured noise; use guidance='mmps'."
@@ -260,7 +261,10 @@ class DiffusionModel(GenerativeModel):
         )
         built = build_network(network)
         built.load_state_dict(self.denoiser.network.state_dict())
-        out = DiffusionModel(spec, EDMDenoiser(built, None, False))
+        # without a cutoff nothing is known of the waves that are new, and a covariance without them would keep observations from them
+        known = isinstance(self.covariance, Spectral) and self.colour.cutoff is not None
+        covariance = self.covariance.on(finer.plane) if known else None  # type: ignore[union-attr]
+        out = DiffusionModel(spec, EDMDenoiser(built, None, False), covariance)
         out.sha256 = content_hash(out)  # by which lazy results are told apart
         return out
 
