@@ -79,7 +79,9 @@ def test_a_refined_model_is_the_same_functions(model: DiffusionModel, fields: xr
     finer = model.refined(2)
     states = fields.isel(time=[3])
     fine = box(np.full((1, 2 * N, 2 * N), 3.0), 3)
-    coarse_members, members = (analysis(m, s, observations(fields), guidance=guidance) for m, s in ((model, states), (finer, fine)))
+    coarse_members, members = (
+        analysis(m, s, observations(fields), guidance=guidance) for m, s in ((model, states), (finer, fine))
+    )
     assert members.a.sizes["latitude"] == 2 * N
     np.testing.assert_allclose(members.a.values[..., ::2, ::2], coarse_members.a.values, atol=5e-3)
     waves = np.abs(np.fft.fft2(members.a.values, norm="forward"))

@@ -330,7 +330,8 @@ class Spectral:
 
     def _matrices(self, power: Tensor) -> Tensor:
         """Return the Hermitian matrices of other eigenvalues."""
-        return self.vectors * power.to(self.vectors.dtype)[..., None, :] @ self.vectors.conj().transpose(-1, -2)
+        out: Tensor = self.vectors * power.to(self.vectors.dtype)[..., None, :] @ self.vectors.conj().transpose(-1, -2)
+        return out
 
 
 class SpectralConditional:
