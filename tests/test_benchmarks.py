@@ -212,6 +212,7 @@ def test_conversion_interpolation_is_the_closed_form() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::xgenda.errors.LittleDataWarning")
 def test_conversion_currents() -> None:
     whole, sparse = (
         program("conversion").currents(2, 3, size=16, runs=2, withheld=1, times=25, every=20, days=2, spinup="20D").values()
