@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+
+import xgenda
+from xgenda.grids import GRAVITY
 
 PROGRAMS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -148,3 +153,80 @@ def test_resolution_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
         0.56 * rmse / (1 + 1 / 8) ** 0.5, rel=0.1
     )  # of a normal distribution that is right: std / sqrt(pi)
     assert resolution.scores(truth[:, None], truth) == (0.0, 0.0)
+
+
+# -- conversion --------------------------------------------------------------------------------------------------------
+
+
+def twin(size: int, times: int, **options: Any) -> xr.Dataset:
+    return xgenda.tutorial.simulate_ocean(times, size=size, spinup="40D", **options)[["ssh", "u", "v"]]
+
+
+def test_conversion_balances_of_the_twin() -> None:
+    balanced = twin(32, 3, cyclogeostrophic=False)
+    u, v = (balanced[n].values.astype(float) for n in ("u", "v"))
+    scale = float(balanced.ssh.std())
+    balance = program("conversion").Balance(balanced)
+    assert max(balance.departure.values()) < 1e-12
+    assert balance.height(u, v, 0) == pytest.approx(balanced.ssh.values, abs=1e-5 * scale)
+    curved = twin(32, 3)  # the same heights
+    u, v = (curved[n].values.astype(float) for n in ("u", "v"))
+    errors = [np.abs(balance.height(u, v, rounds) - curved.ssh.values).max() for rounds in range(7)]
+    assert errors[0] > 0.02 * scale
+    assert all(b < 0.8 * a for a, b in itertools.pairwise(errors))
+    assert errors[-1] < 0.01 * errors[0]
+    # members are what is best plus past errors, without the mean of these
+    found = balance.inverted(curved, curved.isel(time=[1]), 400, 0).ssh
+    past = curved.ssh.values - balance.height(u, v, 0)
+    possible = curved.ssh.values[1] - past[1] + past - past.mean(0)
+    distance = np.abs(found.values - possible).max((-2, -1))  # of each member from each
+    assert distance.min(1) == pytest.approx(0, abs=1e-9)
+    assert set(distance.argmin(1)) == {0, 1, 2}
+
+
+def test_conversion_interpolation_is_the_closed_form() -> None:
+    # the same Gaussian with dense matrices, columns of which are derivatives of single cells
+    past = twin(16, 6, every="5D")
+    balance = program("conversion").Balance(past)
+    n, f, spacing = 16, past.attrs["f"], past.attrs["spacing"]
+    cells = np.eye(n * n).reshape(-1, n, n)
+    wave = 2 * np.pi * np.fft.fftfreq(n, spacing)
+
+    def dense(factor: np.ndarray) -> np.ndarray:
+        return np.fft.ifft2(factor * np.fft.fft2(cells)).real.reshape(n * n, -1).T
+
+    heights = past.ssh.values.astype(float)
+    prior = np.mean(
+        [np.roll(h, (i, j), (0, 1)).ravel()[:, None] * np.roll(h, (i, j), (0, 1)).ravel() for h in heights for i in range(n) for j in range(n)], 0
+    )  # fmt: skip
+    east, north = dense(-1j * GRAVITY / f * wave[:, None]), dense(1j * GRAVITY / f * wave[None, :])
+    given = past[["u", "v"]].isel(time=[2, 4]).where(xr.DataArray(np.arange(n) % 5 == 2, dims="latitude"))
+    given = given.where(xr.DataArray(np.arange(n) % 4 == 1, dims="longitude"))
+    where = given.u[0].notnull().values.ravel()
+    error = {"u": 0.03, "v": 0.05}
+    noise = np.repeat([error[k] ** 2 + balance.departure[k] for k in ("u", "v")], where.sum())
+    operator = np.concatenate([east[where], north[where]])
+    gain = prior @ operator.T @ np.linalg.inv(operator @ prior @ operator.T + np.diag(noise))
+    values = np.concatenate([given[k].values.reshape(2, -1)[:, where] for k in ("u", "v")], 1)
+    covariance = prior - gain @ operator @ prior
+    found = balance.interpolated(given, error, 2000)
+    for name, matrix in (("ssh", np.eye(n * n)), ("u", east), ("v", north)):
+        expected, spread = values @ (matrix @ gain).T, np.sqrt(np.diag(matrix @ covariance @ matrix.T))
+        members = found[name].values.reshape(2000, 2, -1)
+        assert np.abs((members.mean(0) - expected) / spread).max() < 5 / 2000**0.5
+        assert members.std(0) == pytest.approx(np.broadcast_to(spread, (2, n * n)), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::xgenda.errors.LittleDataWarning")
+def test_conversion_currents() -> None:
+    whole, sparse = (
+        program("conversion").currents(2, 3, size=16, runs=2, withheld=1, times=25, every=20, days=2, spinup="20D").values()
+    )
+    assert list(whole.index[-2:]) == ["geostrophic balance + past errors", "cyclogeostrophic balance + past errors"]
+    assert whole.rmse.iloc[-1] < whole.rmse.iloc[-2] < whole.rmse["climate"]
+    assert np.isfinite(sparse[["rmse", "crps"]]).all(axis=None)
+    assert (sparse.rmse.drop("climate") < 1.2 * sparse.rmse["climate"]).all()
+    # what is estimated together with the height is scored, too
+    known = sparse["rmse of u"].notnull()
+    assert set(sparse.index[~known]) == {"ridge regression + past errors", "conversion to ssh alone"}
