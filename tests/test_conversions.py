@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsE
 from xgenda.models.conversions import ConversionModel, filled_from_around, reconstructing
 from xgenda.models.latents import LatentModel
 from xgenda.models.spec import ModelSpec
+from xgenda.training.conversions import _latent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -263,3 +265,27 @@ def test_training_resumes_to_the_bit(fields: Any, latent: LatentModel, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+def test_latent_vectors_that_were_standardised_again(fields: Any, latent: LatentModel) -> None:
+    """Another affine map of the codes is another name for the same vectors: neither what is learned of them nor the ensemble changes."""
+    other = copy.deepcopy(latent)
+    spread = torch.linalg.cholesky(torch.tensor([[0.04, 0.02, 0.0], [0.02, 0.05, 0.01], [0.0, 0.01, 0.03]], dtype=torch.float64))
+    centre = torch.tensor([0.02, -0.01, 0.01], dtype=torch.float64)
+    other.network.restandardise(centre, spread)
+    states = torch.randn(6, 1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (mean, variance, covariance), (moved, turned, mixed) = (_latent(model, states) for model in (latent, other))
+    own = torch.linalg.inv(spread)
+    torch.testing.assert_close(moved @ spread.T + centre, mean)
+    for before, after in zip(variance, turned, strict=True):
+        torch.testing.assert_close((own @ before.diag() @ own.T).diagonal(), after)
+    torch.testing.assert_close(spread @ mixed @ spread.T, covariance)
+    found = fields[0].isel(time=[KNOWN]).genda.downscale(model=reconstructing(other), members=400, seed=0)["x"]
+    expected = fields[0].isel(time=[KNOWN]).genda.downscale(model=reconstructing(latent), members=400, seed=1)["x"]
+    np.testing.assert_allclose(found.std("member"), expected.std("member"), rtol=0.2)
+    source = fields[1].isel(time=slice(KNOWN, KNOWN + 20))
+    spreads = [
+        float(source.genda.downscale(model=converted(fields, m), members=50, seed=0)["x"].std("member").mean())
+        for m in (latent, other)
+    ]
+    assert spreads[1] == pytest.approx(spreads[0], rel=0.05)

@@ -124,8 +124,11 @@ class ConversionModel(GenerativeModel):
                     for what in ("latent vector", "decoder")
                 ]
                 white = streams[0].normal(self.target.latent, dtype=torch.float64)
-                turned = white if self.route is None else white @ self.route.factor.double().T
-                states = network.decode(mean[t] + deviation[t] * turned).flatten(1) + self.target.covariance.draw(streams[1])
+                if self.route is None:  # whose deviations are those of components as the encoder knows them
+                    around = network.turned(deviation[t] * white)
+                else:
+                    around = deviation[t] * (white @ self.route.factor.double().T)
+                states = network.decode(mean[t] + around).flatten(1) + self.target.covariance.draw(streams[1])
             out.append(states * std + request.climatology[t].reshape(-1))
             request.advance(1)
         scaled = torch.stack(out).reshape(len(out), -1, shape[0], shape[1] * shape[2])

@@ -166,7 +166,7 @@ def train_conversion(
     known = standardise(start.scaling, pairs.states.values, time).reshape(pairs.states.values.shape)
     for where in (pairs.states.valid, pairs.shown, start.valid):
         known = known if where is None else np.where(where, known, 0.0)
-    mean, variance = _latent(start, torch.as_tensor(known))
+    mean, variance, unsaid = _latent(start, torch.as_tensor(known))
     fold = blocks(time, n, FOLDS, recipe.validation)
     gap = memory_of(known.reshape(n, -1), time)
     warn_of_little(known.reshape(n, -1), pairs.states, n)
@@ -229,24 +229,31 @@ def train_conversion(
     record = record_of(n, pairs.states.dimension, pairs.states.period, optimiser, extra, report)
     record.pop("validation_ratio")  # the losses are logarithms of densities
     spec = dataclasses.replace(spec, training=record)
-    return ConversionModel(spec, start, Route(linear, network, _correlation(left, variance)))
+    return ConversionModel(spec, start, Route(linear, network, _correlation(left, unsaid)))
 
 
 @torch.no_grad()
-def _latent(model: LatentModel, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the latent vectors of standardised states, each shape (n, k), float64."""
+def _latent(model: LatentModel, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and variance (n, k) of the latent vectors of standardised states, and their mean covariance (k, k), float64.
+
+    Components that the encoder has for themselves are mixed where the vectors were standardised again, for a prior that was learned of them.
+    """
     found = [model.network.encode(part.double()) for part in states.split(64)]
     mean, variance = (torch.cat(parts).double() for parts in zip(*found, strict=True))
-    return mean, variance.exp() if model.network.variational else torch.full_like(mean, math.exp(LOWEST))
+    one = torch.eye(model.latent, dtype=torch.float64)
+    if not model.network.variational:
+        return mean, torch.full_like(mean, math.exp(LOWEST)), math.exp(LOWEST) * one
+    turn, variance = model.network.turned(one).T, variance.exp()
+    return mean, variance @ turn.square().T, (turn * variance.mean(0)) @ turn.T
 
 
-def _correlation(left: Tensor, variance: Tensor) -> Tensor:
-    """Return the Cholesky factor of the correlation of errors (n, k) beside the variance that the latent vector of a known state has.
+def _correlation(left: Tensor, known: Tensor) -> Tensor:
+    """Return the Cholesky factor of the correlation of errors (n, k) beside the covariance (k, k) that the latent vector of a known state has.
 
     The sample correlation is blended with the identity, as if k states without any had been seen beside these n.
     """
     n, k = left.shape
-    covariance = left.T @ left / n + variance.mean(0).diag()
+    covariance = left.T @ left / n + known
     deviation = covariance.diagonal().sqrt()
     correlation = covariance / deviation[:, None] / deviation
     factor: Tensor = torch.linalg.cholesky((n * correlation + k * torch.eye(k, dtype=left.dtype)) / (n + k))
