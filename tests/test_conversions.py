@@ -289,3 +289,18 @@ def test_latent_vectors_that_were_standardised_again(fields: Any, latent: Latent
         for m in (latent, other)
     ]
     assert spreads[1] == pytest.approx(spreads[0], rel=0.05)
+
+
+def test_states_of_another_climate_are_met(fields: Any, latent: LatentModel) -> None:
+    """Targets of times that are all warmer than those of the autoencoder: what is the same at all of them needs no source to tell it."""
+    states, source = fields[:2]
+    assert latent.network.basis is not None
+    warmer = states + 3.0 * float(latent.scaling.std.mean()) * latent.network.basis[0].numpy().reshape(5, 8)
+    warmer["x"].attrs = states["x"].attrs
+    past = slice(0, KNOWN)
+    errors = []
+    for truth in (states, warmer):
+        found = source.isel(time=past).genda.downscale(model=converted((truth, source), latent), stage="mean")["x"]
+        errors.append(found - truth["x"].isel(time=past))
+    assert float(np.abs(errors[1].mean("time")).max()) < 0.05 * float(errors[0].std())
+    assert float(errors[1].std()) == pytest.approx(float(errors[0].std()), rel=0.02)

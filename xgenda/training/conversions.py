@@ -185,12 +185,15 @@ def train_conversion(
         z[~pairs.seen.reshape(z.shape)] = np.nan
     given = encoder_inputs(torch.as_tensor(z), source.grid.plane, masks)
     rows, held = split_rows(fold, time, gap)
+    centre = mean.mean(0)  # of other times than those of the autoencoder it need not be zero
     ridge = means.Pairs(
-        given[:, : len(names)], given[:, : len(names), :1, None].float(), mean[:, :, None, None], fold, [None] * mean.shape[1],
+        given[:, : len(names)], given[:, : len(names), :1, None].float(), (mean - centre)[:, :, None, None], fold, [None] * mean.shape[1],
         near=near_blocks(fold, time, gap),
     )  # fmt: skip
     linear, crossed, _, note = means.fit_mean(ridge, ("ridge",))
-    left = mean - crossed[:, :, 0, 0]
+    linear = dataclasses.replace(linear, offset=centre[:, None, None] + (0.0 if linear.offset is None else linear.offset))
+    predicted = centre + crossed[:, :, 0, 0]
+    left = mean - predicted
     error = left.square().mean(0) + variance.mean(0)
     grid = source.grid
     options = {
@@ -209,7 +212,7 @@ def train_conversion(
     network.log_variance.copy_(error.log())
     fields = given.reshape(n, -1, *grid.plane).float()
     report = optimiser.fit(
-        network, Converting(fields, crossed[:, :, 0, 0], mean, variance), rows, held, 1.0, "conversion", None, pairs.states.labels
+        network, Converting(fields, predicted, mean, variance), rows, held, 1.0, "conversion", None, pairs.states.labels
     )
     if not report["correction_weight"]:  # convolutions that add nothing
         spec = dataclasses.replace(spec, options={**options, "encoder": {**options["encoder"], "levels": 0}})
@@ -220,7 +223,7 @@ def train_conversion(
         report["card"] = (
             f"validation loss {report['validation_best']:.3f}, that of ridge regression {report['validation_without']:.3f}"
         )
-    explained = 1 - left.square().sum(0) / mean.square().sum(0).clamp(min=1e-12)
+    explained = 1 - left.square().sum(0) / (mean - centre).square().sum(0).clamp(min=1e-12)
     extra = {
         "start": start.spec.name,
         "linear_mean": note,
