@@ -304,3 +304,17 @@ def test_states_of_another_climate_are_met(fields: Any, latent: LatentModel) -> 
         errors.append(found - truth["x"].isel(time=past))
     assert float(np.abs(errors[1].mean("time")).max()) < 0.05 * float(errors[0].std())
     assert float(errors[1].std()) == pytest.approx(float(errors[0].std()), rel=0.02)
+
+
+def test_what_the_source_never_had_is_not_looked_at(fields: Any, latent: LatentModel, tmp_path: Path) -> None:
+    """Land of the source that a later file has filled by some number or other."""
+    states, source = fields[:2]
+    sea = source["latitude"] < 43
+    model = converted((states, source.where(sea)), latent)
+    later = source.isel(time=slice(KNOWN, KNOWN + 3))
+    whole = later.where(sea).genda.downscale(model=model, members=2, seed=0)
+    again = xgenda.load_model(model.save(tmp_path / "m.safetensors"))
+    for filled in (later, later.where(sea, 5.0)):
+        xr.testing.assert_equal(filled.genda.downscale(model=again, members=2, seed=0)["x"], whole["x"])
+    with pytest.raises(StateError, match="NaN everywhere"):
+        later.where(~sea).genda.downscale(model=model, members=1, seed=0)

@@ -232,7 +232,8 @@ def train_conversion(
     record = record_of(n, pairs.states.dimension, pairs.states.period, optimiser, extra, report)
     record.pop("validation_ratio")  # the losses are logarithms of densities
     spec = dataclasses.replace(spec, training=record)
-    return ConversionModel(spec, start, Route(linear, network, _correlation(left, unsaid)))
+    seen = None if source.valid is None else torch.as_tensor(source.valid)
+    return ConversionModel(spec, start, Route(linear, network, _correlation(left, unsaid), seen))
 
 
 @torch.no_grad()
