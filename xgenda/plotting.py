@@ -72,8 +72,8 @@ def plot_analysis(
     reference_label
         What `reference` is, for the titles of the panels: 'background', 'truth'.
     climatology
-        Standard deviation of the variable in its climate, on the grid of `ensemble`, in any units of it, such as ``series.std("time")``; with a dimension
-        ``dayofyear``, as of ``series.groupby("time.dayofyear").std()``, that of the day shown. Mean and spread are hatched where the
+        Standard deviation of the variable in its climate, on the grid of `ensemble`, in any units of it, such as ``series.std("time")``; with a
+        dimension ``dayofyear``, as of ``series.groupby("time.dayofyear").std()``, that of the day shown. Mean and spread are hatched where the
         observations leave the analysis uncertain: where the spread is more than `threshold` of it.
     threshold
         0.33 is that of the published maps of long records with few stations (Brohan 2022).
@@ -117,12 +117,16 @@ def plot_analysis(
     name = check_choice("variable", names[0] if variable is None and names else variable, names)
     size = ensemble.sizes[layout.member]
     if not isinstance(member, numbers.Integral) or not 0 <= member < size:
-        raise OptionError(f"member={member!r} is not accepted; the ensemble has {size} members, so choose one of 0 to {size - 1}.")
+        raise OptionError(
+            f"member={member!r} is not accepted; the ensemble has {size} members, so choose one of 0 to {size - 1}."
+        )
     instant = None
     if layout.time is not None and layout.time in ensemble[name].dims:
         count = ensemble.sizes[layout.time]
         if not isinstance(time, numbers.Integral) or not 0 <= time < count:
-            raise OptionError(f"time={time!r} is not accepted; the ensemble has {count} times, so choose one of 0 to {count - 1}.")
+            raise OptionError(
+                f"time={time!r} is not accepted; the ensemble has {count} times, so choose one of 0 to {count - 1}."
+            )
         instant = ensemble[layout.time].values[time]
     usual = None if climatology is None else _usual(climatology, state, name, instant)
     members = fields_at(ensemble, name, layout, time)

@@ -172,7 +172,7 @@ def train_conversion(
     warn_of_little(known.reshape(n, -1), pairs.states, n)
     climatology = start.scaling.cycle if recipe.climatology == "auto" else recipe.climatology
     scaling, z = fit_standardised(
-        source.values, time, names, fold, climatology, transform=recipe.transform, offset=recipe.offset, bounds=recipe.bounds,
+        source.values, time, names, fold, climatology, pairs.seen, transform=recipe.transform, offset=recipe.offset, bounds=recipe.bounds,
         homogeneous=recipe.periodic == "both", valid=source.valid,
     )  # fmt: skip
     if pairs.seen is not None:
