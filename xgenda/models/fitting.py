@@ -18,7 +18,7 @@ from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
 from xgenda.diffusion.hybrids import channel_correlation
 from xgenda.grids import Grid
-from xgenda.scaling import CYCLES, Scaling, cycle_basis, fit_scaling
+from xgenda.scaling import CYCLES, Scaling, cycle_basis, cycle_regression, fit_scaling
 from xgenda.states import State
 
 LINES = 7  # of a search, which it tells of
@@ -151,7 +151,7 @@ def regression(basis: np.ndarray, z: np.ndarray, seen: np.ndarray | None = None)
     Of those that are `seen` where not all are: with a prior of one standard deviation, because some cells are seen a few times only.
     """
     if seen is None:
-        return np.asarray(np.linalg.lstsq(basis, z, rcond=None)[0])
+        return cycle_regression(basis, z)
     k = basis.shape[1]
     products = (basis[:, :, None] * basis[:, None]).reshape(len(basis), -1)
     inner = (products.T @ seen.astype(float)).T.reshape(-1, k, k) + np.eye(k)
@@ -178,13 +178,15 @@ def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarra
         return "none"
     span = float(metadata.seconds_between(np.sort(time.values)).sum())
     folds = int(fold.max()) + 1
-    left = {}
+    left, ranks = {}, {}
     for cycle in CYCLES:
         basis = cycle_basis(time, cycle, len(z))
         if len(z) * (folds - 1) < 2 * folds * basis.shape[1] or any(span < 2 * PERIODS[c] for c in cycle.split("+")):
             continue
-        if np.linalg.matrix_rank(basis) < basis.shape[1]:  # always the same hour: rounding would choose
-            continue
+        ranks[cycle] = int(np.linalg.matrix_rank(basis))
+        parts = cycle.split("+") if "+" in cycle else ["none"]
+        if cycle != "none" and ranks[cycle] <= max(ranks.get(c, 1) for c in parts):
+            continue  # always the same hour: rounding would choose
         left[cycle] = np.zeros(folds)
         for k in range(folds):
             rest, block = fold != k, fold == k
@@ -344,7 +346,7 @@ class Validation:
         for k in np.unique(fold):
             block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k if away is None else away[k])
             probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
-            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
+            mean = cycle_regression(basis[rest], z[rest])
             test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]
             self.parts.append((_Probe(z[rest] - basis[rest] @ mean, grid, probe), test))
 
