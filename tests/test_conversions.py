@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsE
 from xgenda.models.conversions import ConversionModel, filled_from_around, reconstructing
 from xgenda.models.latents import LatentModel
 from xgenda.models.spec import ModelSpec
+from xgenda.training.conversions import _latent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -263,3 +265,56 @@ def test_training_resumes_to_the_bit(fields: Any, latent: LatentModel, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+def test_latent_vectors_that_were_standardised_again(fields: Any, latent: LatentModel) -> None:
+    """Another affine map of the codes is another name for the same vectors: neither what is learned of them nor the ensemble changes."""
+    other = copy.deepcopy(latent)
+    spread = torch.linalg.cholesky(torch.tensor([[0.04, 0.02, 0.0], [0.02, 0.05, 0.01], [0.0, 0.01, 0.03]], dtype=torch.float64))
+    centre = torch.tensor([0.02, -0.01, 0.01], dtype=torch.float64)
+    other.network.restandardise(centre, spread)
+    states = torch.randn(6, 1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (mean, variance, covariance), (moved, turned, mixed) = (_latent(model, states) for model in (latent, other))
+    own = torch.linalg.inv(spread)
+    torch.testing.assert_close(moved @ spread.T + centre, mean)
+    for before, after in zip(variance, turned, strict=True):
+        torch.testing.assert_close((own @ before.diag() @ own.T).diagonal(), after)
+    torch.testing.assert_close(spread @ mixed @ spread.T, covariance)
+    found = fields[0].isel(time=[KNOWN]).genda.downscale(model=reconstructing(other), members=400, seed=0)["x"]
+    expected = fields[0].isel(time=[KNOWN]).genda.downscale(model=reconstructing(latent), members=400, seed=1)["x"]
+    np.testing.assert_allclose(found.std("member"), expected.std("member"), rtol=0.2)
+    source = fields[1].isel(time=slice(KNOWN, KNOWN + 20))
+    spreads = [
+        float(source.genda.downscale(model=converted(fields, m), members=50, seed=0)["x"].std("member").mean())
+        for m in (latent, other)
+    ]
+    assert spreads[1] == pytest.approx(spreads[0], rel=0.05)
+
+
+def test_states_of_another_climate_are_met(fields: Any, latent: LatentModel) -> None:
+    """Targets of times that are all warmer than those of the autoencoder: what is the same at all of them needs no source to tell it."""
+    states, source = fields[:2]
+    assert latent.network.basis is not None
+    warmer = states + 3.0 * float(latent.scaling.std.mean()) * latent.network.basis[0].numpy().reshape(5, 8)
+    warmer["x"].attrs = states["x"].attrs
+    past = slice(0, KNOWN)
+    errors = []
+    for truth in (states, warmer):
+        found = source.isel(time=past).genda.downscale(model=converted((truth, source), latent), stage="mean")["x"]
+        errors.append(found - truth["x"].isel(time=past))
+    assert float(np.abs(errors[1].mean("time")).max()) < 0.05 * float(errors[0].std())
+    assert float(errors[1].std()) == pytest.approx(float(errors[0].std()), rel=0.02)
+
+
+def test_what_the_source_never_had_is_not_looked_at(fields: Any, latent: LatentModel, tmp_path: Path) -> None:
+    """Land of the source that a later file has filled by some number or other."""
+    states, source = fields[:2]
+    sea = source["latitude"] < 43
+    model = converted((states, source.where(sea)), latent)
+    later = source.isel(time=slice(KNOWN, KNOWN + 3))
+    whole = later.where(sea).genda.downscale(model=model, members=2, seed=0)
+    again = xgenda.load_model(model.save(tmp_path / "m.safetensors"))
+    for filled in (later, later.where(sea, 5.0)):
+        xr.testing.assert_equal(filled.genda.downscale(model=again, members=2, seed=0)["x"], whole["x"])
+    with pytest.raises(StateError, match="NaN everywhere"):
+        later.where(~sea).genda.downscale(model=model, members=1, seed=0)

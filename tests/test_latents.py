@@ -503,3 +503,22 @@ def test_plan_of_a_search_holds_every_value() -> None:
     found = model.plan(SamplingOptions())
     assert found.guidance_options == {"prior": True, "decoder_error": True}
     assert found.sampler_options["tolerance"] == 1e-5
+
+
+@pytest.mark.parametrize("climatology", ["auto", "dayofyear"])
+def test_seasons_are_those_of_what_was_observed(climatology: str) -> None:
+    """Seven of ten values missing: the cycle of the year is as large as with all of them, and what is left of them as small."""
+    rng, count = np.random.default_rng(0), 800
+    times = np.datetime64("2000-01-01", "ns") + np.arange(count) * np.timedelta64(1, "D")
+    season = 10 * np.cos(2 * np.pi * np.arange(count) / 365.2425)
+    values = 280 + season[:, None, None] + (rng.standard_normal((count, 3)) @ rng.standard_normal((3, 12))).reshape(count, 3, 4)
+    ds = empty().isel(time=[0] * count).assign_coords(time=times)
+    ds = ds.assign(x=(ds["x"].dims, values, ds["x"].attrs))
+    seen = rng.random(values.shape) > 0.7
+    seen[:, 0, 0] = True  # no time is without any
+    gappy = ds.where(seen)
+    model: Any = xgenda.train(gappy, task="autoencoder", steps=1, width=8, latent=2, climatology=climatology, progress=False)
+    whole: Any = xgenda.train(ds, task="autoencoder", steps=1, width=8, latent=2, climatology=climatology, progress=False)
+    assert model.scaling.cycle == whole.scaling.cycle == "dayofyear"
+    np.testing.assert_allclose(model.scaling.mean[1], 10.0, atol=0.6)
+    np.testing.assert_allclose(model.scaling.std, whole.scaling.std, rtol=0.05)

@@ -109,3 +109,51 @@ def test_the_climate_of_the_day_counts() -> None:
         plot_analysis(ds.isel(member=0), ds, climatology=ds.isel(member=0))
     with pytest.raises(GridError, match="climatology is on the grid 6 x 4"):
         plot_analysis(ds.isel(member=0), ds, climatology=usual.isel(longitude=slice(0, 4)))
+
+
+def panels(figure: pyplot.Figure) -> list[np.ndarray]:
+    """Return what is on each of the six maps."""
+    return [np.asarray(ax.collections[0].get_array()).ravel() for ax in figure.axes[:6]]
+
+
+def test_what_is_compared_has_the_same_units_and_time() -> None:
+    ds = ensemble() + 280.0
+    ds["x"].attrs["units"] = "K"
+    truth = ds.isel(member=0) + 1.0
+    truth["x"].attrs["units"] = "K"
+    expected = panels(plot_analysis(truth, ds, time=1))
+    celsius = truth - 273.15
+    celsius["x"].attrs["units"] = "degC"
+    longer = xr.concat([truth.isel(time=[0]).assign_coords(time=[np.datetime64("2000-01-01", "ns")]) + 50.0, truth], "time")
+    longer["x"].attrs["units"] = "K"
+    for other in (celsius, longer, truth.isel(time=[1]), truth.isel(time=1)):
+        for found, same in zip(panels(plot_analysis(other, ds, time=1)), expected, strict=True):
+            np.testing.assert_allclose(found, same, atol=1e-9)
+    with pytest.raises(OptionError, match=r"reference has no time 2001-12-31.*reference.isel\(time=0, drop=True\)"):
+        plot_analysis(truth.isel(time=[0]), ds, time=1)
+
+
+@pytest.mark.parametrize(("units", "factor"), [("mK", 1000.0), ("degF", 1.8), ("degC", 1.0), (None, 1.0)])
+def test_deviations_of_the_climate_have_units(units: str | None, factor: float) -> None:
+    ds = ensemble()
+    usual = factor * xr.full_like(ds.isel(member=0, time=0, drop=True), 5.0)
+    usual["x"].attrs = {} if units is None else {"units": units}
+    assert hatched(plot_analysis(ds.isel(member=0), ds, climatology=usual, threshold=0.55))[3].size  # 3 of 5
+    assert not hatched(plot_analysis(ds.isel(member=0), ds, climatology=usual, threshold=0.65)).get(3, np.zeros(0)).size
+
+
+def test_maps_across_the_date_line_are_in_one_piece() -> None:
+    ds = ensemble()
+    longitude = (ds["longitude"].values + 330.0) % 360.0 - 180.0
+    figure = plot_analysis(ds.isel(member=0).assign_coords(longitude=longitude), ds.assign_coords(longitude=longitude))
+    assert np.diff(figure.axes[0].get_xlim())[0] == pytest.approx(80.0)  # eight columns of ten degrees
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"member": 1.0}, "member=1.0"), ({"time": "2001-01-01"}, "time='2001-01-01'"), ({"threshold": "a"}, "threshold='a'")],
+)
+def test_bad_options_of_a_map(options: dict[str, object], message: str) -> None:
+    ds = ensemble()
+    with pytest.raises(OptionError, match=f"{message} is not accepted"):
+        plot_analysis(ds.isel(member=0), ds, **options)  # type: ignore[arg-type]

@@ -242,3 +242,23 @@ def test_a_neural_operator_is_evaluated_by_its_waves() -> None:
     assert np.abs(spectrum[..., 7:10, :]).max() < 1e-4
     near = xgenda.assimilate(states, obs, model=pointwise, at=obs.drop_vars("a"), **call)
     assert float(np.abs(near.a - obs.a).mean()) < 0.5
+
+
+def test_what_lies_between_cells_of_the_globe(one_thread: None) -> None:
+    """Rows at the poles are one place each: they are no neighbours, and the length that is found is that of the fields."""
+    latitude, longitude = np.linspace(-90, 90, 13), np.arange(0.0, 360.0, 22.5)
+    phi, lam = np.meshgrid(np.radians(latitude), np.radians(longitude), indexing="ij")
+    a = np.random.default_rng(0).standard_normal((4, 30, 1, 1))
+    waves = a[0] * np.sin(phi) + np.cos(phi) * (a[1] * np.cos(lam) + a[2] * np.sin(2 * lam)) + a[3] * np.sin(3 * phi)
+    time = np.datetime64("2000-01-01", "ns") + np.arange(30) * np.timedelta64(1, "D")
+    fine = xr.Dataset(
+        {"x": (("time", "latitude", "longitude"), waves, {"units": "K"})},
+        {"time": time, "latitude": latitude, "longitude": longitude},
+    )
+    coarse = fine.isel(latitude=slice(None, None, 2), longitude=slice(None, None, 2))
+    model: Any = xgenda.train(coarse, steps=1, width=8, anchor="eof", climatology="none", progress=False)
+    found = model.between_cells(fine).spec.options["between"]
+    assert 1e6 < found["length_scale"]["x"] < 1e8
+    assert 0.1 < found["std"]["x"] < 20.0
+    with pytest.raises(OptionError, match=r"fine has the ensemble dimension 'member'; give one member: fine.isel\(member=0\)"):
+        model.between_cells(fine.expand_dims(member=2))

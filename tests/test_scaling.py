@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xgenda.errors import OptionError, StateError
+from xgenda.models.fitting import choose_climatology
 from xgenda.scaling import CYCLES, Scaling, cycle_basis, fit_scaling
 
 CALENDARS = ("standard", "noleap", "360_day", "proleptic_gregorian", "all_leap")
@@ -66,6 +67,30 @@ def test_a_daily_cycle_is_found() -> None:
     values = np.sin(2 * np.pi * time.dt.hour.values / 24)[:, None, None, None] * 4 + 0.1 * fields(240)[:, :1]
     scaling = fit_scaling(values, time, ["t"], cycle="hour")
     assert scaling.mean[1:, 0].mean((1, 2)) == pytest.approx([0, 4, 0, 0], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("step", "cycle"), [("24h", "hour"), ("24h", "dayofyear+hour"), ("12h", "hour"), ("12h", "dayofyear+hour")]
+)
+def test_hours_that_were_never_seen_have_what_the_others_say(step: str, cycle: str) -> None:
+    """Of fields that are all of one hour the cycle of the day is nothing; of two hours it is half their difference, and nothing in between."""
+    rng, midnight = np.random.default_rng(0), np.timedelta64(3, "h")
+    time = times("standard", 800, step) - midnight
+    day = np.cos(2 * np.pi * time.dt.hour.values / 24)[:, None, None, None]
+    values = 280 + 3 * day + 0.1 * rng.standard_normal((800, 1, 3, 4))
+    scaling = fit_scaling(values, time, ["t"], cycle=cycle)
+    found = scaling.climatology(cycle_basis(times("standard", 8, "3h") - midnight, cycle)).mean((1, 2, 3))
+    day = 2 * np.pi * np.arange(8) / 8
+    expected = 283 + 0 * day if step == "24h" else 280 + 3 * np.cos(day)
+    assert found == pytest.approx(expected, abs=0.05)
+    assert scaling.std.item() == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize(("step", "cycle"), [("24h", "none"), ("12h", "hour"), ("6h", "hour")])
+def test_a_cycle_is_chosen_where_the_times_tell_of_it(step: str, cycle: str) -> None:
+    time = times("standard", 240, step) - np.timedelta64(3, "h")
+    z = np.cos(2 * np.pi * time.dt.hour.values / 24)[:, None] + 0.3 * np.random.default_rng(0).standard_normal((240, 12))
+    assert choose_climatology(z - z.mean(0), time, np.arange(240) // 80) == cycle
 
 
 @settings(max_examples=40, deadline=None)

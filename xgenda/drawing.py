@@ -72,6 +72,8 @@ def axes_of(state: State) -> tuple[np.ndarray, np.ndarray]:
     """Return longitude and latitude: axes of a rectilinear grid as the user has them, else of every cell."""
     if isinstance(state.grid, Grid):
         longitude = np.asarray(state.ds[state.layout.longitude].values, dtype=float)
+        # across the date line, or Greenwich: one axis without a jump
+        longitude = longitude[0] + np.concatenate([[0.0], np.cumsum(wrapped(np.diff(longitude)))])
         if longitude.min() >= 180.0:
             longitude = longitude - 360.0
         return longitude, np.asarray(state.ds[state.layout.latitude].values, dtype=float)
@@ -87,4 +89,4 @@ def stamp(instant: Any) -> str:
         return ""
     if isinstance(instant, np.datetime64):
         return f", {np.datetime_as_string(instant, unit='m').replace('T', ' ')} UTC"
-    return f", {instant.strftime('%Y-%m-%d')}"
+    return f", {instant.strftime('%Y-%m-%d %H:%M' if instant.hour or instant.minute else '%Y-%m-%d')}"

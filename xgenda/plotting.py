@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def plot_analysis(
     Parameters
     ----------
     reference
-        The background or the truth, on the grid of `ensemble`.
+        The background or the truth, on the grid of `ensemble`, in any units of its variable. Of one with times that of the time shown.
     ensemble
         With the dimension ``member``, as `xgenda.assimilate` and `xgenda.downscale` return it. Read into memory where drawn.
     obs
@@ -71,8 +72,8 @@ def plot_analysis(
     reference_label
         What `reference` is, for the titles of the panels: 'background', 'truth'.
     climatology
-        Standard deviation of the variable in its climate, on the grid of `ensemble`, such as ``series.std("time")``; with a dimension
-        ``dayofyear``, as of ``series.groupby("time.dayofyear").std()``, that of the day shown. Mean and spread are hatched where the
+        Standard deviation of the variable in its climate, on the grid of `ensemble`, in any units of it, such as ``series.std("time")``; with a
+        dimension ``dayofyear``, as of ``series.groupby("time.dayofyear").std()``, that of the day shown. Mean and spread are hatched where the
         observations leave the analysis uncertain: where the spread is more than `threshold` of it.
     threshold
         0.33 is that of the published maps of long records with few stations (Brohan 2022).
@@ -89,9 +90,12 @@ def plot_analysis(
     MissingDependencyError
         If matplotlib is not installed.
     OptionError
-        If `ensemble` has no member dimension or no such variable, `threshold` is not positive, or `climatology` lacks the day shown.
+        If `ensemble` has no member dimension or no such variable, `threshold` is not positive, or `reference` or `climatology` lacks the time or
+        the day shown.
     GridError
         If the grids differ.
+    UnitsError
+        If `reference` or `climatology` has units that are not those of a variable of this kind.
 
     Examples
     --------
@@ -101,7 +105,7 @@ def plot_analysis(
     >>> figure = plot_analysis(z.isel(member=0), z.isel(member=slice(1, None)), reference_label="member 1")  # doctest: +SKIP
     """
     pyplot = pyplot_module()
-    if not threshold > 0:
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not threshold > 0:
         raise OptionError(f"threshold={threshold!r} is not accepted; it must be a positive number, for example threshold=0.33.")
     ensemble, reference = metadata.as_dataset(ensemble, "ensemble"), metadata.as_dataset(reference, "reference")
     state = states.enter(ensemble, "ensemble")
@@ -112,17 +116,21 @@ def plot_analysis(
     names = metadata.data_variables(ensemble, layout)
     name = check_choice("variable", names[0] if variable is None and names else variable, names)
     size = ensemble.sizes[layout.member]
-    if not 0 <= member < size:
-        raise OptionError(f"member={member} is not accepted; the ensemble has {size} members, so choose one of 0 to {size - 1}.")
+    if not isinstance(member, numbers.Integral) or not 0 <= member < size:
+        raise OptionError(
+            f"member={member!r} is not accepted; the ensemble has {size} members, so choose one of 0 to {size - 1}."
+        )
     instant = None
     if layout.time is not None and layout.time in ensemble[name].dims:
         count = ensemble.sizes[layout.time]
-        if not 0 <= time < count:
-            raise OptionError(f"time={time} is not accepted; the ensemble has {count} times, so choose one of 0 to {count - 1}.")
+        if not isinstance(time, numbers.Integral) or not 0 <= time < count:
+            raise OptionError(
+                f"time={time!r} is not accepted; the ensemble has {count} times, so choose one of 0 to {count - 1}."
+            )
         instant = ensemble[layout.time].values[time]
     usual = None if climatology is None else _usual(climatology, state, name, instant)
     members = fields_at(ensemble, name, layout, time)
-    given = fields_at(reference, metadata.match_variable(reference, name, None, "reference"), layout, time)
+    given = _compared(reference, state, name, instant, time)
     mean, single = members.mean(0), members[member]
     spread = members.std(0, ddof=1) if size > 1 else np.zeros_like(mean)
     longitude, latitude = axes_of(state)
@@ -245,8 +253,8 @@ def plot_reconstruction(
     found = downscale(ds, model=reconstructing(chosen), stage="mean", target=ds, progress=False)
     name = check_choice("variable", variable or next(iter(found.data_vars)), [str(n) for n in found.data_vars])
     count = 1 if layout.time is None or layout.time not in state.ds[name].dims else state.ds.sizes[layout.time]
-    if not 0 <= time < count:
-        raise OptionError(f"time={time} is not accepted; ds has {count} times, so choose one of 0 to {count - 1}.")
+    if not isinstance(time, numbers.Integral) or not 0 <= time < count:
+        raise OptionError(f"time={time!r} is not accepted; ds has {count} times, so choose one of 0 to {count - 1}.")
     instant = None if layout.time is None else np.atleast_1d(state.ds[layout.time].values)[time]
     original, again = ([fields_at(of, name, layout, t)[0] for t in range(count)] for of in (state.ds, states.enter(found).ds))
     given, decoded = np.stack(original), np.stack(again)
@@ -288,6 +296,22 @@ def plot_reconstruction(
     return drawn
 
 
+def _compared(reference: xr.Dataset, state: State, name: str, instant: Any, time: int) -> np.ndarray:
+    """Return the reference at the time shown, in the units of the ensemble, shape (members, latitude, longitude)."""
+    found = metadata.match_variable(reference, name, state.ds[name].attrs.get("standard_name"), "reference")
+    dim = state.layout.time
+    if dim in reference[found].dims and dim in reference.coords and instant is not None:
+        shown = metadata.time_labels(xr.DataArray([instant], dims="time", name="time"))[0]
+        rows = np.flatnonzero(metadata.time_labels(reference[dim]) == shown)
+        if not rows.size:
+            raise OptionError(
+                f"reference has no time {shown}, which is shown; give one that has it, or select a single one: reference.isel({dim}=0, drop=True)"
+            )
+        time = int(rows[0])
+    array = metadata.convert_units(reference[found], state.ds[name].attrs.get("units"))
+    return fields_at(reference.assign({found: array}), found, state.layout, time)
+
+
 def _usual(climatology: xr.Dataset | xr.DataArray, state: State, name: str, instant: Any) -> np.ndarray:
     """Return the standard deviation of the climate, on the day shown where it has days, as stored along latitude and longitude."""
     given = metadata.as_dataset(climatology, "climatology")
@@ -306,7 +330,10 @@ def _usual(climatology: xr.Dataset | xr.DataArray, state: State, name: str, inst
         raise OptionError(
             f"climatology[{name!r}] has dimensions {array.dims}; a field of standard deviations is needed, or one per dayofyear."
         )
-    return np.asarray(array.transpose(*state.layout.dims).values, dtype=float)
+    units, wanted = metadata.units_of(array), metadata.units_of(state.ds[name])
+    # a standard deviation has no offset
+    scale = 1.0 if units is None or wanted is None else metadata.unit_factors(str(units), str(wanted))[0]
+    return scale * np.asarray(array.transpose(*state.layout.dims).values, dtype=float)
 
 
 def _points(

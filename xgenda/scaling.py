@@ -25,6 +25,7 @@ Cycle = Literal["none", "dayofyear", "hour", "dayofyear+hour"]
 CYCLES = ("none", "dayofyear", "hour", "dayofyear+hour")
 TRANSFORMS = ("none", "log")
 HARMONICS = 2
+ALIKE = 1e-9  # of a harmonic, root mean square, what rounding makes of one that is constant
 BEYOND = 2.0  # times the largest training value, which results of a logarithm keep to
 
 
@@ -157,6 +158,26 @@ def _harmonics(phase: np.ndarray) -> list[np.ndarray]:
     return [f(2 * np.pi * k * phase) for k in range(1, HARMONICS + 1) for f in (np.cos, np.sin)]
 
 
+def settled(basis: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return coefficients (k, ...) of the same fit at the times of a basis (t, k), with no more of the harmonics than these times ask for.
+
+    Where times do not tell a harmonic from a constant (fields that are all of one hour) or from others, least squares shares among them what
+    belongs to one, and at other times the sum would be another.
+    """
+    average = basis[:, 1:].mean(0)
+    _, s, across = np.linalg.svd(basis[:, 1:] - average, full_matrices=False)
+    asked = across[s > ALIKE * np.sqrt(len(basis))]
+    if len(asked) == basis.shape[1] - 1:
+        return mean
+    harmonics = np.tensordot(asked.T @ asked, mean[1:], axes=1)
+    return np.concatenate([mean[:1] + np.tensordot(average, mean[1:] - harmonics, axes=1)[None], harmonics])
+
+
+def cycle_regression(basis: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Return the coefficients (k, state) of fields (t, state) in a basis (t, k), by least squares, `settled`."""
+    return settled(basis, np.linalg.lstsq(basis, z, rcond=None)[0])
+
+
 def fit_scaling(
     values: np.ndarray,
     time: xr.DataArray | None,
@@ -209,7 +230,7 @@ def fit_scaling(
     check_logarithms(names, per, offsets, lowest)
     blank = Scaling(np.zeros((1, len(names), 1, 1)), np.ones((len(names), 1, 1)), "none", per, offsets)
     transformed = blank.transform(values)
-    mean = np.linalg.lstsq(basis, transformed.reshape(len(values), -1), rcond=None)[0].reshape(-1, *values.shape[1:])
+    mean = cycle_regression(basis, transformed.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
     if homogeneous:
         mean = mean.mean((2, 3), keepdims=True)
     anomaly = transformed - np.tensordot(basis, mean, axes=(1, 0))

@@ -26,6 +26,7 @@ from xgenda.weights import interpolation
 KINDS = ("exponential", "matern32", "matern52")
 LENGTHS, WIDEST = 8, 30.0  # that are tried, from half of the distance of neighbouring cells to so many of them
 WINDOWS, PLACES, TIMES = 3, 120, 60  # of a fit: regions, places of each, times
+SOME = 100  # cells, from which distances to the next ones are looked at
 EXAMPLE = "model.between_cells(fine), with the fields that it was trained on at a finer grid"
 
 
@@ -70,6 +71,8 @@ def fit_between(spec: ModelSpec, fine: xr.Dataset | xr.DataArray) -> dict[str, A
     assert grid is not None
     assert scaling is not None
     state = states.enter(metadata.as_dataset(fine, "fine"), "fine")
+    if (member := state.layout.member) in state.ds.dims:
+        raise OptionError(f"fine has the ensemble dimension {member!r}; give one member: fine.isel({member}=0)")
     names = [v.name for v in spec.variables]
     found = [states.match_channel(state.ds, v.name, v.standard_name, "fine") for v in spec.variables]
     time = state.layout.time
@@ -92,7 +95,10 @@ def fit_between(spec: ModelSpec, fine: xr.Dataset | xr.DataArray) -> dict[str, A
     ).reshape(len(some), len(names), -1)
     latitude, longitude = state.grid.points()
     to_cells, inside = interpolation(state.grid, *grid.points())
-    between = np.flatnonzero(interpolation(grid, latitude, longitude)[1] & (cell_at(grid, latitude, longitude) < 0))
+    apart_from_poles = np.abs(latitude) < 90.0 - 1e-6  # where a row is one place
+    between = np.flatnonzero(
+        interpolation(grid, latitude, longitude)[1] & (cell_at(grid, latitude, longitude) < 0) & apart_from_poles
+    )
     if not inside.all() or len(between) < 4:
         raise GridError(
             f"fine must cover the grid of the model ({grid.describe()}) and have places between its cells; it has {state.grid.describe()}."
@@ -104,8 +110,7 @@ def fit_between(spec: ModelSpec, fine: xr.Dataset | xr.DataArray) -> dict[str, A
     for centre in rng.choice(between, min(WINDOWS, len(between)), replace=False):
         order = np.argsort(((vectors[between] - vectors[centre]) ** 2).sum(-1), kind="stable")
         windows.append(np.sort(between[order[:PLACES]]))
-    centres = unit_vectors(*grid.points())
-    apart = np.sort(((centres[:1] - centres) ** 2).sum(-1))[1] ** 0.5 * EARTH_RADIUS
+    apart = _spacing(unit_vectors(*grid.points())) * EARTH_RADIUS
     # what does not depend on the kernel: values at the places of each window less what is expected there, and the cells less theirs
     departures = [values[:, :, w] - interpolation(grid, latitude[w], longitude[w])[0](climatology) for w in windows]
     anomalies = cells - climatology
@@ -133,6 +138,13 @@ def fit_between(spec: ModelSpec, fine: xr.Dataset | xr.DataArray) -> dict[str, A
             best = total, {"covariance": kind, **chosen}
     assert best is not None
     return best[1]
+
+
+def _spacing(centres: np.ndarray) -> float:
+    """Return the distance of neighbouring cells, unit vectors (n, 3), where it is largest: near the poles of a grid meridians meet."""
+    some = centres[np.unique(np.linspace(0, len(centres) - 1, SOME).astype(int))]
+    nearest = [np.sort(((one - centres) ** 2).sum(-1))[1] for one in some]
+    return float(np.sqrt(max(nearest)))
 
 
 def check_between(spec: ModelSpec, colour: TorusField | None, given: Mapping[str, Any]) -> dict[str, Any]:

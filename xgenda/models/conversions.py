@@ -46,11 +46,15 @@ class Route:
         What is added to it.
     factor
         Cholesky factor C of the correlation, shape (k, k).
+    seen
+        Where the source had values at any time, shape (inputs, rows, columns), bool; None: everywhere. What stands elsewhere, such as the land of
+        a field that was filled, is not looked at.
     """
 
     mean: LinearMean
     encoder: Encoder
     factor: Tensor
+    seen: Tensor | None = None
 
 
 class ConversionModel(GenerativeModel):
@@ -96,6 +100,8 @@ class ConversionModel(GenerativeModel):
             states = torch.where(standardised.isfinite(), standardised, 0.0).double()  # as it was trained
             mean, variance = own.encode(states.reshape(len(states), -1, *plane))
             return mean, (0.5 * variance).exp() if own.variational else torch.zeros_like(mean)
+        if route.seen is not None:
+            standardised = torch.where(route.seen.flatten(1), standardised, torch.nan)
         fields = encoder_inputs(standardised, plane, self.spec.options["encoder"]["masks"])
         filled = fields[:, : standardised.shape[1]]
         linear = route.mean.at(filled, filled[..., :1, None], (ONE, ONE))[:, :, 0, 0]
@@ -107,7 +113,8 @@ class ConversionModel(GenerativeModel):
         """Return members, or for stage 'mean' what is decoded from the mean of the latent vector."""
         assert request.standardised is not None
         assert request.climatology is not None
-        empty = [t for t, s in enumerate(request.standardised) if not bool(s.isfinite().any())]
+        seen = torch.ones(()) if self.route is None or self.route.seen is None else self.route.seen.flatten(1)
+        empty = [t for t, s in enumerate(request.standardised) if not bool((s.isfinite() & seen.bool()).any())]
         if empty:
             raise StateError(
                 f"ds is NaN everywhere at {request.labels[empty[0]]} and says nothing; leave it out: ds.dropna('time', how='all')"
@@ -124,8 +131,11 @@ class ConversionModel(GenerativeModel):
                     for what in ("latent vector", "decoder")
                 ]
                 white = streams[0].normal(self.target.latent, dtype=torch.float64)
-                turned = white if self.route is None else white @ self.route.factor.double().T
-                states = network.decode(mean[t] + deviation[t] * turned).flatten(1) + self.target.covariance.draw(streams[1])
+                if self.route is None:  # whose deviations are those of components as the encoder knows them
+                    around = network.turned(deviation[t] * white)
+                else:
+                    around = deviation[t] * (white @ self.route.factor.double().T)
+                states = network.decode(mean[t] + around).flatten(1) + self.target.covariance.draw(streams[1])
             out.append(states * std + request.climatology[t].reshape(-1))
             request.advance(1)
         scaled = torch.stack(out).reshape(len(out), -1, shape[0], shape[1] * shape[2])
@@ -136,7 +146,8 @@ class ConversionModel(GenerativeModel):
         if self.route is None:
             return self.target.tensors()
         own = {f"encoder.{k}": v for k, v in self.route.encoder.state_dict().items()}
-        return self.target.tensors() | self.route.mean.tensors() | own | {"factor": self.route.factor.float()}
+        seen = {} if self.route.seen is None else {"seen": self.route.seen.to(torch.uint8)}
+        return self.target.tensors() | self.route.mean.tensors() | own | {"factor": self.route.factor.float()} | seen
 
     @classmethod
     def from_tensors(cls, spec: ModelSpec, tensors: dict[str, Tensor]) -> ConversionModel:
@@ -154,7 +165,8 @@ class ConversionModel(GenerativeModel):
         encoder = Encoder(**encoder_arguments(spec))
         load_weights(encoder, {k: tensors.pop(k) for k in list(tensors) if k.startswith("encoder.")}, "encoder.")
         mean, factor = LinearMean.from_tensors((encoder.latent, 1, 1), tensors), tensors.pop("factor")
-        return cls(spec, LatentModel.from_tensors(latent_spec(spec), tensors), Route(mean, encoder, factor))
+        seen = tensors.pop("seen").bool() if "seen" in tensors else None
+        return cls(spec, LatentModel.from_tensors(latent_spec(spec), tensors), Route(mean, encoder, factor, seen))
 
 
 def reconstructing(model: LatentModel) -> ConversionModel:

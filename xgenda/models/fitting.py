@@ -18,7 +18,7 @@ from xgenda.diffusion.anchors import LowRank
 from xgenda.diffusion.covariances import EARTH_RADIUS, SphereKernel
 from xgenda.diffusion.hybrids import channel_correlation
 from xgenda.grids import Grid
-from xgenda.scaling import CYCLES, Scaling, cycle_basis, fit_scaling
+from xgenda.scaling import CYCLES, Scaling, cycle_basis, cycle_regression, fit_scaling
 from xgenda.states import State
 
 LINES = 7  # of a search, which it tells of
@@ -122,9 +122,21 @@ def memory_length(z: np.ndarray, fold: np.ndarray) -> int:
 
 
 def fit_standardised(
-    values: np.ndarray, time: xr.DataArray | None, names: list[str], fold: np.ndarray, climatology: str = "auto", **options: Any
-) -> tuple[Scaling, np.ndarray]:
-    """Return a `fit_scaling` with these options, and the standardised anomalies (n, state); 'auto' by `choose_climatology`."""
+    values: np.ndarray, time: xr.DataArray | None, names: list[str], fold: np.ndarray, climatology: str = "auto",
+    observed: np.ndarray | None = None, **options: Any,
+) -> tuple[Scaling, np.ndarray]:  # fmt: skip
+    """Return a `fit_scaling` with these options, and the standardised anomalies (n, state); 'auto' by `choose_climatology`.
+
+    Where not all values are `observed`, of their shape, the others count for nothing: they may be any that are plausible.
+    """
+    if observed is not None:
+        scaling = fit_scaling(values, time, names, cycle="none", **options)
+        z, seen = standardise(scaling, values, time), observed.reshape(len(values), -1)
+        climatology = choose_climatology(z, time, fold, seen) if climatology == "auto" else climatology
+        basis = cycle_basis(time, climatology, len(values))
+        cycle = (basis @ regression(basis, z, seen)).reshape(values.shape)
+        # of values that have their cycle where they are missing the fit is that of the others
+        values = np.where(observed, values, scaling.inverse(cycle, cycle_basis(time, "none", len(values))))
     scaling = fit_scaling(values, time, names, cycle="none" if climatology == "auto" else climatology, **options)
     z = standardise(scaling, values, time)
     if climatology == "auto" and (cycle := choose_climatology(z, time, fold)) != "none":
@@ -133,7 +145,20 @@ def fit_standardised(
     return scaling, z
 
 
-def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarray) -> str:
+def regression(basis: np.ndarray, z: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
+    """Return the coefficients (k, state) of standardised states (n, state) in a basis (n, k), by least squares.
+
+    Of those that are `seen` where not all are: with a prior of one standard deviation, because some cells are seen a few times only.
+    """
+    if seen is None:
+        return cycle_regression(basis, z)
+    k = basis.shape[1]
+    products = (basis[:, :, None] * basis[:, None]).reshape(len(basis), -1)
+    inner = (products.T @ seen.astype(float)).T.reshape(-1, k, k) + np.eye(k)
+    return np.asarray(np.linalg.solve(inner, (basis.T @ np.where(seen, z, 0.0)).T[..., None])[..., 0].T)
+
+
+def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarray, seen: np.ndarray | None = None) -> str:
     """Return the cycle that describes withheld blocks of times best.
 
     It must leave less than `WORTH` of the mean square, in two blocks of three, and the times must go through it twice; else it is 'none'.
@@ -146,21 +171,28 @@ def choose_climatology(z: np.ndarray, time: xr.DataArray | None, fold: np.ndarra
         Of the fields; without one there is no cycle.
     fold
         Number of the block of consecutive times of each field.
+    seen
+        Which entries count, shape (n, state); None: all.
     """
     if time is None:
         return "none"
     span = float(metadata.seconds_between(np.sort(time.values)).sum())
     folds = int(fold.max()) + 1
-    left = {}
+    left, ranks = {}, {}
     for cycle in CYCLES:
         basis = cycle_basis(time, cycle, len(z))
         if len(z) * (folds - 1) < 2 * folds * basis.shape[1] or any(span < 2 * PERIODS[c] for c in cycle.split("+")):
             continue
+        ranks[cycle] = int(np.linalg.matrix_rank(basis))
+        parts = cycle.split("+") if "+" in cycle else ["none"]
+        if cycle != "none" and ranks[cycle] <= max(ranks.get(c, 1) for c in parts):
+            continue  # always the same hour: rounding would choose
         left[cycle] = np.zeros(folds)
         for k in range(folds):
             rest, block = fold != k, fold == k
-            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
-            left[cycle][k] = float(((z[block] - basis[block] @ mean) ** 2).sum())
+            mean = regression(basis[rest], z[rest], None if seen is None else seen[rest])
+            wrong = z[block] - basis[block] @ mean
+            left[cycle][k] = float(((wrong if seen is None else wrong * seen[block]) ** 2).sum())
     plain = left["none"]
     better = {c: p.sum() for c, p in left.items() if p.sum() < WORTH * plain.sum() and (p < plain).mean() >= 2 / 3}
     return min(better, key=lambda c: float(better[c]), default="none")
@@ -314,7 +346,7 @@ class Validation:
         for k in np.unique(fold):
             block, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k if away is None else away[k])
             probe = np.random.default_rng(k).choice(among, min(2 * PROBES, len(among)), replace=False)
-            mean = np.linalg.lstsq(basis[rest], z[rest], rcond=None)[0]
+            mean = cycle_regression(basis[rest], z[rest])
             test = z[np.ix_(block, probe)] - basis[block] @ mean[:, probe]
             self.parts.append((_Probe(z[rest] - basis[rest] @ mean, grid, probe), test))
 

@@ -222,8 +222,9 @@ def train_autoencoder(
     samples = corpus.samples
     fold = blocks(corpus.time, corpus.size, FOLDS, recipe.validation)
     scaling, z = corpus.standardised(
-        fold[corpus.rows], recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both"
-    )
+        fold[corpus.rows], recipe.climatology, recipe.transform, recipe.offset, recipe.bounds, recipe.periodic == "both",
+        None if observed is None else observed.numpy(),
+    )  # fmt: skip
     if observed is not None:
         scaling, z = by_observed(scaling, z, observed)
     chosen, few = corpus.few()

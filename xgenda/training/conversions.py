@@ -166,13 +166,13 @@ def train_conversion(
     known = standardise(start.scaling, pairs.states.values, time).reshape(pairs.states.values.shape)
     for where in (pairs.states.valid, pairs.shown, start.valid):
         known = known if where is None else np.where(where, known, 0.0)
-    mean, variance = _latent(start, torch.as_tensor(known))
+    mean, variance, unsaid = _latent(start, torch.as_tensor(known))
     fold = blocks(time, n, FOLDS, recipe.validation)
     gap = memory_of(known.reshape(n, -1), time)
     warn_of_little(known.reshape(n, -1), pairs.states, n)
     climatology = start.scaling.cycle if recipe.climatology == "auto" else recipe.climatology
     scaling, z = fit_standardised(
-        source.values, time, names, fold, climatology, transform=recipe.transform, offset=recipe.offset, bounds=recipe.bounds,
+        source.values, time, names, fold, climatology, pairs.seen, transform=recipe.transform, offset=recipe.offset, bounds=recipe.bounds,
         homogeneous=recipe.periodic == "both", valid=source.valid,
     )  # fmt: skip
     if pairs.seen is not None:
@@ -185,12 +185,15 @@ def train_conversion(
         z[~pairs.seen.reshape(z.shape)] = np.nan
     given = encoder_inputs(torch.as_tensor(z), source.grid.plane, masks)
     rows, held = split_rows(fold, time, gap)
+    centre = mean.mean(0)  # of other times than those of the autoencoder it need not be zero
     ridge = means.Pairs(
-        given[:, : len(names)], given[:, : len(names), :1, None].float(), mean[:, :, None, None], fold, [None] * mean.shape[1],
+        given[:, : len(names)], given[:, : len(names), :1, None].float(), (mean - centre)[:, :, None, None], fold, [None] * mean.shape[1],
         near=near_blocks(fold, time, gap),
     )  # fmt: skip
     linear, crossed, _, note = means.fit_mean(ridge, ("ridge",))
-    left = mean - crossed[:, :, 0, 0]
+    linear = dataclasses.replace(linear, offset=centre[:, None, None] + (0.0 if linear.offset is None else linear.offset))
+    predicted = centre + crossed[:, :, 0, 0]
+    left = mean - predicted
     error = left.square().mean(0) + variance.mean(0)
     grid = source.grid
     options = {
@@ -209,7 +212,7 @@ def train_conversion(
     network.log_variance.copy_(error.log())
     fields = given.reshape(n, -1, *grid.plane).float()
     report = optimiser.fit(
-        network, Converting(fields, crossed[:, :, 0, 0], mean, variance), rows, held, 1.0, "conversion", None, pairs.states.labels
+        network, Converting(fields, predicted, mean, variance), rows, held, 1.0, "conversion", None, pairs.states.labels
     )
     if not report["correction_weight"]:  # convolutions that add nothing
         spec = dataclasses.replace(spec, options={**options, "encoder": {**options["encoder"], "levels": 0}})
@@ -220,7 +223,7 @@ def train_conversion(
         report["card"] = (
             f"validation loss {report['validation_best']:.3f}, that of ridge regression {report['validation_without']:.3f}"
         )
-    explained = 1 - left.square().sum(0) / mean.square().sum(0).clamp(min=1e-12)
+    explained = 1 - left.square().sum(0) / (mean - centre).square().sum(0).clamp(min=1e-12)
     extra = {
         "start": start.spec.name,
         "linear_mean": note,
@@ -229,24 +232,32 @@ def train_conversion(
     record = record_of(n, pairs.states.dimension, pairs.states.period, optimiser, extra, report)
     record.pop("validation_ratio")  # the losses are logarithms of densities
     spec = dataclasses.replace(spec, training=record)
-    return ConversionModel(spec, start, Route(linear, network, _correlation(left, variance)))
+    seen = None if source.valid is None else torch.as_tensor(source.valid)
+    return ConversionModel(spec, start, Route(linear, network, _correlation(left, unsaid), seen))
 
 
 @torch.no_grad()
-def _latent(model: LatentModel, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the latent vectors of standardised states, each shape (n, k), float64."""
+def _latent(model: LatentModel, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and variance (n, k) of the latent vectors of standardised states, and their mean covariance (k, k), float64.
+
+    Components that the encoder has for themselves are mixed where the vectors were standardised again, for a prior that was learned of them.
+    """
     found = [model.network.encode(part.double()) for part in states.split(64)]
     mean, variance = (torch.cat(parts).double() for parts in zip(*found, strict=True))
-    return mean, variance.exp() if model.network.variational else torch.full_like(mean, math.exp(LOWEST))
+    one = torch.eye(model.latent, dtype=torch.float64)
+    if not model.network.variational:
+        return mean, torch.full_like(mean, math.exp(LOWEST)), math.exp(LOWEST) * one
+    turn, variance = model.network.turned(one).T, variance.exp()
+    return mean, variance @ turn.square().T, (turn * variance.mean(0)) @ turn.T
 
 
-def _correlation(left: Tensor, variance: Tensor) -> Tensor:
-    """Return the Cholesky factor of the correlation of errors (n, k) beside the variance that the latent vector of a known state has.
+def _correlation(left: Tensor, known: Tensor) -> Tensor:
+    """Return the Cholesky factor of the correlation of errors (n, k) beside the covariance (k, k) that the latent vector of a known state has.
 
     The sample correlation is blended with the identity, as if k states without any had been seen beside these n.
     """
     n, k = left.shape
-    covariance = left.T @ left / n + variance.mean(0).diag()
+    covariance = left.T @ left / n + known
     deviation = covariance.diagonal().sqrt()
     correlation = covariance / deviation[:, None] / deviation
     factor: Tensor = torch.linalg.cholesky((n * correlation + k * torch.eye(k, dtype=left.dtype)) / (n + k))

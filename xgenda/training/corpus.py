@@ -89,15 +89,15 @@ class Corpus:
 
     def standardised(
         self, fold: np.ndarray, climatology: str, transform: Any, offset: Any, bounds: Mapping[str, Sequence[float | None]] | None,
-        homogeneous: bool,
+        homogeneous: bool, observed: np.ndarray | None = None,
     ) -> tuple[Scaling, np.ndarray]:  # fmt: skip
-        """Return a scaling fitted to all fields, and the standardised sample (n, state)."""
+        """Return a scaling fitted to all fields, or to what was `observed` of them, and the standardised sample (n, state)."""
         if self.statistics is not None:
             scaling = self.statistics.scaling(bounds, homogeneous)
             return scaling, self.anomalies(scaling)
         names = [v.name for v in self.samples.variables]
         scaling, _ = fit_standardised(
-            self.samples.values, self.time, names, fold, climatology, transform=transform, offset=offset, bounds=bounds,
+            self.samples.values, self.time, names, fold, climatology, observed, transform=transform, offset=offset, bounds=bounds,
             homogeneous=homogeneous, valid=self.samples.valid,
         )  # fmt: skip
         return scaling, self.anomalies(scaling)

@@ -30,11 +30,11 @@ from xgenda.files import aside
 from xgenda.formatting import progress_bar
 from xgenda.models.spec import ModelSpec
 from xgenda.models.store import cache_dir
-from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of
+from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of, settled
 from xgenda.training.sources import BLOCK, LARGEST_CHUNK, WORKERS, Source, in_order, open_source
 from xgenda.training.surveys import Look, Survey, look
 
-VERSION = 1  # of the cached files
+VERSION = 2  # of the cached files
 HASHED = 256 * 2**20  # bytes up to which a fingerprint is of all values
 FIELDS = 64  # of larger data
 LARGEST_BLOCK = 128 * 2**20
@@ -292,7 +292,7 @@ def _pass(
     squares -= (solved * product.reshape(rank, -1)).reshape(rank, channels, -1).sum((0, 2))
     filled = _transformed(np.where(valid, 1.0, fill[:, None, None])[None], transforms, offsets)[0].reshape(channels, -1)
     start = np.where(valid.reshape(channels, -1), reference, filled)
-    mean = back @ (solved + constant[:, None] * start.ravel())
+    mean = settled(basis[rows], back @ (solved + constant[:, None] * start.ravel()))
     return kept, {
         "missing": survey.missing, "valid": valid, "fill": fill, "lowest": survey.lowest, "highest": survey.highest,
         "mean": mean.reshape(-1, channels, ny, nx), "squares": squares, "gram": basis[rows].T @ basis[rows],
