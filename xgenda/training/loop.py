@@ -265,7 +265,7 @@ def train(
         be refined (`model.refined(2)`). A mapping: 'kind', 'exponential', 'matern32', 'matern52', 'matern' (with 'nu'), 'gaussian' or
         'published'; 'length', as a share of the longer side of the box; 'cutoff', the most waves across it, for noise that is the same
         function on every grid: ``noise={"kind": "exponential", "length": 0.1}``. It must be as rough as the fields. There is no Gaussian to
-        start from then, and observations are assimilated by guidance 'mmps' and others, not by 'anchor'.
+        start from then; that of guidance 'anchor' is homogeneous.
     weights
         What counts how much in the loss, in training and validation. 'auto': cells by their area, on grids around the sphere whose areas
         differ by more than a factor of two; 'area': on any grid of latitudes and longitudes; 'none'; 'pressure': as 'auto', and levels in
