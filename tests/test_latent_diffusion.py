@@ -295,6 +295,15 @@ def trained() -> LatentModel:
     )  # type: ignore[return-value]  # fmt: skip
 
 
+def test_windows_of_codes_that_are_all_the_same_have_no_correlation_in_time() -> None:
+    """An encoder that learned nothing sends every state to the same code: nothing is known of the next one, and that is no failure."""
+    options: dict[str, Any] = {"anchor": None, "latent": 2, "steps": 2, "width": 8, "climatology": "none", "progress": False}
+    found: Any = xgenda.train(bumps(60), task="autoencoder", latent_prior="diffusion", window=3, **options)
+    assert found.spec.training["correction_weight"] == 0.0
+    torch.testing.assert_close(found.prior.anchor.of_length(4).matrix, torch.eye(4, dtype=torch.float64))
+    assert found.spec.training["prior_codes"].startswith("0.00")
+
+
 def test_training_in_one_call_and_round_trip_to_the_bit(trained: Any, tmp_path: Path) -> None:
     assert trained.window == 3
     assert trained.spec.options["spacing"] == 86400.0
