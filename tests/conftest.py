@@ -71,6 +71,18 @@ def tiny_downscaler(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def tiny_eofs(climate: xr.Dataset) -> GenerativeModel:
+    """A Gaussian of the leading patterns of `climate`."""
+    return xgenda.gaussian_prior(climate, covariance="eof", rank=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_process(climate: xr.Dataset) -> GenerativeModel:
+    """A Gaussian process around the first field of `climate`."""
+    return xgenda.gaussian_prior(climate.isel(time=[0]), length_scale=800e3, std=1.0, representation="points")
+
+
+@pytest.fixture(scope="session")
 def tiny_latents(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> GenerativeModel:
     """An autoencoder of the grid of `climate` that is not linear, with a diffusion of its latent vectors, read from a file."""
     path = tmp_path_factory.mktemp("models") / "tiny-latents.safetensors"

@@ -109,24 +109,6 @@ def test_decoder_error_is_in_the_ensemble_unless_it_is_left_out() -> None:
     assert np.linalg.matrix_rank(off - off.mean(0), tol=1e-3) == 7
 
 
-@pytest.mark.parametrize("window", [1, 3])
-def test_a_member_depends_on_seed_label_and_number_alone(window: int) -> None:
-    model = gaussian_codes(window, kind="matern32")
-    kept: dict[str, Any] = {"error": 0.5, "background_check": None, "progress": False, "steps": 4}
-
-    def run(ds: xr.Dataset, members: int = 5, seed: int = 0, **more: Any) -> np.ndarray:
-        found = xgenda.assimilate(ds, observed(OBS), model=model, members=members, seed=seed, **kept, **more)
-        return np.asarray(found["x"].transpose("time", "member", "latitude", "longitude").values)
-
-    ds = days(2 if window == 1 else 3)
-    whole = run(ds)
-    np.testing.assert_allclose(run(ds, batch_size=1), whole, atol=1e-4)
-    np.testing.assert_allclose(run(ds, 3), whole[:, :3], atol=1e-4)
-    np.testing.assert_allclose(run(ds.chunk(time=1 if window == 1 else -1)), whole, atol=1e-4)
-    np.testing.assert_allclose(run(ds.isel(latitude=slice(None, None, -1)))[:, :, ::-1], whole, atol=1e-4)
-    assert np.abs(run(ds, seed=1) - whole).max() > 0.01
-
-
 def test_without_observations_members_are_draws_of_the_codes() -> None:
     model = gaussian_codes(error=0.3)
     with pytest.warns(UserWarning, match="No observation can be used"):
