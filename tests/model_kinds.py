@@ -28,6 +28,8 @@ class Kind:
         Of the series: 'own' time, the times 'around', or 'all' of them, which are then solved together and in one chunk.
     batches
         Whether samples are computed in batches.
+    reads
+        Whether the values that it is given matter, as those of a background or of coarse fields do.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Kind:
     downscales: bool = False
     sees: str = "own"
     batches: bool = True
+    reads: bool = False
 
     def given(self, ds: xr.Dataset) -> xr.Dataset:
         """Return what it takes of fine fields."""
@@ -45,10 +48,9 @@ class Kind:
         model = request.getfixturevalue(self.model)
 
         def run(ds: xr.Dataset, observations: Any = None, **options: Any) -> xr.Dataset:
-            given = {"model": model, "members": 4, "seed": 3} | self.options | options
-            if self.downscales:
-                return ds.genda.downscale(**given)
-            return ds.genda.assimilate(observations, **{"error": 0.5} | given)
+            given = {"model": model, "members": 4, "seed": 3, "error": 0.5} | self.options | options
+            error = given.pop("error")
+            return ds.genda.downscale(**given) if self.downscales else ds.genda.assimilate(observations, error=error, **given)
 
         return run
 
@@ -58,13 +60,13 @@ KINDS: dict[str, Kind] = {
     "mmps": Kind("tiny_prior", DIFFUSION | {"guidance": "mmps"}),
     "sda": Kind("tiny_prior", DIFFUSION | {"guidance": "sda"}),
     "gaussian": Kind("tiny_eofs", batches=False),
-    "downscale": Kind("tiny_downscaler", DIFFUSION, downscales=True),
+    "downscale": Kind("tiny_downscaler", DIFFUSION, downscales=True, reads=True),
     "latent search": Kind("tiny_latents", {"sampler": "rmap"}),
     "latent diffusion": Kind("tiny_latents", DIFFUSION),
     "latent trajectories": Kind("tiny_trajectories", DIFFUSION, sees="all"),
-    "conversion": Kind("tiny_conversion", downscales=True),
-    "points": Kind("tiny_process", batches=False),
+    "conversion": Kind("tiny_conversion", downscales=True, reads=True),
+    "points": Kind("tiny_process", batches=False, reads=True),
     "points of a diffusion": Kind("tiny_points", DIFFUSION),
     "functions": Kind("tiny_functions", DIFFUSION | {"guidance_options": {"iterations": 1}}),
-    "context": Kind("tiny_context", DIFFUSION, downscales=True, sees="around"),
+    "context": Kind("tiny_context", DIFFUSION, downscales=True, sees="around", reads=True),
 }
