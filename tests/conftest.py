@@ -71,6 +71,76 @@ def tiny_downscaler(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def tiny_eofs(climate: xr.Dataset) -> GenerativeModel:
+    """A Gaussian of the leading patterns of `climate`."""
+    return xgenda.gaussian_prior(climate, covariance="eof", rank=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_process(climate: xr.Dataset) -> GenerativeModel:
+    """A Gaussian process around the first field of `climate`."""
+    return xgenda.gaussian_prior(climate.isel(time=[0]), length_scale=800e3, std=1.0, representation="points")
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> GenerativeModel:
+    """An autoencoder of the grid of `climate` that is not linear, with a diffusion of its latent vectors, read from a file."""
+    path = tmp_path_factory.mktemp("models") / "tiny-latents.safetensors"
+    options = {"latent": 3, "latent_prior": "diffusion", "steps": 30, "learning_rate": 1e-2, "width": 8, "name": "tiny-latents"}
+    model = xgenda.train(climate, task="autoencoder", out=path, progress=False, **options)
+    assert model.network.inner is not None  # type: ignore[attr-defined]
+    assert model.spec.training["correction_weight"] > 0
+    return xgenda.load_model(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_trajectories(
+    climate: xr.Dataset, tiny_latents: GenerativeModel, tmp_path_factory: pytest.TempPathFactory
+) -> GenerativeModel:
+    """The same autoencoder with a diffusion of three consecutive latent vectors."""
+    path = tmp_path_factory.mktemp("models") / "tiny-trajectories.safetensors"
+    options = {"latent_prior": "diffusion", "window": 3, "steps": 2, "name": "tiny-trajectories"}
+    xgenda.train(climate, task="autoencoder", start=tiny_latents, out=path, progress=False, **options)
+    return xgenda.load_model(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_conversion(
+    climate: xr.Dataset, tiny_latents: GenerativeModel, tmp_path_factory: pytest.TempPathFactory
+) -> GenerativeModel:
+    """From 4 x 4 block means to the states of the autoencoder."""
+    path = tmp_path_factory.mktemp("models") / "tiny-conversion.safetensors"
+    coarse = climate.coarsen(latitude=4, longitude=4).mean()
+    options = {"target": climate, "start": tiny_latents, "steps": 2, "width": 8, "name": "tiny-conversion"}
+    xgenda.train(coarse, task="conversion", out=path, progress=False, **options)
+    return xgenda.load_model(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_points(tiny_prior: GenerativeModel, tmp_path_factory: pytest.TempPathFactory) -> GenerativeModel:
+    """The diffusion prior on the grid of `climate`, known between its cells."""
+    between = tiny_prior.between_cells(covariance="exponential", length_scale=400e3, std=0.5)  # type: ignore[attr-defined]
+    return xgenda.load_model(between.save(tmp_path_factory.mktemp("models") / "tiny-points.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def tiny_functions(climate: xr.Dataset) -> GenerativeModel:
+    """A prior over functions, trained on every other row and column of `climate` and refined to its grid; it was never in a file."""
+    options = {"architecture": "uno", "periodic": "both", "network_options": {"modes": 2, "rank": 2}, "width": 8, "steps": 2}
+    noise = {"kind": "exponential", "length": 0.3}
+    coarse = climate.isel(latitude=slice(None, None, 2), longitude=slice(None, None, 2))
+    return xgenda.train(coarse, noise=noise, name="tiny-functions", progress=False, **options).refined(2)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def tiny_context(climate: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> GenerativeModel:
+    """From 4 x 4 block means and those of the times around to the grid of `climate`."""
+    path = tmp_path_factory.mktemp("models") / "tiny-context.safetensors"
+    xgenda.train(climate, task="downscale", factor=4, context=1, steps=2, width=8, name="tiny-context", out=path, progress=False)
+    return xgenda.load_model(path)
+
+
+@pytest.fixture(scope="session")
 def _europe() -> tuple[xr.Dataset, xr.Dataset]:
     return xgenda.tutorial.open_dataset("europe-t2m-forecast"), xgenda.tutorial.open_dataset("europe-synop")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from model_kinds import KINDS, Kind
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -781,6 +784,159 @@ def test_chunked_input_is_refused_before_anything_is_computed(kit: Kit, no_compu
         lazy = dataclasses.replace(kit, ds=kit.ds.chunk(time=1))
         with pytest.raises(error, match=message):
             call(lazy)
+
+
+# -- every kind of model ------------------------------------------------------------------------------------------------
+
+Spoilt = tuple[Callable[[xr.Dataset], xr.Dataset], type[Exception], str]
+
+#: What is refused of the fields that any model takes, before anything is computed.
+FIELDS: dict[str, Spoilt] = {
+    "missing variable": (
+        lambda ds: ds.rename(air_temperature="temperature").drop_attrs(),
+        OptionError,
+        r"ds lacks the variable 'air_temperature'.*it has 'temperature'.*Rename yours: ds.rename",
+    ),
+    "wrong units": (lambda ds: with_attrs(ds, units="m"), UnitsError, "Units 'm' cannot be converted to 'K'"),
+    "unknown units": (lambda ds: with_attrs(ds, units="Kelwin"), UnitsError, "The units 'Kelwin' are not known; use UDUNITS"),
+    "no latitude": (lambda ds: ds.drop_vars("latitude"), CoordinateError, r"ds has no latitude .*\(found: .*Assign (one|them)"),
+    "repeated latitude": (lambda ds: ds.isel(latitude=[0, 0]), GridError, "is not monotonic or repeats a value; sort it"),
+    "swapped axes": (lambda ds: ds.assign_coords(latitude=ds.latitude + 80), GridError, "it must lie in -90 to 90"),
+    "empty time": (lambda ds: ds.isel(time=slice(0)), GridError, "dimension 'time' is empty; there is nothing to do"),
+    "repeated times": (
+        lambda ds: ds.isel(time=[0, 0, 0]),
+        CoordinateError,
+        r"more than once. Keep the first: ds.drop_duplicates",
+    ),
+    "undecoded time": (lambda ds: ds.assign_coords(time=np.arange(6.0)), CoordinateError, r"decode it: xarray.decode_cf\(ds\)"),
+    "extra dimension": (lambda ds: ds.expand_dims(level=3), CoordinateError, r"select one entry: ds.isel\(level=0\)"),
+    "members": (lambda ds: ds.expand_dims(number=3), OptionError, r"ensemble dimension 'number'.*|one member at a time"),
+    "text": (lambda ds: ds.astype(object), StateError, r"has dtype object; real numbers are needed"),
+    "packed": (
+        lambda ds: with_attrs(ds.astype("int16"), scale_factor=0.1),
+        StateError,
+        "still carries scale_factor: it is packed",
+    ),
+    "chunks in space": (lambda ds: ds.chunk(longitude=1), ChunkingError, r"Type: ds\.chunk\(longitude=-1\)"),
+    "other grid": (
+        lambda ds: ds.isel(longitude=slice(0, -1)),
+        GridError,
+        r"(works on|takes fields on) the grid .* ds has|is not on the grid",
+    ),
+}
+
+#: The same of observations, where a model takes some.
+OBSERVATIONS: dict[str, tuple[Callable[[pd.DataFrame], Any], type[Exception], str]] = {
+    "no error": (lambda o: o.drop(columns="air_temperature_error"), ObservationError, "has no error, and none is invented"),
+    "zero error": (lambda o: o.assign(air_temperature_error=0.0), ObservationError, "a standard deviation must be positive"),
+    "nan error": (lambda o: o.assign(air_temperature_error=np.nan), ObservationError, "is nan in 6 of 6 values, first at row 0"),
+    "unknown variable": (lambda o: o.assign(u10=3.0), ObservationError, "obs holds 'u10', which is not in the state; it has"),
+    "text": (lambda o: o.assign(air_temperature="warm"), ObservationError, "holds 'warm', which is no number; make it numeric"),
+    "no time": (lambda o: o.drop(columns="time"), ObservationError, "obs has no time and the state has 6 times"),
+    "other calendar": (
+        lambda o: o.assign(time=cftime.DatetimeNoLeap(1860, 6, 1)),
+        ObservationError,
+        "The time of obs is DatetimeNoLeap and that of the state is .*; use one calendar",
+    ),
+    "outside the window": (
+        lambda o: o.assign(time=o.time + pd.Timedelta("9000D").to_pytimedelta()),
+        ObservationError,
+        r"6 of 6 obs fall in no time window of the state",
+    ),
+    "other units": (
+        lambda o: o.to_xarray().pipe(lambda d: d.assign(air_temperature=d.air_temperature.assign_attrs(units="Pa"))),
+        UnitsError,
+        "Units 'Pa' cannot be converted to 'K'",
+    ),
+    "a path": (lambda o: "obs.csv", ObservationError, "obs is a builtins.str; give a pandas DataFrame or xarray Dataset"),
+}
+
+#: And of the options of all of them; of those after the bar where there are observations.
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no members": ({"members": 0}, "members=0 is not accepted; it must be a whole number of at least 1"),
+    "members as text": ({"members": "8"}, "members='8' is not accepted"),
+    "seed as text": ({"seed": "x"}, "seed='x' is not accepted; give a whole number or None"),
+    "batch of none": ({"batch_size": 0}, "batch_size=0 is not accepted"),
+    "no steps": ({"steps": 0}, "steps=0 (is not accepted|has no effect)"),
+    "unknown sampler": ({"sampler": "heum"}, "sampler='heum' (is not accepted|has no effect)"),
+    "unknown device": ({"device": "tpu"}, "device='tpu' is not accepted; choose 'auto', 'cpu' or 'cuda'"),
+    "| unknown guidance": ({"guidance": "mmp"}, "guidance='mmp' (is not accepted|has no effect)"),
+    "| unknown likelihood": (
+        {"likelihood": "cauchy"},
+        "likelihood='cauchy' (is not accepted|has no effect)|needs likelihood='gaussian'",
+    ),
+    "| unknown option": ({"guidance_options": {"gama": 1}}, "has no option 'gama'|guidance_options=.*has no effect"),
+    "| background check": ({"background_check": -3.0}, "background_check=-3.0 is not accepted; give a positive number"),
+    "| window of words": ({"window": "a while"}, "window='a while' is no time span"),
+}
+
+#: Of values, which are seen when they are computed.
+VALUES: dict[str, tuple[Callable[[xr.Dataset], xr.Dataset], str]] = {
+    "nan": (lambda ds: put(ds, np.nan), "holds NaN in 1 of"),
+    "infinity": (lambda ds: put(ds, np.inf), "holds infinity in 1 of"),
+    "fill value": (lambda ds: put(ds, 9.969209968386869e36), "looks like a fill value"),
+    "-9999": (lambda ds: put(ds, -9999.0), "holds -9999 in 1 of .*Mask and fill them"),
+}
+
+
+def with_attrs(ds: xr.Dataset, **attrs: Any) -> xr.Dataset:
+    return ds.assign(air_temperature=ds.air_temperature.assign_attrs(attrs))
+
+
+def put(ds: xr.Dataset, value: float) -> xr.Dataset:
+    out = ds.copy(deep=True)
+    out.air_temperature[2, 1, 1] = value
+    return out
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def seen(climate: xr.Dataset) -> pd.DataFrame:
+    """One cell of six years."""
+    cell = climate.isel(time=slice(0, 6), latitude=3, longitude=4)
+    fixed = {"latitude": float(cell.latitude), "longitude": float(cell.longitude), "air_temperature_error": 0.5}
+    return pd.DataFrame({"time": cell.time.values, "air_temperature": cell.air_temperature.values, **fixed})
+
+
+def test_every_kind_refuses_the_same(request, kind: Kind, climate: xr.Dataset, seen: pd.DataFrame, no_compute: None) -> None:  # type: ignore[no-untyped-def]
+    with xr.set_options(keep_attrs=True):
+        ds = kind.given(climate.isel(time=slice(0, 6)).drop_vars("time_bnds")).chunk()
+    call = functools.partial(kind.call(request), error=None)
+    anywhere = request.getfixturevalue(kind.model).spec.grid is None
+    for name, (change, error, message) in FIELDS.items():
+        if not (anywhere and name == "other grid"):
+            refused(name, error, message, lambda: call(change(ds), seen))  # noqa: B023
+    for name, (options, message) in OPTIONS.items():
+        if not (kind.downscales and name.startswith("|")):
+            refused(name, OptionError, message, lambda: call(ds, seen, **options))  # noqa: B023
+    for name, (spoil_obs, error, message) in OBSERVATIONS.items() if not kind.downscales else ():
+        refused(name, error, message, lambda: call(ds, spoil_obs(seen)))  # noqa: B023
+
+
+def refused(name: str, error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(xgenda.errors.GendaError) as caught:
+        call()
+    assert isinstance(caught.value, error), f"{name}: {caught.value!r}"
+    assert re.search(message, str(caught.value)), f"{name}: {caught.value}"
+
+
+def test_every_kind_refuses_values_that_are_none_where_they_matter(  # type: ignore[no-untyped-def]
+    request, kind: Kind, climate: xr.Dataset, seen: pd.DataFrame
+) -> None:
+    ds, call = kind.given(climate.isel(time=slice(0, 6))), functools.partial(kind.call(request), error=None, members=1)
+    if not kind.reads:
+        assert call(put(ds, np.nan), seen).air_temperature.identical(call(ds, seen).air_temperature)
+        return
+    for change, message in VALUES.values():
+        with pytest.raises(StateError, match=message):
+            call(change(ds), seen)
+    later = call(put(ds, np.nan).chunk(time=1), seen)
+    with pytest.raises(StateError, match=r"ds\['air_temperature'\] at .* holds NaN"):
+        later.compute(scheduler="synchronous")
 
 
 # -- what must simply work ---------------------------------------------------------------------------------------------

@@ -90,23 +90,15 @@ def test_mean_is_the_regression_and_spread_is_what_it_leaves(fields: Any, model:
     assert found.sum() == pytest.approx(covariance.sum(), rel=0.25)  # errors of different places belong together
 
 
-def test_result_depends_on_labels_and_seed_alone(fields: Any, model: ConversionModel, tmp_path: Path) -> None:
-    source = fields[1].isel(time=slice(KNOWN, KNOWN + 6))
-    whole = source.genda.downscale(model=model, members=3, seed=1)
+def test_round_trip_keeps_every_bit(fields: Any, model: ConversionModel, tmp_path: Path) -> None:
     again = xgenda.load_model(model.save(tmp_path / "m.safetensors", card=True))
     assert again.spec.to_dict() == model.spec.to_dict()
     for name, tensor in model.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
-    lazy = source.chunk(time=2).genda.downscale(model=again, members=3, seed=1)
-    assert lazy["x"].chunks is not None
-    np.testing.assert_allclose(lazy["x"].values, whole["x"].values, rtol=1e-9, atol=1e-9)
-    turned = source.isel(latitude=slice(None, None, -1), time=slice(None, None, -1)).transpose("longitude", "time", "latitude")
-    backwards = xgenda.downscale(turned, model=again, members=5, seed=1).isel(member=slice(0, 3))
-    xr.testing.assert_allclose(
-        backwards["x"].transpose(*whole["x"].dims).sortby("time").sortby("latitude"), whole["x"], rtol=1e-9
-    )
+    source = fields[1].isel(time=slice(KNOWN, KNOWN + 2))
+    one, two = (source.genda.downscale(model=m, members=2, seed=1)["x"] for m in (model, again))
+    xr.testing.assert_equal(one, two)
     assert "downscale (conversion)" in (tmp_path / "m.md").read_text()
-    assert float(np.abs(source.genda.downscale(model=model, members=3, seed=2)["x"] - whole["x"]).max()) > 0.1
 
 
 def test_gaps_of_the_source_are_taken_for_what_they_are(fields: Any, latent: LatentModel) -> None:

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from model_kinds import KINDS, Kind
 
 import xgenda
 from xgenda.diffusion.guidance import GUIDANCES
-from xgenda.errors import StateError
+from xgenda.errors import ChunkingError, StateError
 from xgenda.models.generative import GenerativeModel
 
 #: Rounding of batched kernels, in units of the standard deviation of the field.
@@ -42,31 +43,19 @@ def obs(fields: xr.Dataset) -> xr.Dataset:
     )
 
 
-@pytest.fixture(scope="module", params=["anchor", "mmps", "sda", "gaussian", "downscale"])
-def method(
-    request: pytest.FixtureRequest,
-    tiny_prior: GenerativeModel,
-    tiny_downscaler: GenerativeModel,
-    climate: xr.Dataset,
-    obs: xr.Dataset,
-):  # type: ignore[no-untyped-def]
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module")
+def method(request: pytest.FixtureRequest, kind: Kind, obs: xr.Dataset):  # type: ignore[no-untyped-def]
     """A function of a Dataset on the fine grid, for every route through the engine."""
-    if request.param == "downscale":
+    call = kind.call(request)
 
-        def run(ds: xr.Dataset, observations: xr.Dataset = obs, **options: object) -> xr.Dataset:
-            coarse = ds.coarsen(latitude=4, longitude=4).mean()
-            return coarse.genda.downscale(**{"model": tiny_downscaler, "members": 4, "seed": 3, "steps": 4} | options)
+    def run(ds: xr.Dataset, observations: xr.Dataset = obs, **options: object) -> xr.Dataset:
+        return call(kind.given(ds), observations, **options)
 
-    else:
-        model = xgenda.gaussian_prior(climate, covariance="eof", rank=4) if request.param == "gaussian" else tiny_prior
-        defaults: dict[str, object] = {"model": model, "error": 0.5, "members": 4, "seed": 3}
-        if request.param != "gaussian":
-            defaults |= {"steps": 4, "guidance": request.param}
-
-        def run(ds: xr.Dataset, observations: xr.Dataset = obs, **options: object) -> xr.Dataset:
-            return ds.genda.assimilate(observations, **defaults | options)
-
-    run.kind = request.param  # type: ignore[attr-defined]
     return run
 
 
@@ -77,17 +66,26 @@ def close(a: xr.Dataset, b: xr.Dataset, fields: xr.Dataset) -> bool:
 
 
 @pytest.mark.slow
-def test_layout_of_the_work_changes_nothing(method, fields: xr.Dataset, obs: xr.Dataset) -> None:  # type: ignore[no-untyped-def]
+def test_layout_of_the_work_changes_nothing(kind: Kind, method, fields: xr.Dataset, obs: xr.Dataset) -> None:  # type: ignore[no-untyped-def]
     reference = method(fields)
     assert reference.air_temperature.dims == ("member", "time", "latitude", "longitude")
-    for size in (1, 4, -1):
+    for size in (1, 4, -1) if kind.sees != "all" else (-1,):
         lazy = method(fields.chunk(time=size))
         assert lazy.air_temperature.chunks is not None
         assert lazy.air_temperature.dtype == lazy.compute().air_temperature.dtype == reference.air_temperature.dtype
         assert close(lazy.compute(), reference, fields), f"chunks of {size}"
-    assert close(method(fields, members=7).isel(member=slice(0, 4)), reference, fields), "more members"
-    assert close(method(fields.isel(time=[5, 2])), reference.isel(time=[5, 2]), fields), "a subset of the times, in another order"
-    if method.kind != "gaussian":
+    for members in (1, 7):
+        found = method(fields, members=members).isel(member=slice(0, 4))
+        assert close(found, reference.isel(member=slice(0, members)), fields), f"{members} members"
+    if kind.sees == "own":
+        assert close(method(fields.isel(time=[5, 2])), reference.isel(time=[5, 2]), fields), "some of the times, in another order"
+    if kind.sees == "around":
+        assert close(method(fields.isel(time=slice(None, None, -1))), reference.isel(time=slice(None, None, -1)), fields), (
+            "backwards"
+        )
+        inside = method(fields.isel(time=slice(1, 6))).isel(time=slice(1, 4))
+        assert close(inside, reference.isel(time=slice(2, 5)), fields), "without what is out of sight"
+    if kind.batches:
         for size in (1, 8):
             assert close(method(fields, batch_size=size), reference, fields), f"batches of {size}"
     order = np.random.default_rng(1).permutation(obs.sizes["obs"])
@@ -96,15 +94,27 @@ def test_layout_of_the_work_changes_nothing(method, fields: xr.Dataset, obs: xr.
     )
 
 
-def test_members_differ_and_the_seed_decides(method, fields: xr.Dataset) -> None:  # type: ignore[no-untyped-def]
-    one = method(fields.isel(time=[0, 1]))
+def test_nothing_is_computed_before_it_is_asked_for(kind: Kind, method, fields: xr.Dataset, no_compute: None) -> None:  # type: ignore[no-untyped-def]
+    if kind.sees == "all":
+        with pytest.raises(ChunkingError, match=r"split along 'time' into 6 chunks.*Type: ds.chunk\(time=-1\)"):
+            method(fields.chunk(time=1))
+    lazy = method(fields.chunk(time=-1 if kind.sees == "all" else 1))
+    assert lazy.air_temperature.chunks is not None
+    assert lazy.air_temperature.shape == (4, 6, 8, 12)
+
+
+def test_members_differ_and_the_seed_decides(kind: Kind, method, fields: xr.Dataset) -> None:  # type: ignore[no-untyped-def]
+    few = fields.isel(time=slice(0, 3 if kind.sees == "all" else 2))
+    one = method(few)
     values = one.air_temperature.values
     assert np.ptp(values, axis=0).min() > 0
     assert not np.allclose(values[:, 0] - values[:, 0].mean(0), values[:, 1] - values[:, 1].mean(0), atol=1e-3)
-    assert np.array_equal(method(fields.isel(time=[0, 1])).air_temperature, values)
-    assert not np.allclose(method(fields.isel(time=[0, 1]), seed=4).air_temperature, values, atol=1e-3)
-    drawn = method(fields.isel(time=[0]), seed=None)
-    again = method(fields.isel(time=[0]), seed=drawn.attrs["xgenda_seed"])
+    assert np.array_equal(method(few).air_temperature, values)
+    lazy = method(few.chunk(time=-1 if kind.sees == "all" else 1), members=2)
+    assert close(lazy.compute(), one.isel(member=slice(0, 2)), fields)
+    assert not np.allclose(method(few, seed=4).air_temperature, values, atol=1e-3)
+    drawn = method(few, seed=None)
+    again = method(few, seed=drawn.attrs["xgenda_seed"])
     assert np.array_equal(again.air_temperature, drawn.air_temperature)
 
 
@@ -126,27 +136,31 @@ def test_orientation_and_units_change_nothing(method, fields: xr.Dataset) -> Non
 
 
 def test_same_bits_for_every_scheduler_and_worker_count(
-    tiny_prior: GenerativeModel, tiny_downscaler: GenerativeModel, fields: xr.Dataset, obs: xr.Dataset
+    request: pytest.FixtureRequest, fields: xr.Dataset, obs: xr.Dataset
 ) -> None:
+    """Of all kinds, one after the other in the same processes."""
+    import dask
     from distributed import Client, LocalCluster
 
-    chunked = fields.chunk(time=2)
-    prior = xgenda.gaussian_prior(fields.isel(time=[0], drop=False), length_scale=800e3, std=1.0)
-    coarse = fields.coarsen(latitude=4, longitude=4).mean().chunk(time=2)
-    lazy = xr.Dataset({
-        "diffusion": chunked.genda.assimilate(obs, model=tiny_prior, error=0.5, members=3, seed=0, steps=4).air_temperature,
-        "gaussian": chunked.genda.assimilate(obs, model=prior, error=0.5, members=3, seed=0).air_temperature,
-    })  # fmt: skip
-    fine = coarse.genda.downscale(model=tiny_downscaler, members=3, seed=0, steps=4)
-    serial, serial_fine = lazy.compute(scheduler="synchronous"), fine.compute(scheduler="synchronous")
-    assert lazy.compute(scheduler="threads", num_workers=2).identical(serial)
+    lazy = {}
+    kinds = {n: k for n, k in KINDS.items() if n not in ("mmps", "sda")}  # which go the way of 'anchor'
+    for name, kind in kinds.items():
+        given = kind.given(fields.isel(time=slice(0, 3))).chunk(time=-1 if kind.sees == "all" else 2)
+        # without the check, for which every process would draw from the priors of latent vectors again
+        options = {} if kind.downscales else {"background_check": None}
+        lazy[name] = kind.call(request)(given, obs, members=2, **options).air_temperature
+    (serial,) = dask.compute(lazy, scheduler="synchronous")
+    (threads,) = dask.compute(lazy, scheduler="threads", num_workers=2)
+    found = {"threads": threads}
     for workers in (1, 2):
         with (
             LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, processes=True) as cluster,
             Client(cluster),
         ):
-            assert lazy.compute().identical(serial)
-            assert fine.compute().identical(serial_fine)
+            (found[f"{workers} workers"],) = dask.compute(lazy)
+    for where, values in found.items():
+        for name in kinds:
+            assert values[name].identical(serial[name]), f"{name}, {where}"
 
 
 def test_ten_thousand_times_are_set_up_without_computing(tiny_prior: GenerativeModel, no_compute: None) -> None:

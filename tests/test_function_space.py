@@ -91,15 +91,6 @@ def test_a_refined_model_is_the_same_functions(model: DiffusionModel, fields: xr
         model.refined(1)
 
 
-def test_members_depend_on_nothing_but_seed_and_label(model: DiffusionModel, fields: xr.Dataset) -> None:
-    obs, states = observations(fields), fields.isel(time=[3, 4])
-    eager = analysis(model, states, obs)
-    alone = analysis(model, states.isel(time=[0]), obs, batch_size=1)
-    np.testing.assert_allclose(alone.a.values, eager.a.isel(time=[0]).values, atol=1e-4)
-    lazy = analysis(model, states.chunk(time=1), obs)
-    np.testing.assert_allclose(lazy.a.values, eager.a.values, atol=1e-4)
-
-
 def test_noise_of_training_has_the_covariance_of_sampling() -> None:
     field = TorusField((8, 8), Kernel("matern32", 0.3))
     objective = Denoising(torch.zeros(1500, 1, 8, 8), torch.zeros(1500, dtype=torch.long), None, 1.0, 1.0 + 1e-9, noise=field)

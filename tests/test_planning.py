@@ -1,7 +1,10 @@
 """`plan`: what it predicts is what then happens."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +14,14 @@ import xarray as xr
 from torch.nn.modules.module import register_module_forward_hook
 
 import xgenda
+from xgenda.devices import handle_of
 from xgenda.diffusion.guidance import GUIDANCES, goes_through, guidance_options
 from xgenda.diffusion.memory import MemoryTracker
 from xgenda.errors import ModelNotFoundError, OptionError
+from xgenda.models.generative import GenerativeModel
+from xgenda.networks.dense import LatentNet
 from xgenda.networks.unet import UNet
+from xgenda.networks.uno import UNO
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +30,16 @@ def truth() -> xr.Dataset:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[dict[str, int]]:
-    """Count the samples that networks see, those that are kept for a gradient, and the most memory that is alive."""
-    seen = {"calls": 0, "kept": 0, "memory": 0}
+def watched(decoder: torch.nn.Module | None = None) -> Iterator[dict[str, int]]:
+    """Count the samples that networks see, those that are kept for a gradient, what a decoder makes, and the most memory that is alive."""
+    seen = {"calls": 0, "kept": 0, "decoded": 0, "memory": 0}
 
     def count(module: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        if isinstance(module, UNet):
+        if isinstance(module, (UNet, UNO, LatentNet)):
             seen["calls"] += len(given[0])
             seen["kept"] += len(given[0]) * out.requires_grad
+        if module is decoder:
+            seen["decoded"] += len(given[0])
 
     handle = register_module_forward_hook(count)
     try:
@@ -109,9 +118,54 @@ def test_plans_of_background_models_and_forecasts(truth: xr.Dataset) -> None:
         assert planned.memory == pytest.approx(seen["memory"], rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("window", "guidance", "gradients", "members"),
+    [(1, "anchor", 0, 2), (3, "mmps", 6, 2), (1, "dps", 1, 64), (3, "mmps", 6, 64)],
+)
+def test_plans_of_diffusions_of_latent_vectors(
+    climate: xr.Dataset, tiny_latents: Any, tiny_trajectories: Any, window: int, guidance: str, gradients: int, members: int, tmp_path: Path
+) -> None:  # fmt: skip
+    """With what the background check takes, which a process finds once: calls, states that are decoded, and memory."""
+    file = shutil.copy((tiny_latents if window == 1 else tiny_trajectories).path, tmp_path / "model.safetensors")
+    model: Any = handle_of(xgenda.load_model(file)).load()  # that which a process keeps
+    assert model.window == window
+    states = climate.isel(time=slice(0, 4))
+    options: dict[str, Any] = {"members": members, "steps": 3, "guidance": guidance, "batch_size": 2 * members}
+    planned = xgenda.plan(states, model=model, **options)
+    with watched(model.network.inner.last) as seen:
+        states.genda.assimilate(observed(states), model=model, error=5.0, seed=0, device="cpu", **options)
+    assert (planned.samples, planned.calls, planned.decoded) == (4 * members, seen["calls"], seen["decoded"])
+    sampled = planned.calls - 512 * 47
+    assert sampled == members * (4 if window == 1 else 2) * 6
+    assert planned.gradients == sampled * gradients
+    assert seen["kept"] == (sampled if gradients else 0)
+    assert planned.memory == pytest.approx(seen["memory"], rel=0.3)
+    assert f"{planned.decoded} states" in repr(planned)
+
+
+def test_plans_of_priors_over_functions_and_of_windows_of_coarse_fields(
+    climate: xr.Dataset, tiny_functions: GenerativeModel, tiny_points: GenerativeModel, tiny_context: GenerativeModel
+) -> None:
+    states = climate.isel(time=slice(0, 3))
+    for model in (tiny_functions, tiny_points):
+        one = states.isel(time=[0])
+        planned = xgenda.plan(one, model=model, members=1, steps=3)
+        with watched() as seen:
+            one.genda.assimilate(observed(one), model=model, error=5.0, members=1, steps=3, seed=0, device="cpu")
+        assert planned.calls == seen["calls"]
+    coarse = states.coarsen(latitude=4, longitude=4).mean()
+    planned = xgenda.plan(coarse, model=tiny_context, members=2, steps=3)
+    with watched() as seen:
+        coarse.genda.downscale(model=tiny_context, members=2, steps=3, seed=0, device="cpu")
+    assert planned.calls == seen["calls"]
+
+
 def test_what_cannot_be_planned_is_refused(truth: xr.Dataset) -> None:
     with pytest.raises(OptionError, match="no diffusion model"):
         xgenda.plan(truth, model=xgenda.gaussian_prior(truth, length_scale=3e5, std=1.0))
+    for asked in ({"sampler": "rmap"}, {"guidance": "mse"}, {}):
+        with pytest.raises(OptionError, match="is searched with sampler='rmap', and how often it is decoded depends"):
+            xgenda.plan(truth, model="t2m-north-america-vae", **asked)
     with pytest.raises(OptionError, match="tile=8 has no effect"):
         xgenda.plan(truth, model="t2m-north-america", tile=8)
     with pytest.raises(OptionError, match="guidance"):

@@ -127,7 +127,8 @@ def assimilate(
     at
         Where the result is wanted instead of on the grid of `ds`, inside of which it lies: points (latitude and longitude along one
         dimension, or the columns of a table) or another grid. The same members, evaluated there by a model whose ``representation`` is 'points',
-        and interpolated for others.
+        and interpolated for others. What the cells leave open between them is drawn for all places of a call together: ask for places that belong
+        together in one call. Cells, and places of observations, are the same in every call.
 
     Returns
     -------

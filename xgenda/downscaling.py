@@ -229,7 +229,8 @@ def _times(ds: xr.Dataset, time: str | None, spec: ModelSpec, inputs: Conditions
             f"model={spec.name!r} takes the season or the hour, and ds has no time. Assign it: "
             f"ds.assign_coords(time=numpy.datetime64('2020-01-01T12:00'))"
         )
-    metadata.time_labels(None if time is None else ds[time])  # refuses what is no time
+    # refuses what is no time, and before their steps are looked at what is there twice
+    metadata.check_unique_times(metadata.time_labels(None if time is None else ds[time]))
     count = 1 if time is None or time not in ds.dims else ds.sizes[time]
     if inputs.offsets == (0,):
         return np.arange(count), np.arange(count)[:, None]

@@ -10,19 +10,25 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from xgenda import metadata, states
 from xgenda.diffusion.guidance import goes_through
-from xgenda.diffusion.memory import guided_memory, plan_memory
-from xgenda.diffusion.samplers import network_calls
+from xgenda.diffusion.memory import guided_memory, peak_memory, plan_memory
+from xgenda.diffusion.samplers import SAMPLERS, network_calls
 from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.downscaling import by_axis, chunk_sizes
 from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.latent import linearised
 from xgenda.models.background import BackgroundModel
+from xgenda.models.conditioning import STEPS as DIFFUSION_STEPS
+from xgenda.models.conditioning import evaluations
 from xgenda.models.corrective import CorrectiveModel
+from xgenda.models.decoding import AT_ONCE
 from xgenda.models.diffusive import DiffusionModel
 from xgenda.models.generative import GenerativeModel, SamplingOptions
+from xgenda.models.latents import DRAWS, LatentModel
 from xgenda.models.loading import choose_model
 
 
@@ -52,6 +58,9 @@ class Plan:
         Through the network, of the guidance of `assimilate`: at most so many, in all, each about two calls' worth of time.
     guidance
         Of `assimilate`; empty where there is none.
+    decoded
+        States that the decoder of a latent model makes of latent vectors, in all, where all times are observed; with the derivatives that
+        the guidance takes of it each about two to three times as long as without.
     """
 
     model: str
@@ -65,6 +74,7 @@ class Plan:
     memory: int
     gradients: int = 0
     guidance: str = ""
+    decoded: int = 0
 
     def __repr__(self) -> str:
         """Return the plan as text."""
@@ -77,6 +87,7 @@ class Plan:
             **({"guidance": self.guidance} if self.guidance else {}),
             "network calls": f"{self.calls}, each on one tile of one sample"
             + (f", and at most {self.gradients} gradients through it" if self.gradients else ""),
+            **({"decoder": f"{self.decoded} states of latent vectors"} if self.decoded else {}),
             "memory": f"{_bytes(self.memory)} for each part that is computed at the same time",
         }
         return f"<xgenda.Plan for {self.model!r}>\n" + "\n".join(f"  {k:<14} {v}" for k, v in rows.items())
@@ -105,7 +116,9 @@ def plan(
     """Return what `downscale`, `assimilate` or `forecast` would do with the same arguments: network calls, tiles, memory. Nothing is computed.
 
     Memory is predicted by replaying the calls without their numbers; on a CPU it was within 5 % of what was measured for networks of 80 million
-    parameters, see the benchmarks. Observations are not asked for: what they take is not counted, and their operators count as linear.
+    parameters, see the benchmarks. Observations are not asked for: what they take is not counted, and their operators count as linear. Where they
+    are more precise than the lowest noise level a few more calls are made. Of a latent model the calls and states that its background check
+    takes, once in a process, are counted.
 
     Parameters
     ----------
@@ -119,7 +132,7 @@ def plan(
     Raises
     ------
     OptionError
-        If the model is no diffusion model, or an option is not for it.
+        If the model is no diffusion model, or of a latent model is searched, or an option is not for it.
 
     Examples
     --------
@@ -136,7 +149,7 @@ def plan(
     chosen = choose_model(model, state.ds, state.layout, state.grid, task=task)
     time = state.layout.time
     times = state.ds.sizes[time] if time in state.ds.dims else 1
-    if isinstance(chosen, (DiffusionModel, BackgroundModel)):
+    if isinstance(chosen, (DiffusionModel, BackgroundModel, LatentModel)):
         left = {"tile": tile, "overlap": overlap, "chunks": chunks}
         if unfit := [f"{k}={v!r}" for k, v in left.items() if v not in ("auto", None)]:
             raise OptionError(f"{unfit[0]} has no effect: model={chosen.spec.name!r} is not for downscaling. Leave it out.")
@@ -144,7 +157,8 @@ def plan(
             guidance, sampler, steps, batch_size, guidance_options=dict(guidance_options or {}),
             sampler_options=dict(sampler_options or {}),
         )  # fmt: skip
-        return _guided(chosen, asked, times, check_count("members", members))
+        count = check_count("members", members)
+        return _of_codes(chosen, asked, times, count) if isinstance(chosen, LatentModel) else _guided(chosen, asked, times, count)
     if not isinstance(chosen, CorrectiveModel):
         raise OptionError(f"model={chosen.spec.name!r} is no diffusion model; there is nothing to plan: call the verb itself.")
     if guidance != "auto" or guidance_options:
@@ -191,8 +205,7 @@ def _guided(model: DiffusionModel | BackgroundModel, asked: SamplingOptions, tim
     options = model.plan(asked)
     batch, plane = int(options.batch_size or 1), model.spec.grid.plane if model.spec.grid is not None else (1, 1)
     window = model.window if isinstance(model, DiffusionModel) else 1
-    if times < window:
-        raise OptionError(f"ds has {times} times, and the windows of model={model.spec.name!r} {window}; give at least {window}.")
+    _check_times(model.spec.name, times, window)
     # of a trajectory all times are one sample, and the network is asked for each of its windows
     spans, windows = (times, 1) if window == 1 else (1, times - window + 1)
     count = min(batch, spans * members)
@@ -215,10 +228,56 @@ def _guided(model: DiffusionModel | BackgroundModel, asked: SamplingOptions, tim
     through = 0 if model.spec.task == "forecast" else goes_through(options.guidance, options.guidance_options)
     peak, held = guided_memory(denoise, shape, condition, sampler=options.sampler, through=through > 0)
     once = spans * members * windows * tiles
-    evaluations = once * model.calls(options)
-    if isinstance(model, BackgroundModel) and model.regression is not None:
-        evaluations += times
+    calls = once * evaluations(options)
+    first = times if isinstance(model, BackgroundModel) and model.regression is not None else 0
     return Plan(
-        model.spec.name, times * members, plane, plane, 1, tile, tiles, evaluations, peak + held, once * model.calls(options) * through,
+        model.spec.name, times * members, plane, plane, 1, tile, tiles, calls + first, peak + held, calls * through,
         "" if model.spec.task == "forecast" else options.guidance,
     )  # fmt: skip
+
+
+def _of_codes(model: LatentModel, asked: SamplingOptions, times: int, members: int) -> Plan:
+    """Return what an analysis by a diffusion of latent vectors would do."""
+    options, name = model.plan(asked), model.spec.name
+    if model.prior is None or options.sampler not in SAMPLERS:
+        raise OptionError(
+            f"model={name!r} is searched with sampler={options.sampler!r}, and how often it is decoded depends on the observations; there is "
+            f"nothing to plan: call the verb itself. A diffusion of its latent vectors is what train(latent_prior='diffusion') learns."
+        )
+    _check_times(name, times, model.window)
+    spans, length = (times, 1) if model.window == 1 else (1, times)
+    windows, count = length - model.window + 1, min(int(options.batch_size or 1), spans * members)
+    denoise: Any = copy.copy(model.prior)
+    denoise.anchor = copy.deepcopy(denoise.anchor)
+    if model.window > 1:
+        denoise = TrajectoryDenoiser(denoise, model.window // 2)
+        denoise.whole(times)  # found by its numbers
+
+    def decode(z: Tensor) -> Tensor:
+        return model.network.decode(z.reshape(-1, model.latent)).reshape(len(z), -1)
+
+    def observe(z: Tensor) -> None:
+        state, tangent = linearised(decode, z.flatten(1))
+        tangent.back(tangent.forth(z.flatten(1)) + state)
+
+    through = goes_through(options.guidance, {k: v for k, v in options.guidance_options.items() if k != "decoder_error"})
+    shape = (count, *((times,) if model.window > 1 else ()), model.latent, 1, 1)
+    peak, held = guided_memory(denoise, shape, sampler=options.sampler, through=through > 0, observe=observe)
+    # of the background check: draws of the prior, and their states
+    drawn = guided_memory(model.prior, (DRAWS, model.window * model.latent, 1, 1))[0]
+    checked = max(drawn, peak_memory(decode, (AT_ONCE, model.latent))[0])
+    once = evaluations(options)
+    calls, samples = spans * members * windows * once, times * members
+    # departures and derivatives at each evaluation, and the states in the end; and before them the derivatives at the middle
+    decoded = samples * (2 * once + 1) + times * model.latent
+    assert model.spec.grid is not None
+    plane = model.spec.grid.plane
+    moments = DRAWS * network_calls("heun", DIFFUSION_STEPS)
+    return Plan(
+        name, samples, plane, plane, 1, plane, 1, calls + moments, max(peak, checked) + held, calls * through, options.guidance, decoded + DRAWS,
+    )  # fmt: skip
+
+
+def _check_times(name: str, times: int, window: int) -> None:
+    if times < window:
+        raise OptionError(f"ds has {times} times, and the windows of model={name!r} {window}; give at least {window}.")

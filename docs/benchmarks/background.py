@@ -31,6 +31,7 @@ import xgenda
 from xgenda.diffusion.anchors import Spectral
 from xgenda.grids import EARTH_RADIUS, ROTATION
 from xgenda.models.background import BackgroundModel
+from xgenda.models.conditioning import evaluations
 from xgenda.models.generative import SamplingOptions
 from xgenda.twins import OCEAN_TRACERS, OCEAN_VARIABLES, QGState, TwoLayerQG, _random_flow, ocean_surface
 
@@ -293,7 +294,7 @@ def main() -> None:
                 if options.ways is not None:
                     print(share, np.round(values[-1], 3), flush=True)
             planned = model.plan(SamplingOptions(**asked))
-            row(name, level, values, model.calls(planned), time.perf_counter() - begin)
+            row(name, level, values, evaluations(planned), time.perf_counter() - begin)
 
 
 def trained(options: argparse.Namespace, forecasts: np.ndarray, truth: np.ndarray) -> BackgroundModel:

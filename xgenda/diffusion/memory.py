@@ -270,6 +270,7 @@ def guided_memory(
     *,
     sampler: str = "heun",
     through: bool = False,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> tuple[int, int]:
     """Predict what sampling of one batch under guidance takes, without what the observations themselves take.
 
@@ -283,6 +284,8 @@ def guided_memory(
         As in `xgenda.diffusion.samplers`.
     through
         Whether the guidance goes through the network, see `xgenda.diffusion.guidance.goes_through`: all activations are then kept.
+    observe
+        What is done with a denoised state to find what is observed of it, and the way back, where that is more than a linear map.
 
     Returns
     -------
@@ -296,11 +299,16 @@ def guided_memory(
 
         def guided(x: Tensor, sigma: float) -> Tensor:
             if not through:
-                return denoise(x, sigma, *extra)
+                clean = denoise(x, sigma, *extra)
+                if observe is not None:
+                    observe(clean)
+                return clean
             with torch.enable_grad():
                 x = x.detach().requires_grad_(True)
                 clean = denoise(x, sigma, *extra)
             state = clean.detach()
+            if observe is not None:
+                observe(state)
             (pulled,) = torch.autograd.grad(clean, x, state, retain_graph=True)  # as for several gradients
             return state + pulled
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
-from xgenda.diffusion.samplers import network_calls
 from xgenda.errors import OptionError, check_choice
 from xgenda.models.conditioning import (
     BATCH,
@@ -75,10 +74,6 @@ class BackgroundModel(CorrectiveModel):
     def work(self, times: int, members: int, options: SamplingOptions) -> int:
         """Return the number of sampler steps of all samples."""
         return times if options.stage == "mean" else times * members * int(options.steps or STEPS)
-
-    def calls(self, options: SamplingOptions) -> int:
-        """Return the number of network evaluations of one member."""
-        return network_calls(options.sampler, int(options.steps or STEPS), options.sampler_options) + 1
 
     def prior_moments(self, request: Request) -> tuple[Tensor, Tensor]:
         """Return the expected truth and the standard deviation of the error around it, in physical units, for the background check."""

@@ -27,7 +27,7 @@ from xgenda.diffusion.guidance import GUIDANCES, LIKELIHOODS, factorises, guidan
 from xgenda.diffusion.masks import OnPlane, OnSphere, Places
 from xgenda.diffusion.noise import LabelledNoise
 from xgenda.diffusion.random_fields import Colour
-from xgenda.diffusion.samplers import SAMPLERS, Noise, integrate, sampler_options
+from xgenda.diffusion.samplers import SAMPLERS, Noise, integrate, network_calls, sampler_options
 from xgenda.diffusion.schedules import SCHEDULES, noise_levels
 from xgenda.errors import OptionError, check_choice, check_count
 from xgenda.models.generative import PointEvidence, Request, SamplingOptions
@@ -278,6 +278,12 @@ def from_noise(
         # around zero removes the largest error of a finite highest level where the state is far from the expected one.
         x = x + guided(x, high)
         return integrate(guided, x, [*levels[:-1], *added, 0.0], options.sampler, noise, done, **options.sampler_options)
+
+
+def evaluations(options: SamplingOptions) -> int:
+    """Return how often `from_noise` asks for a denoised state, without the levels that precise observations add."""
+    assert options.steps is not None
+    return network_calls(options.sampler, options.steps, options.sampler_options) + 1
 
 
 def places_of(grid: AnyGrid, periodic: object) -> Places:

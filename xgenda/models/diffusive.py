@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from xgenda.diffusion.anchors import Anchor, Separable, Spectral, anchor_tensors, read_anchor
 from xgenda.diffusion.denoisers import Denoiser, EDMDenoiser
 from xgenda.diffusion.guidance import WHITE_ONLY
-from xgenda.diffusion.samplers import network_calls
 from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.errors import OptionError, check_choice, check_count
@@ -267,10 +266,6 @@ class DiffusionModel(GenerativeModel):
         out = DiffusionModel(spec, EDMDenoiser(built, None, False), covariance)
         out.sha256 = content_hash(out)  # by which lazy results are told apart
         return out
-
-    def calls(self, options: SamplingOptions) -> int:
-        """Return the number of network evaluations of one member."""
-        return network_calls(options.sampler, int(options.steps or STEPS), options.sampler_options) + 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Return weights, anchor, and the Gaussian for guidance where that is another one."""

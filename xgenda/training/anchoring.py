@@ -106,7 +106,7 @@ def correlation_in_time(z: np.ndarray, samples: Samples, fold: np.ndarray, windo
             total[lag] += float((z[rows[lag:]] * z[rows[: len(rows) - lag]]).sum())
             count[lag] += len(rows) - lag
     found = np.where(count > 0, total / np.maximum(count, 1), 0.0)
-    found /= found[0]
+    found = found / found[0] if found[0] > 0 else np.eye(window)[0]  # of states that are all the same nothing is known
     while np.linalg.eigvalsh(found[np.abs(np.subtract.outer(np.arange(window), np.arange(window)))])[0] < FLOOR:
         found[1:] *= 0.99
     return torch.as_tensor(found)

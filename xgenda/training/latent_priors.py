@@ -203,7 +203,9 @@ def check_same_fields(model: LatentModel, corpus: Corpus) -> None:
 
 def _kurtosis(codes: Tensor) -> float:
     away = codes - codes.mean(0)
-    return float((away**4).mean(0).div(away.square().mean(0).square()).mean()) - 3.0
+    power = away.square().mean(0)
+    varying = power > 0  # those of a network that explains nothing are all the same
+    return float((away**4).mean(0)[varying].div(power[varying].square()).mean()) - 3.0 if bool(varying.any()) else 0.0
 
 
 def _card(report: dict[str, Any]) -> str:
