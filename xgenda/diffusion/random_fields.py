@@ -229,9 +229,10 @@ class TorusField(_Waves):
         self.left_out = max(0.0, 1.0 - _whole(power, shape[1]))
         super().__init__(shape, std**2 * power, shape)
 
-    def on(self, shape: tuple[int, int]) -> TorusField:
-        """Return the same fields on another grid of the same box."""
-        return TorusField(shape, self.kernel, size=self.size, std=self.std, cutoff=self.cutoff, folded=self.folded)
+    def on(self, shape: tuple[int, int], folded: bool | None = None) -> TorusField:
+        """Return the same fields on another grid of the same box; `folded` there as here, or as is said."""
+        folded = self.folded if folded is None else folded
+        return TorusField(shape, self.kernel, size=self.size, std=self.std, cutoff=self.cutoff, folded=folded)
 
     def limited(self, x: Tensor) -> Tensor:
         """Return fields (..., ny, nx) without the waves that this noise does not have, those beyond `cutoff`."""

@@ -124,15 +124,20 @@ def mesh_arguments(
     }  # fmt: skip
 
 
+def default_modes(plane: tuple[int, int]) -> int:
+    """Return the highest wave of the layers of a neural operator for which none was asked."""
+    return max(2, min(plane) // 4)
+
+
 def operator_arguments(
     channels: int, condition: int, width: int, grid: Any, periodic: Any, given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the arguments of a neural operator, which on other grids than this one goes on working on this one's waves."""
     periodic = bool(grid.periodic) if periodic is None else periodic
     options: dict[str, Any] = {
-        "modes": max(2, min(grid.plane) // 4), "rank": None, "position": 0 if periodic == "both" else 2, "resolution": list(grid.plane),
+        "modes": default_modes(grid.plane), "rank": None, "position": 0 if periodic == "both" else 2, "resolution": list(grid.plane),
     } | dict(given or {})  # fmt: skip
-    if not isinstance(options["resolution"], int):
+    if isinstance(options["resolution"], (tuple, list)):
         options["resolution"] = list(options["resolution"])
     return {
         "architecture": "uno", "channels": channels, "condition_channels": condition, "width": width, "multipliers": [1, 2, 2],

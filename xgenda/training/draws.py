@@ -15,7 +15,7 @@ class Draws:
     Parameters
     ----------
     seed, step
-        The key.
+        The key; step 0 is validation.
     size
         Samples of the whole batch.
     part
@@ -29,11 +29,17 @@ class Draws:
     ) -> None:
         state = np.random.SeedSequence([seed % 2**63, step]).generate_state(1)
         self.generator, self.size = torch.Generator().manual_seed(int(state[0])), size
-        self.own, self.place = torch.arange(size).tensor_split(part[1])[part[0]], place
+        self.own, self.place, self.step = torch.arange(size).tensor_split(part[1])[part[0]], place, step
 
     def integers(self, below: int) -> Tensor:
         """Return one whole number for each sample."""
         return torch.randint(below, (self.size,), generator=self.generator)[self.own]
+
+    def choice(self, weights: Sequence[float]) -> int:
+        """Return the number of one of some alternatives, with probabilities in proportion to weights, for all samples; 0 in validation."""
+        if self.step == 0:
+            return 0
+        return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=self.generator))
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Return standard normal numbers of this shape for each sample."""

@@ -51,6 +51,7 @@ from xgenda.training.priors import PriorRecipe, train_prior
 from xgenda.training.processes import Accelerated, Processes, Single, launched, launched_in_bfloat16
 from xgenda.training.reporting import Callback
 from xgenda.training.reservoirs import Large
+from xgenda.training.resolutions import check_coarse, check_resolutions
 from xgenda.training.sources import open_source
 from xgenda.training.statistics import content_of, fingerprint
 from xgenda.training.transfer import FREEZE
@@ -115,6 +116,7 @@ def train(
     architecture: str = "unet",
     network_options: Mapping[str, Any] | None = None,
     noise: Mapping[str, Any] | None = None,
+    resolutions: Sequence[int] = (1,),
     weights: str | Mapping[str, float] = "auto",
     freeze: str = "none",
     adapters: int | None = None,
@@ -266,6 +268,10 @@ def train(
         'published'; 'length', as a share of the longer side of the box; 'cutoff', the most waves across it, for noise that is the same
         function on every grid: ``noise={"kind": "exponential", "length": 0.1}``. It must be as rough as the fields. There is no Gaussian to
         start from then; that of guidance 'anchor' is homogeneous.
+    resolutions
+        Of a neural operator with `noise`: each step takes the batch on the grid of `ds` (1), or on one of 1/2 or 1/4 as many rows and columns,
+        ``resolutions=(1, 2, 4)``, without the waves that it does not show. Steps on a coarse grid cost in proportion to its cells, and are drawn so
+        often that each resolution gets the same processor time; validation is on the grid of `ds`. The network works on the grid of its input.
     weights
         What counts how much in the loss, in training and validation. 'auto': cells by their area, on grids around the sphere whose areas
         differ by more than a factor of two; 'area': on any grid of latitudes and longitudes; 'none'; 'pressure': as 'auto', and levels in
@@ -408,6 +414,7 @@ def train(
     check_choice("architecture", architecture, ARCHITECTURES)
     network_options = check_network_options(architecture, network_options)
     noise = check_noise(noise)
+    resolutions = check_resolutions(resolutions, task, architecture, noise, network_options)
     anchor = check_coloured(noise, task, periodic, anchor, window, start)
     check_weights(weights)
     if architecture in ("mesh", "uno") and tile is not None:
@@ -526,9 +533,12 @@ def train(
     else:
         crops = None if tile is None else check_tile(tile, open_source(ds, chosen), periodic)
         corpus = open_corpus(ds, chosen, parse_memory(memory), window, climatology, transform, offset, bounds, progress)
+        check_coarse(resolutions, corpus.samples.grid.plane, corpus.samples.valid is not None, network_options)
         if start is not None and start.spec.kind == "diffusion":
             check_common(start, corpus.samples.variables, "ds")
         content = {"ds": fingerprint(ds if corpus.source is None else corpus.source) if out is not None else ""}
+    if len(resolutions) > 1:
+        network_options = {**network_options, "resolution": None}
     rate = learning_rate or (LEARNING_RATE if start is None else LEARNING_RATE / 2)
     journal = Journal()
     if target_file is not None:
@@ -541,6 +551,7 @@ def train(
             "mean_condition": mean_condition, "tile": tile, "variables": chosen, "climatology": climatology, "transform": transform,
             "offset": offset, "bounds": bounds, "anchor": anchor, "window": window, "periodic": periodic, "width": width,
             "architecture": architecture, "network_options": network_options or None, **({"noise": noise} if noise else {}),
+            **({"resolutions": list(resolutions)} if len(resolutions) > 1 else {}),
             "weights": weights if isinstance(weights, str) else dict(weights), "freeze": freeze, "adapters": adapters, "augment": augment,
             "validation": str(validation),
             "start": None if start is None else start.sha256, "epochs": epochs, "steps": steps,
@@ -582,6 +593,7 @@ def train(
                 weights,
                 crops,
                 noise,
+                resolutions,
             )
             model: GenerativeModel = train_prior(corpus, prior_recipe, start, optimiser, name, licence)
         elif task in ("autoencoder", "conversion"):

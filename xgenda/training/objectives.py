@@ -19,8 +19,10 @@ from torch import Tensor
 from xgenda.diffusion.anchors import Anchor
 from xgenda.diffusion.denoisers import precondition
 from xgenda.diffusion.random_fields import TorusField
+from xgenda.networks.uno import resample
 from xgenda.training.draws import Draws, cut
 from xgenda.training.fields import Fields, InMemory
+from xgenda.training.resolutions import drawn, step_cost
 
 __all__ = ["Batch", "Denoising", "Draws", "Regression", "cut", "rolled"]
 LEVELS = 48
@@ -77,6 +79,9 @@ class Denoising:
     noise
         Covariance of the noise, on the grid of the states; None for white noise. Where it is band-limited, so are the states that are learnt:
         what is never under noise would give away the answer.
+    resolutions
+        In ascending order; a step takes the batch on the grid of 1 / f as many rows and columns, see `xgenda.training.resolutions`. With noise, and
+        without anchors, condition and tile.
     """
 
     def __init__(
@@ -93,11 +98,15 @@ class Denoising:
         weights: Tensor | None = None,
         wraps: bool = False,
         noise: TorusField | None = None,
+        resolutions: Sequence[int] = (1,),
     ) -> None:
-        self.weights, self.wraps, self.noise = weights, wraps, noise
+        self.weights, self.wraps, self.resolutions, self.cost = weights, wraps, resolutions, step_cost(resolutions)
         self.fields = InMemory(states) if isinstance(states, Tensor) else states
         self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
         self.feeds_state, self.shifts = feeds_state, (shifts, shifts) if isinstance(shifts, int) else shifts
+        ny, nx = self.fields.shape[-2:]
+        # on a coarse grid with nothing of the waves that it does not show: what `resample` makes of the noise of the fine one
+        self.noises = {f: noise if f == 1 or noise is None else noise.on((ny // f, nx // f), folded=False) for f in resolutions}
         self.levels = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), LEVELS, dtype=torch.float64).tolist()
 
     def batch(self, rows: Tensor, states: Tensor, draws: Draws, given: Tensor | None = None) -> Batch:
@@ -110,10 +119,14 @@ class Denoising:
         condition = None if condition is None else cut(condition, corner, self.tile)
         if self.anchors is None and clean.shape[-2:] == self.fields.shape[-2:]:
             clean = cut(clean, corner, self.tile)
+        factor = 1 if len(self.resolutions) == 1 else drawn(self.resolutions, draws)
+        colour = self.noises[factor]
+        if factor > 1 and colour is not None:
+            clean = resample(clean, colour.shape, limit=True)
         level = draws.integers(len(self.levels))
         noise = draws.normal(clean.shape[1:])
-        if self.noise is not None:
-            noise, clean = self.noise.root(noise), self.noise.limited(clean)
+        if colour is not None:
+            noise, clean = colour.root(noise), colour.limited(clean)
         part = None if self.anchors is None else corner  # what is left to cut
         inputs, targets, labels, fed = [], [], [], []
         for i in range(len(rows)):
@@ -133,7 +146,7 @@ class Denoising:
             torch.cat(parts, 1) if parts else None,
             torch.stack(targets),
             corner,
-            None if self.weights is None else cut(self.weights, corner, self.tile),
+            None if self.weights is None else cut(self.weights[..., ::factor, ::factor], corner, self.tile),
         )
 
 

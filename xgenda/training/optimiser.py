@@ -210,7 +210,7 @@ class _Fit:
         held = evenly_spaced(held, most)
         repeats = max(1, min(4, most // len(held)))
         self.checks = self._checks(held, repeats)
-        work = repeats * len(held) / (3 * how.batch_size)  # of a validation, in steps
+        work = repeats * len(held) / (3 * how.batch_size * getattr(objective, "cost", 1.0))  # of a validation, in steps
         self.interval = max(LEAST_INTERVAL, min(per_epoch, LARGEST_INTERVAL), math.ceil(work / VALIDATION_SHARE))
         # what a resumed training finds again
         self.step = self.best_step = self.waited = self.validated = 0

@@ -84,6 +84,7 @@ class PriorRecipe:
     weights: str | Mapping[str, float] = "auto"
     tile: Tile | str | None = None
     noise: Mapping[str, Any] = field(default_factory=dict)
+    resolutions: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +169,7 @@ def train_prior(
     sigma_max = highest_sigma(final) if noise is None else max(80.0, noise.highest_sigma(_spectrum(z, noise.shape)))
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
-        shifts=shifts, tile=tile, weights=counts, wraps=samples.grid.periodic, noise=noise,
+        shifts=shifts, tile=tile, weights=counts, wraps=samples.grid.periodic, noise=noise, resolutions=recipe.resolutions,
     )  # fmt: skip
     compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
 
@@ -199,6 +200,8 @@ def train_prior(
     }
     if tile is not None:
         record["crops"] = f"{tile[0]} x {tile[1]} of {plane[0]} x {plane[1]} cells"
+    if len(recipe.resolutions) > 1:
+        record["resolutions"] = ", ".join(f"{plane[0] // f} x {plane[1] // f}" for f in recipe.resolutions) + " cells"
     extra |= {} if spacing is None else {"window": recipe.window, "spacing": spacing}
     extra |= {"noise": dict(recipe.noise)} if recipe.noise else {}
     spec = ModelSpec(
