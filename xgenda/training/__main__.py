@@ -19,7 +19,7 @@ from xgenda.errors import GendaError, OptionError
 DATASETS = ("target", "statics")
 NOT_HERE = ("ds", "callbacks")
 TEXTS = ("out", "name", "licence", "start", "memory", *DATASETS)  # also where they look like numbers
-PATIENCE = 15.0  # seconds, in which the launcher ends the other processes once the first one has failed
+PATIENCE = 60.0  # seconds, in which the launcher ends the other processes once the first one has failed
 VALUES = """Values are written as Python writes them, in quotes where the shell would take them apart: --neighbours -1,0,1
 --variables "['t2m', 'msl']" --bounds "{'sst': (271, 310)}"; None, or none, where there is to be none. Periods: --validation 2010/2014."""
 LITERAL = r"""(?P<value>slice\([^()]*\)|'[^']*'|\{[^{}]*\}|\([^()]*\)|\[[^\[\]]*\]|-?\d[\w.+-]*(?<![.])|True|False|None)?"""
