@@ -18,6 +18,7 @@ from xgenda.errors import OptionError
 from xgenda.models.diffusive import DiffusionModel
 from xgenda.networks.uno import UNO
 from xgenda.training.objectives import Denoising, Draws
+from xgenda.training.optimiser import counted
 
 N = 16
 NOISE = {"kind": "exponential", "length": 0.1, "cutoff": 7}
@@ -112,12 +113,46 @@ def test_states_have_no_waves_that_the_noise_has_not() -> None:
         assert torch.fft.rfft2(values, norm="forward").abs()[..., field.power > 0].min() > 1e-5
 
 
+@pytest.mark.parametrize("cutoff", [None, 3])
+def test_the_norm_of_cameron_and_martin_is_that_of_the_inverse_covariance(cutoff: int | None) -> None:
+    """The loss of a batch is r' K^-1 r for its error r, up to a factor that is the same for all errors that the noise can make."""
+    field = TorusField((8, 8), Kernel("matern32", 0.3), cutoff=cutoff)
+    states = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    objective = Denoising(states, torch.zeros(6, dtype=torch.long), None, 0.1, 10.0, noise=field, whitens=True)
+    batch = objective.batch(torch.arange(6), states, Draws(0, 0, 6)).of(torch.arange(3))
+    cells = torch.arange(64)
+    inverse = torch.linalg.pinv(field.block(cells[:, None], cells), hermitian=True, rtol=1e-9)
+    white = torch.fft.irfft2(
+        torch.where(field.power > 0, torch.fft.rfft2(torch.eye(64, dtype=torch.float64).reshape(64, 8, 8)), 0), s=(8, 8)
+    )
+    factor = float(white.square().sum() / torch.einsum("bi,ij,bj->", white.flatten(1), inverse, white.flatten(1)))
+    found = counted(batch.target.double(), batch).square().sum((-2, -1))
+    r = batch.target.double().flatten(-2)
+    torch.testing.assert_close(found, factor * torch.einsum("bci,ij,bcj->bc", r, inverse, r), rtol=1e-5, atol=1e-6)
+    plain = Denoising(states, torch.zeros(6, dtype=torch.long), None, 0.1, 10.0, noise=field)
+    assert plain.batch(torch.arange(6), states, Draws(0, 0, 6)).norm is None
+
+
+def test_training_takes_the_norm_that_was_asked_for(fields: xr.Dataset, tmp_path: Path) -> None:
+    steps = {"steps": 3, **FAST}
+    plain, other = (xgenda.train(fields, noise=NOISE | extra, **steps) for extra in ({"norm": "l2"}, {"norm": "cameron-martin"}))
+    assert isinstance(plain, DiffusionModel)
+    assert isinstance(other, DiffusionModel)
+    assert plain.spec.options["noise"] == NOISE
+    assert other.spec.options["noise"] == NOISE | {"norm": "cameron-martin"}
+    assert other.sha256 != plain.sha256
+    assert other.spec.training["validation_without"] != pytest.approx(plain.spec.training["validation_without"], rel=1e-3)
+    other.save(tmp_path / "model.safetensors")
+    assert isinstance(xgenda.load_model(tmp_path / "model.safetensors"), DiffusionModel)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"noise": "exponential"}, r"noise='exponential' is not accepted; give a mapping: noise=\{'kind'"),
         ({"noise": {"kind": "exponential", "scale": 1}}, r"noise has \['scale'\].*it takes 'kind', 'length', 'nu', 'cutoff'"),
         ({"noise": {"kind": "exponential"}}, "has no 'length'; give it too"),
+        ({"noise": NOISE | {"norm": "l1"}}, r"noise\['norm'\]='l1' is not accepted; choose one of 'l2', 'cameron-martin'"),
         ({"noise": {"kind": "exponental", "length": 0.1}}, "Did you mean 'exponential'"),
         ({"periodic": None}, "pass periodic='both' too"),
         ({"anchor": "eof"}, "anchor='eof' is a denoiser of white noise.*pass anchor=None"),

@@ -242,6 +242,14 @@ class TorusField(_Waves):
         out: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * kept, s=self.shape)
         return out
 
+    def whitened(self, x: Tensor) -> Tensor:
+        """Return K^-1/2 x for fields (..., ny, nx), in the waves that this noise has, scaled to leave them their variance in white noise."""
+        kept = self.power > 0
+        share = torch.where(kept, 1 / self.power.clamp(min=1e-300), 0.0)
+        gain = (share * (_whole(kept.double(), self.shape[1]) / _whole(share, self.shape[1]))).sqrt()
+        out: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * gain.to(device=x.device, dtype=x.dtype), s=self.shape)
+        return out
+
     def rows(self, row: Tensor, column: Tensor) -> Tensor:
         """Return what evaluates the functions of a field with a `cutoff` anywhere, as a matrix.
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from xgenda.diffusion.kernels import KINDS, Kernel
 from xgenda.diffusion.random_fields import TorusField
-from xgenda.errors import OptionError, check_count
+from xgenda.errors import OptionError, check_choice, check_count
 
-OPTIONS = ("kind", "length", "nu", "cutoff")
+OPTIONS = ("kind", "length", "nu", "cutoff", "norm")
+NORMS = ("l2", "cameron-martin")
 EXAMPLE = "noise={'kind': 'exponential', 'length': 0.1}"
 
 
@@ -20,7 +21,7 @@ def check_noise(given: Any) -> dict[str, Any]:
     ----------
     given
         None, or a mapping with 'kind' (one of `xgenda.diffusion.kernels.KINDS`), 'length' (as a share of the longer side of the box), 'nu'
-        for 'matern', and 'cutoff', the largest number of waves across the longer side.
+        for 'matern', 'cutoff', the largest number of waves across the longer side, and 'norm', in which space the loss is, one of `NORMS`.
 
     Raises
     ------
@@ -43,6 +44,8 @@ def check_noise(given: Any) -> dict[str, Any]:
         out["nu"] = float(kernel.nu)
     if given.get("cutoff") is not None:
         out["cutoff"] = check_count("noise['cutoff']", given["cutoff"])
+    if check_choice("noise['norm']", given.get("norm", "l2"), NORMS) != "l2":
+        out["norm"] = given["norm"]
     return out
 
 

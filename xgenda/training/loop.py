@@ -267,7 +267,8 @@ def train(
         be refined (`model.refined(2)`). A mapping: 'kind', 'exponential', 'matern32', 'matern52', 'matern' (with 'nu'), 'gaussian' or
         'published'; 'length', as a share of the longer side of the box; 'cutoff', the most waves across it, for noise that is the same
         function on every grid: ``noise={"kind": "exponential", "length": 0.1}``. It must be as rough as the fields. There is no Gaussian to
-        start from then; that of guidance 'anchor' is homogeneous.
+        start from then; that of guidance 'anchor' is homogeneous. 'norm' is that of the loss: 'l2', or 'cameron-martin',
+        of K^-1/2 times the error, where each wave counts in proportion to the noise that it was under.
     resolutions
         Of a neural operator with `noise`: each step takes the batch on the grid of `ds` (1), or on one of 1/2 or 1/4 as many rows and columns,
         ``resolutions=(1, 2, 4)``, without the waves that it does not show. Steps on a coarse grid cost in proportion to its cells, and are drawn so
@@ -337,6 +338,7 @@ def train(
     Lam, R. et al. (2023), Learning skillful medium-range global weather forecasting, Science 382, 1416-1421, doi:10.1126/science.adi2336, for
     the architecture 'mesh' and `weights`.
     Rozet, F. and Louppe, G. (2023), Score-based data assimilation, arXiv:2306.10574, for `window`.
+    Pidstrigach, J. et al. (2023), Infinite-dimensional diffusion models, arXiv:2302.10130, for `noise`.
     Mardani, M. et al. (2023), Residual corrective diffusion modeling for km-scale atmospheric downscaling, arXiv:2309.15214.
 
     Examples

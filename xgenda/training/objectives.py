@@ -10,7 +10,7 @@ residuals would be too small, and the network would learn a confidence that does
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,8 @@ LEVELS = 48
 class Batch:
     """Input, noise label, condition and target of a network, for a number of samples; of a part of the grid, its first row and column.
 
-    `weight`, of the shape of one target, is what each of its values counts in the loss; None: all the same.
+    `weight`, of the shape of one target, is what each of its values counts in the loss; None: all the same. `norm` is a linear map of answers and
+    targets before that; None: none.
     """
 
     x: Tensor
@@ -41,11 +42,12 @@ class Batch:
     target: Tensor
     corner: tuple[int, int] | None = None
     weight: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
 
     def of(self, rows: Tensor) -> Batch:
         """Return some of the samples."""
         condition = None if self.condition is None else self.condition[rows]
-        return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner, self.weight)
+        return Batch(self.x[rows], self.label[rows], condition, self.target[rows], self.corner, self.weight, self.norm)
 
 
 class Denoising:
@@ -79,6 +81,8 @@ class Denoising:
     noise
         Covariance of the noise, on the grid of the states; None for white noise. Where it is band-limited, so are the states that are learnt:
         what is never under noise would give away the answer.
+    whitens
+        Whether the loss is that of the Cameron-Martin space of the noise: of K^-1/2 times the error.
     resolutions
         In ascending order; a step takes the batch on the grid of 1 / f as many rows and columns, see `xgenda.training.resolutions`. With noise, and
         without anchors, condition and tile.
@@ -99,7 +103,9 @@ class Denoising:
         wraps: bool = False,
         noise: TorusField | None = None,
         resolutions: Sequence[int] = (1,),
+        whitens: bool = False,
     ) -> None:
+        self.whitens = whitens
         self.weights, self.wraps, self.resolutions, self.cost = weights, wraps, resolutions, step_cost(resolutions)
         self.fields = InMemory(states) if isinstance(states, Tensor) else states
         self.fold, self.anchors, self.condition, self.tile = fold, anchors, condition, tile
@@ -147,6 +153,7 @@ class Denoising:
             torch.stack(targets),
             corner,
             None if self.weights is None else cut(self.weights[..., ::factor, ::factor], corner, self.tile),
+            colour.whitened if self.whitens and colour is not None else None,
         )
 
 

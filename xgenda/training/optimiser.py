@@ -475,7 +475,9 @@ class _Fit:
                 continue
             count = max(1, batch.target[0].numel()) * len(batch.x)
             total += (
-                float(weighted((self._answers(mine) - mine.target).double().square(), batch).sum()) * self.processes.count / count
+                float(weighted(counted(self._answers(mine) - mine.target, batch).double().square(), batch).sum())
+                * self.processes.count
+                / count
                 if len(own)
                 else 0.0
             )
@@ -493,7 +495,7 @@ class _Fit:
             return self._earn_all(self.objective)
         product = power = target = 0.0
         for batch in self.checks:
-            found, wanted = self._answers(batch), batch.target
+            found, wanted = counted(self._answers(batch), batch), counted(batch.target, batch)
             product += float(weighted((found * wanted).double(), batch).mean()) / len(self.checks)
             power += float(weighted((found**2).double(), batch).mean()) / len(self.checks)
             target += float(weighted((wanted**2).double(), batch).mean()) / len(self.checks)
@@ -548,8 +550,13 @@ class _Fit:
             with self._arithmetic():
                 return self.objective.losses(network, batch, self.how.device).mean()
         found = self._apply(network, batch)
-        loss: Tensor = weighted((found - batch.target.to(self.how.device)).square(), batch).mean()
+        loss: Tensor = weighted(counted(found - batch.target.to(self.how.device), batch).square(), batch).mean()
         return loss
+
+
+def counted(fields: Tensor, batch: Batch) -> Tensor:
+    """Return errors, answers or targets of a batch, shape (n, channels, ny, nx), as their squares count in the loss."""
+    return fields if batch.norm is None else batch.norm(fields)
 
 
 def weighted(values: Tensor, batch: Batch) -> Tensor:

@@ -170,6 +170,7 @@ def train_prior(
     objective = Denoising(
         fields, torch.as_tensor(fold), crossed if feeds_state else None, SIGMA_MIN, sigma_max, feeds_state=feeds_state,
         shifts=shifts, tile=tile, weights=counts, wraps=samples.grid.periodic, noise=noise, resolutions=recipe.resolutions,
+        whitens=recipe.noise.get("norm") == "cameron-martin",
     )  # fmt: skip
     compared = feeds_state and recipe.window == 1 and crossed[HELD].size <= LARGEST_SCORED
 
