@@ -1067,6 +1067,15 @@ NOTHING = {
 }
 
 
+def test_why_nothing_can_be_used_is_said(kit: Kit) -> None:
+    with pytest.warns(UserWarning, match=r"By quality code: bounds \d\. Are they in the units that they say\?$"):
+        kit.assimilate(obs=NOTHING["all impossible"](kit.obs))
+    with pytest.warns(UserWarning, match=r"By quality code: domain \d\.$"):
+        kit.assimilate(obs=NOTHING["all outside"](kit.obs))
+    with pytest.warns(UserWarning, match=r"\(0 given\).*for the reasons\.$"):
+        kit.assimilate(obs=None)
+
+
 @pytest.mark.parametrize("nothing", NOTHING.values(), ids=NOTHING)
 def test_without_observations_the_result_is_the_prior(kit: Kit, nothing) -> None:
     with pytest.warns(

@@ -103,6 +103,10 @@ def test_the_climate_of_the_day_counts() -> None:
     assert "hatched above 0.33" in plot_analysis(ds.isel(member=0), ds, climatology=usual).axes[3].get_title()
     with pytest.raises(OptionError, match="climatology has no day 1,"):
         plot_analysis(ds.isel(member=0), ds, climatology=usual.isel(dayofyear=[1]))
+    with pytest.raises(OptionError, match=r"threshold=0\.5 has no effect without climatology"):
+        plot_analysis(ds.isel(member=0), ds, threshold=0.5)
+    with pytest.raises(OptionError, match="threshold=33 is not accepted; it must be a share between 0 and 1"):
+        plot_analysis(ds.isel(member=0), ds, climatology=usual, threshold=33)
     with pytest.raises(OptionError, match="threshold=0 is not accepted"):
         plot_analysis(ds.isel(member=0), ds, climatology=usual, threshold=0)
     with pytest.raises(OptionError, match="a field of standard deviations is needed"):

@@ -311,8 +311,12 @@ def analysed(
     nothing = setup.located is None or not (setup.located.table.code == Quality.USED).any()
     if nothing:
         count = 0 if setup.located is None else len(setup.located.table)
+        by_code = {} if setup.located is None else count_codes(setup.located.table.code)
+        reasons = ", ".join(f"{n} {k}" for n, k in by_code.items() if n != "used")
         warnings.warn(
-            f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons.",
+            f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons."
+            + (f" By quality code: {reasons}." if reasons else "")
+            + (" Are they in the units that they say?" if "bounds" in by_code else ""),
             stacklevel=3,
         )
     values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)

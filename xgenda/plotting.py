@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from xgenda.models.generative import GenerativeModel
 
 __all__ = ["animate", "plot_analysis", "plot_reconstruction"]
+THRESHOLD = 0.33  # of the climate's standard deviation, beyond which observations have left most of it
 
 
 def plot_analysis(
@@ -47,7 +48,7 @@ def plot_analysis(
     member: int = 0,
     reference_label: str = "background",
     climatology: xr.Dataset | xr.DataArray | None = None,
-    threshold: float = 0.33,
+    threshold: float = THRESHOLD,
     title: str | None = None,
 ) -> Figure:
     """Draw an ensemble beside what it is compared with: the background it started from, or the truth.
@@ -90,7 +91,7 @@ def plot_analysis(
     MissingDependencyError
         If matplotlib is not installed.
     OptionError
-        If `ensemble` has no member dimension or no such variable, `threshold` is not positive, or `reference` or `climatology` lacks the time or
+        If `ensemble` has no member dimension or no such variable, `threshold` is no share, or `reference` or `climatology` lacks the time or
         the day shown.
     GridError
         If the grids differ.
@@ -105,8 +106,12 @@ def plot_analysis(
     >>> figure = plot_analysis(z.isel(member=0), z.isel(member=slice(1, None)), reference_label="member 1")  # doctest: +SKIP
     """
     pyplot = pyplot_module()
-    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not threshold > 0:
-        raise OptionError(f"threshold={threshold!r} is not accepted; it must be a positive number, for example threshold=0.33.")
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not 0 < threshold <= 1:
+        raise OptionError(
+            f"threshold={threshold!r} is not accepted; it must be a share between 0 and 1, for example threshold=0.33."
+        )
+    if climatology is None and threshold != THRESHOLD:
+        raise OptionError(f"threshold={threshold!r} has no effect without climatology; give it too, or leave threshold out.")
     ensemble, reference = metadata.as_dataset(ensemble, "ensemble"), metadata.as_dataset(reference, "reference")
     state = states.enter(ensemble, "ensemble")
     ensemble, layout = state.ds, state.layout

@@ -317,7 +317,7 @@ class TorusField(_Waves):
             raise OptionError(
                 f"The noise (kind={self.kernel.kind!r}, length={self.kernel.length:g}) is smoother than the prior: it would have to be "
                 f"{level:.2g} standard deviations to drown every wave. Use a rougher or shorter kernel: "
-                f"noise={{'kind': 'exponential', 'length': {self.kernel.scale / 2:.3g}}}"
+                f"noise={{'kind': 'exponential', 'length': {min(0.1, self.kernel.scale / 2):.3g}}}, a share of the longer side of the box."
             )
         return level
 

@@ -300,6 +300,8 @@ def _shifts(recipe: PriorRecipe, samples: Samples) -> tuple[int, int]:
 def _card(anchor: str | None, report: dict[str, Any]) -> str:
     """Say in a sentence what training was worth on the validation block."""
     if anchor is None:
+        if not report["correction_weight"]:
+            return "the network explained nothing on the validation block, and there is no classical answer to fall back on: train for longer"
         return "plain network; no classical answer to fall back on"
     if not report["correction_weight"] and report["steps"] < FEW_STEPS:
         return (
