@@ -121,17 +121,11 @@ def plot_analysis(
     names = metadata.data_variables(ensemble, layout)
     name = check_choice("variable", names[0] if variable is None and names else variable, names)
     size = ensemble.sizes[layout.member]
-    if not isinstance(member, numbers.Integral) or not 0 <= member < size:
-        raise OptionError(
-            f"member={member!r} is not accepted; the ensemble has {size} members, so choose one of 0 to {size - 1}."
-        )
+    _check_number("member", member, size, "the ensemble")
     instant = None
     if layout.time is not None and layout.time in ensemble[name].dims:
         count = ensemble.sizes[layout.time]
-        if not isinstance(time, numbers.Integral) or not 0 <= time < count:
-            raise OptionError(
-                f"time={time!r} is not accepted; the ensemble has {count} times, so choose one of 0 to {count - 1}."
-            )
+        _check_number("time", time, count, "the ensemble")
         instant = ensemble[layout.time].values[time]
     usual = None if climatology is None else _usual(climatology, state, name, instant)
     members = fields_at(ensemble, name, layout, time)
@@ -258,8 +252,7 @@ def plot_reconstruction(
     found = downscale(ds, model=reconstructing(chosen), stage="mean", target=ds, progress=False)
     name = check_choice("variable", variable or next(iter(found.data_vars)), [str(n) for n in found.data_vars])
     count = 1 if layout.time is None or layout.time not in state.ds[name].dims else state.ds.sizes[layout.time]
-    if not isinstance(time, numbers.Integral) or not 0 <= time < count:
-        raise OptionError(f"time={time!r} is not accepted; ds has {count} times, so choose one of 0 to {count - 1}.")
+    _check_number("time", time, count, "ds")
     instant = None if layout.time is None else np.atleast_1d(state.ds[layout.time].values)[time]
     original, again = ([fields_at(of, name, layout, t)[0] for t in range(count)] for of in (state.ds, states.enter(found).ds))
     given, decoded = np.stack(original), np.stack(again)
@@ -299,6 +292,14 @@ def plot_reconstruction(
     figure.suptitle(title or str(attrs.get("long_name") or attrs.get("standard_name") or name) + stamp(instant))
     drawn: Figure = figure
     return drawn
+
+
+def _check_number(argument: str, found: object, count: int, owner: str) -> None:
+    """Refuse what is not the number of a member or time of an owner that has so many of them."""
+    if not isinstance(found, numbers.Integral) or not 0 <= int(found) < count:
+        raise OptionError(
+            f"{argument}={found!r} is not accepted; {owner} has {count} {argument}s, so choose one of 0 to {count - 1}."
+        )
 
 
 def _compared(reference: xr.Dataset, state: State, name: str, instant: Any, time: int) -> np.ndarray:

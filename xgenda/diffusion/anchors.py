@@ -19,9 +19,7 @@ from xgenda.errors import OptionError
 
 FEW_CHANNELS = 8  # up to which sums over channels are faster than a batch of tiny matrix products
 CACHE_ELEMENTS = 2**24  # of all noise levels of one anchor together
-LARGEST_BETWEEN = (
-    2**24
-)  # entries of a matrix between cells, beyond which a homogeneous covariance is applied to the rows of an operator
+LARGEST_BETWEEN = 2**24  # entries of a matrix between cells, beyond which a covariance is applied to the rows of an operator
 
 
 class Anchor(Covariance, Protocol):
@@ -377,7 +375,7 @@ class SpectralConditional:
     def observed(self, columns: Tensor, matrix: Tensor) -> Tensor:
         """Return A C A^T."""
         if len(columns) ** 2 > LARGEST_BETWEEN:
-            parts, n = [], self.shape[0] * self.shape[1] * self.shape[2]
+            parts, n = [], len(self.variance)
             for some in matrix.split(max(1, LARGEST_BETWEEN // n)):
                 whole = torch.zeros(len(some), n, dtype=torch.float64)
                 whole[:, columns] = some

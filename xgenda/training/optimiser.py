@@ -474,13 +474,9 @@ class _Fit:
                 total += self._own_losses(self.objective, mine) * self.processes.count / len(batch.x)
                 continue
             count = max(1, batch.target[0].numel()) * len(batch.x)
-            total += (
-                float(weighted(counted(self._answers(mine) - mine.target, batch).double().square(), batch).sum())
-                * self.processes.count
-                / count
-                if len(own)
-                else 0.0
-            )
+            if len(own):
+                wrong = counted(self._answers(mine) - mine.target, batch)
+                total += float(weighted(wrong.double().square(), batch).sum()) * self.processes.count / count
         return self.processes.mean(total / len(self.checks))
 
     @torch.no_grad()
