@@ -391,6 +391,11 @@ CASES: dict[str, Case] = {
         OptionError,
         r"guidance='mmp' is not accepted; choose one of .*Did you mean 'mmps'",
     ),
+    "guidance in capitals": (
+        lambda k: k.diffuse(guidance="MMPS"),
+        OptionError,
+        r"guidance='MMPS' is not accepted; choose one of .*Did you mean 'mmps'",
+    ),
     "guidance of another model": (
         lambda k: k.assimilate(guidance="sda"),
         OptionError,
@@ -1083,6 +1088,9 @@ def test_without_observations_the_result_is_the_prior(kit: Kit, nothing) -> None
     ) as caught:
         found = kit.assimilate(obs=nothing(kit.obs), members=400)
     assert caught[0].filename == __file__  # at the line of the user
+    with pytest.warns(UserWarning, match="No observation can be used") as caught:
+        kit.ds.genda.assimilate(nothing(kit.obs), model=kit.prior, members=2)
+    assert caught[0].filename == __file__
     spread = found.t2m.std("member", ddof=1)
     assert np.abs(found.t2m.mean("member") - kit.ds.t2m).max() < 5 * 2.0 / np.sqrt(400)
     assert float(np.sqrt((spread**2).mean())) == pytest.approx(2.0, rel=0.15)

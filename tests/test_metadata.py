@@ -307,7 +307,7 @@ def test_attributes_and_encoding(analysis: xr.Dataset, background: xr.Dataset) -
     assert analysis.attrs["title"] == "a test"
     first, line = analysis.attrs["history"].split("\n")
     assert first == "2018-11-20: made"
-    assert line.endswith("assimilate(model='gaussian-exponential', members=3, seed=5, guidance='exact')")
+    assert line.endswith("assimilate(model='gaussian-exponential', members=3, seed=5, guidance='exact', sampler='exact')")
     assert f"xgenda {xgenda.__version__}" in line
     assert analysis.attrs["xgenda_seed"] == 5
     assert len(analysis.attrs["xgenda_model_sha256"]) == 64

@@ -158,6 +158,13 @@ def test_a_single_field() -> None:
         assert np.isnan(score(scores, metric))
 
 
+@pytest.mark.parametrize("members", [2, 3])
+def test_the_variance_of_three_members_is_no_measure_of_single_errors(members: int) -> None:
+    scores = xgenda.verify(fields(members), fields(None, seed=1))
+    assert np.isnan(score(scores, "chi2"))
+    assert score(scores, "spread_skill") == pytest.approx(1.0, abs=0.1)
+
+
 def test_gaps_in_the_truth_count_nowhere() -> None:
     ensemble, truth = fields(5), fields(None, seed=1)
     ensemble["t2m"][..., 4:] = 280 + 9 * (ensemble.t2m[..., 4:] - 280)  # much spread where there is no truth

@@ -15,7 +15,7 @@ from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
 from xgenda.filtering import Departures, analyse, spread_ratio
 from xgenda.filters import LETKF, Inflation
-from xgenda.formatting import brief
+from xgenda.formatting import brief, user_level
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import Quality
@@ -187,7 +187,7 @@ class ModelAnalyst:
                 f"model={spec.name!r} does not read its background: each analysis begins from the climate of the model, and what was observed "
                 f"before is forgotten. Use a filter, or a model of the errors of the forecast: xgenda.gaussian_prior(ds, length_scale=300e3, "
                 f"std=2.0)",
-                stacklevel=4,
+                stacklevel=user_level(),
             )
         members = tuple(range(len(frame.numbers)))
         job = setup.job(members, seed, setup.model.plan(asked, linear=setup.linear), device, False)

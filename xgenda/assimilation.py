@@ -18,7 +18,7 @@ from xgenda.diffusion.covariances import DENSE_LIMIT
 from xgenda.errors import OptionError
 from xgenda.filtering import analyse, check_filter, prepare_ensemble
 from xgenda.filters import LETKF
-from xgenda.formatting import brief
+from xgenda.formatting import brief, user_level, written_call
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.places import interpolated, rounded
@@ -195,7 +195,11 @@ def assimilate(
         "steps": options.steps or None,
         **_what_was_given(error, window, quality, representativeness, lapse_rate, operators, first_guess),
     }
-    call = f"assimilate(model={setup.model.spec.name!r}, members={len(member_numbers)}, seed={drawn_seed}, guidance={options.guidance!r})"
+    said = {
+        "model": setup.model.spec.name, "members": len(member_numbers), "seed": drawn_seed, "guidance": options.guidance,
+        "sampler": options.sampler, "steps": options.steps or None,
+    }  # fmt: skip
+    call = written_call("assimilate", said)
     member = xr.DataArray(np.array(member_numbers), dims="member", attrs=metadata.MEMBER_ATTRS)
     return analysed(setup, job, ds, member, asked_for, call, at=target)
 
@@ -317,7 +321,7 @@ def analysed(
             f"No observation can be used ({count} given); the result is the prior. See xgenda.innovations(ds, obs, ...) for the reasons."
             + (f" By quality code: {reasons}." if reasons else "")
             + (" Are they in the units that they say?" if "bounds" in by_code else ""),
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     values = engine.lay(job, setup.arrays, setup.state.layout, setup.time, setup.state.grid.plane)
     counts, chi2 = None, None
@@ -328,7 +332,7 @@ def analysed(
             warnings.warn(
                 f"No observation can be used: of {len(codes)} given, all on the grid are too far from what the model expects; the result is the "
                 f"prior. See xgenda.innovations(ds, obs, ...).",
-                stacklevel=3,
+                stacklevel=user_level(),
             )
         else:
             warn_of_departures(codes, chi2, setup.model.spec.needs_background)
@@ -398,7 +402,7 @@ def _filtered(
         warnings.warn(
             f"No observation can be used ({len(codes) + outside} given); the result is the background. See xgenda.innovations(ds, obs, ...) "
             f"for the reasons.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     innovation, sigma, spread = (np.concatenate([getattr(d, n) for d in departures]) for n in ("innovation", "error", "spread"))
     chi2 = departure_chi2(innovation, sigma, spread, codes)

@@ -27,7 +27,7 @@ from xgenda.errors import DivergenceError, OptionError, StateError, check_choice
 from xgenda.filtering import check_filter, check_spread, ensemble_threshold
 from xgenda.filters import LETKF, Inflation
 from xgenda.forecasts import by_member, identity_of, persistence
-from xgenda.formatting import progress_bar
+from xgenda.formatting import progress_bar, user_level
 from xgenda.models.generative import SamplingOptions
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.quality import QualityControl
@@ -358,7 +358,7 @@ def _may_restart(plan: _Plan, kept: Memory | Stored) -> bool:
 
 def _restarted(plan: _Plan, why: str, label: str) -> Arrays:
     """Return other states, and say so."""
-    warnings.warn(f"{why}. It goes on from states of DivergenceGuard(restart=...).", stacklevel=5)
+    warnings.warn(f"{why}. It goes on from states of DivergenceGuard(restart=...).", stacklevel=user_level())
     return _others(plan, label)
 
 

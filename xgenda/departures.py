@@ -18,6 +18,7 @@ from xgenda import engine, metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.covariances import KERNELS, SphereKernel
 from xgenda.errors import OptionError, check_choice
+from xgenda.formatting import user_level
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.operators import Located, locate_observations
 from xgenda.observations.quality import MEANINGS, Quality, QualityControl, count_codes
@@ -385,7 +386,7 @@ def _most_likely(departure: np.ndarray, located: Located, grid: AnyGrid, covaria
         warnings.warn(
             f"The departures do not tell the length scale of {name!r}: its fit ends at {np.exp(best) / 1e3:.0f} km, which is as far as was "
             f"looked. Give more observations or a larger area, and do not use these numbers.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     return {
         "length_scale": float(np.exp(best)), "std": float(np.sqrt((1 - share) * variance)), "error": float(np.sqrt(share * variance)),

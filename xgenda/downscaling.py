@@ -15,6 +15,7 @@ from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of, resolve_device
 from xgenda.disaggregation import downscale_by_prior
 from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_pair
+from xgenda.formatting import user_level, written_call
 from xgenda.grids import Grid
 from xgenda.models.conditions import Conditions, lead_times, neighbours, planes_of
 from xgenda.models.corrective import CorrectiveModel
@@ -192,7 +193,14 @@ def downscale(
         "model": spec.name, "model_sha256": chosen.sha256, "seed": drawn_seed, "sampler": options.sampler, "steps": options.steps,
         "stage": options.stage, "tile": options.tile, "overlap": options.overlap, "chunks": windows,
     }  # fmt: skip
-    call = f"downscale(model={spec.name!r}, members={members}, seed={drawn_seed})"
+    said = {
+        "model": spec.name,
+        "members": members,
+        "seed": drawn_seed,
+        "sampler": options.sampler,
+        "steps": options.steps or None,
+    }
+    call = written_call("downscale", said)
     known = [n for n, _ in outputs if n in state.ds]
     out = metadata.carry_metadata(result, state.ds, known, call=call, provenance=provenance)
     mapping = spec.options.get("target", {}).get("mapping")
@@ -251,7 +259,7 @@ def _times(ds: xr.Dataset, time: str | None, spec: ModelSpec, inputs: Conditions
     if not whole.all():
         warnings.warn(
             f"{int((~whole).sum())} of {count} times have no neighbours in ds, which the model takes, and are left out of the result.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     kept = np.flatnonzero(whole)
     return kept, places[kept]
@@ -271,7 +279,7 @@ def _continued(values: np.ndarray, places: np.ndarray, spec: ModelSpec, inputs: 
         warnings.warn(
             f"The times of ds have {breaks - 1} gaps, where they are not {inputs.spacing / 3600:g} h apart: each is taken as the end of one series "
             f"and the beginning of another.",
-            stacklevel=4,
+            stacklevel=user_level(),
         )
     return np.arange(len(values)), places
 

@@ -110,8 +110,9 @@ class LittleDataWarning(UserWarning):
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(str(found), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    names = {str(n).casefold(): n for n in known}
+    close = difflib.get_close_matches(str(found).casefold(), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
 def check_choice(argument: str, found: object, choices: Iterable[str]) -> str:

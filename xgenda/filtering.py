@@ -17,6 +17,7 @@ from xgenda.curvilinear import spacing_far_above
 from xgenda.diffusion.noise import seed_for
 from xgenda.errors import ChunkingError, OptionError, StateError, check_choice
 from xgenda.filters import LETKF, find_neighbours, random_rotation, rotated, transform
+from xgenda.formatting import user_level
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
@@ -75,7 +76,7 @@ def check_filter(setup: Prepared, filter: LETKF, members: int) -> None:
         warnings.warn(
             f"LETKF(localization={filter.localization:g}) is in metres, and the cells of the state are about {spacing / 1e3:.3g} km apart: an "
             f"observation acts only on a cell that it lies on. Kilometres? localization={1e3 * filter.localization:g}",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     if filter.localization is not None and located is not None and len(located.table):
         find_neighbours(

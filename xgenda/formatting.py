@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -65,3 +65,8 @@ def brief(given: object) -> str | None:
         return None
     text = str(given)
     return text if len(text) <= 200 and "\n" not in text else f"{type(given).__name__}"
+
+
+def written_call(name: str, arguments: Mapping[str, object]) -> str:
+    """Return a call as one would type it, without what is None."""
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items() if v is not None)})"

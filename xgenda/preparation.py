@@ -20,6 +20,7 @@ from xgenda.appropriate import move_to_analysis_times
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of
 from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_choice
+from xgenda.formatting import user_level
 from xgenda.grids import Orientation, ground_of
 from xgenda.models.conditions import lead_times, planes_of
 from xgenda.models.generative import GenerativeModel
@@ -408,11 +409,11 @@ def warn_of_departures(code: np.ndarray, chi2: float | None, around_background: 
         warnings.warn(
             f"{rejected} of {judged} observations are too far from the background or from their neighbours and are not used. Other units, or "
             f"another datum? {look}",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     elif chi2 is not None and judged >= MANY and chi2 > (LARGE_CHI2 if around_background else LARGE_CLIMATE_CHI2):
         warnings.warn(
             f"Squared departures from the background are {chi2:.1f} times as large as their errors let expect, over {judged - rejected} "
             f"observations. Other units, another datum, or errors that are too small? {look}",
-            stacklevel=3,
+            stacklevel=user_level(),
         )

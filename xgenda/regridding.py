@@ -23,6 +23,7 @@ from xgenda import chunking, metadata, weights
 from xgenda.errors import GridError, OptionError, check_choice, check_flag
 from xgenda.esmf import Weights, from_xesmf, read_weights, same_points, weights_dataset
 from xgenda.files import aside, check_output
+from xgenda.formatting import user_level
 from xgenda.grids import Grid
 from xgenda.horizontal import Horizontal, read_grid
 from xgenda.maps import LinearMap
@@ -326,7 +327,7 @@ def _built_in(
             warnings.warn(
                 f"Cells of the source overlap, and {twice} target cells count some of them twice; a tripolar grid may hold each cell of its "
                 f"last row two times. Leave one out: source_mask=..., or take the mean: method='conservative_normed'",
-                stacklevel=5,
+                stacklevel=user_level(),
             )
         by = areas if method == "conservative" else covered
         found = LinearMap.from_matrix(scipy.sparse.diags_array(np.where(mapped, 1 / np.where(by > 0, by, 1.0), 0.0)) @ matrix)
@@ -395,5 +396,5 @@ def _warn_of_growth(array: xr.DataArray, shape: tuple[int, int]) -> None:
         warnings.warn(
             f"Chunks of ds[{array.name!r}] grow from {before / 2**20:.0f} to {after / 2**20:.0f} MiB; make them smaller first: "
             f"ds.chunk({lead}={max(1, int(max(array.chunksizes.get(lead, (1,))) * LARGE_CHUNK / after / 2))})",
-            stacklevel=4,
+            stacklevel=user_level(),
         )

@@ -17,6 +17,7 @@ from xgenda import metadata, storage
 from xgenda.analyses import Step, observations_of
 from xgenda.ensembles import Arrays, Frame
 from xgenda.errors import OptionError
+from xgenda.formatting import user_level
 from xgenda.observations.correlations import blocks
 from xgenda.observations.operators import Located
 from xgenda.observations.quality import MEANINGS, Quality
@@ -119,7 +120,8 @@ class Memory(Kept):
         size = 2 * len(outline.times) * len(frame.numbers) * sum(frame.template[n].nbytes for n in frame.names)
         if size > LARGE:
             warnings.warn(
-                f"The result takes {size / 2**30:.0f} GiB of memory. Write it to a disk instead: store='run.zarr'", stacklevel=3
+                f"The result takes {size / 2**30:.0f} GiB of memory. Write it to a disk instead: store='run.zarr'",
+                stacklevel=user_level(),
             )
 
     def keep(self, t: int, state: Arrays, step: Step, notice: int, leads: Sequence[float] = ()) -> None:
@@ -183,7 +185,7 @@ class Stored(Kept):
         if whole < store.done:
             warnings.warn(
                 f"{path} is damaged: {why}. Of its {store.done} cycles the first {whole} are whole; the others are computed again.",
-                stacklevel=3,
+                stacklevel=user_level(),
             )
             digest = _digest_of(outline.setup, whole)
             store.back_to(whole, digest)
@@ -301,7 +303,7 @@ def warn_of_run(result: xr.Dataset, total: int, setup: Prepared, chi2: float) ->
         warnings.warn(
             f"In {empty} of {total} cycles no observation could be used, first at {first}: the analysis is the forecast. "
             f"{_reasons(code, int(used.sum()))} See the variable notice.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     within = np.zeros(0, dtype=bool) if located is None else located.time_index >= 0
     judged = int((code[within] == Quality.USED).sum())
@@ -318,13 +320,13 @@ def warn_of_run(result: xr.Dataset, total: int, setup: Prepared, chi2: float) ->
         )
     if told:
         text = ", and ".join(told)
-        warnings.warn(f"{text[0].upper()}{text[1:]}. See the variables chi2 and innovation_mean.", stacklevel=3)
+        warnings.warn(f"{text[0].upper()}{text[1:]}. See the variables chi2 and innovation_mean.", stacklevel=user_level())
     outside = int((code == Quality.WINDOW).sum())
     if outside > max(MANY, REJECTED * len(code)):
         warnings.warn(
             f"{outside} of {len(code)} observations fall in no window of the {total} analysis times and are not used. Widen it: "
             f"window=..., or give more times.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
 
 

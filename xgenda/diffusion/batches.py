@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from xgenda.formatting import user_level
+
 Item = TypeVar("Item")
 
 
@@ -24,7 +26,9 @@ def in_batches(function: Callable[[list[Item]], Tensor], items: list[Item], size
                 raise
             size = max(1, size // 2)
             torch.cuda.empty_cache()
-            warnings.warn(f"The GPU ran out of memory; going on with batches of {size}. Pass batch_size={size}.", stacklevel=2)
+            warnings.warn(
+                f"The GPU ran out of memory; going on with batches of {size}. Pass batch_size={size}.", stacklevel=user_level()
+            )
             continue
         start += size
     return torch.cat(out)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.formatting import user_level
 
 SCHEDULES = ("karras", "log", "vp-cosine", "vp-linear", "rectified")
 VP = ("vp-cosine", "vp-linear", "rectified")
@@ -113,5 +114,5 @@ def check_levels(levels: list[float], trained: tuple[float, float]) -> None:
         warnings.warn(
             f"The sampler asks for noise levels from {min(asked):.3g} to {max(asked):.3g}, and the model was trained from {low:.3g} to "
             f"{high:.3g}; outside of that its answer is an extrapolation.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xgenda.errors import GridError, OptionError, check_count
+from xgenda.formatting import user_level
 
 LEAST = 4  # cells at the deepest level of a network
 
@@ -290,7 +291,7 @@ def suggest_tile(
             warnings.warn(
                 f"The residuals are correlated over {length:.0f} cells, and a tile has {tile[-1]}: what is farther apart than a tile is "
                 f"related through the overlaps alone. Give a larger `largest`, or a condition that explains the large scales.",
-                stacklevel=2,
+                stacklevel=user_level(),
             )
     return (tile[0], tile[1]), (overlap[0], overlap[1])
 

@@ -237,8 +237,10 @@ class DiffusionModel(GenerativeModel):
         network, grid, scaling = dict(self.spec.options["network"]), self.spec.grid, self.scaling
         if self.colour is None or not isinstance(self.denoiser.network, UNO):
             raise OptionError(
-                f"{self.spec.name!r} knows one resolution only; train a model of functions: xgenda.train(ds, periodic='both', "
-                f"architecture='uno', noise={{'kind': 'exponential', 'length': 0.1, 'cutoff': {max(self.spec.grid.plane) // 3}}})"  # type: ignore[union-attr]
+                f"{self.spec.name!r} knows one resolution only. Models of functions are of boxes that are periodic along both axes: "
+                f"xgenda.train(ds, periodic='both', architecture='uno', noise={{'kind': 'exponential', 'length': 0.1, 'cutoff': "
+                f"{max(self.spec.grid.plane) // 3}}}). Finer fields of anywhere else come from a downscaling model: "  # type: ignore[union-attr]
+                f"xgenda.train(coarse, target=fine, task='downscale')"
             )
         if not isinstance(grid, Grid) or self.valid is not None or network["position"]:
             raise OptionError(

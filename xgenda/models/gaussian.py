@@ -28,6 +28,7 @@ from xgenda.diffusion.hybrids import HybridSample, hybrid_modes
 from xgenda.diffusion.kriging import ExtendedKernel
 from xgenda.diffusion.noise import NoiseStream
 from xgenda.errors import OptionError, StateError, check_choice, check_count, did_you_mean
+from xgenda.formatting import user_level
 from xgenda.models.checkpoints import content_hash
 from xgenda.models.fitting import candidates, fit_sample, fit_standardised, kernel_on, memory_length, outside, read_sample, search
 from xgenda.models.generative import GenerativeModel, PointEvidence, Request, SamplingOptions
@@ -434,7 +435,7 @@ def _from_function(
             warnings.warn(
                 f"length_scale={length:g} for {variable!r} is in metres, and the cells of ds are about {spacing / 1e3:.3g} km apart: no cell "
                 f"knows of another. Kilometres? length_scale={1e3 * length:g}",
-                stacklevel=4,
+                stacklevel=user_level(),
             )
     # what is NaN in the background is masked: land in an ocean
     metadata.check_dims(state.ds, names, state.layout)

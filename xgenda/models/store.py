@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from xgenda.errors import CheckpointError, ChecksumError, ModelNotFoundError, OptionError, did_you_mean
+from xgenda.formatting import user_level
 from xgenda.metadata import package_version
 from xgenda.models import sources
 from xgenda.models.entries import PICKLES, STORES, Entry, File, is_allowed
@@ -311,7 +312,7 @@ def _unregistered(url: str, sha256: str | None) -> tuple[Path, str]:
         raise ModelNotFoundError(f"model={shown!r}: {error}. {again}") from None
     except (sources.TransientError, OSError) as error:
         if found := _cached(folder, f"*-{address}-*.safetensors", sha256):
-            warnings.warn(f"{shown} cannot be asked for changes; the copy {found} is taken.", stacklevel=4)
+            warnings.warn(f"{shown} cannot be asked for changes; the copy {found} is taken.", stacklevel=user_level())
             return found, sha256_of(found)
         raise ModelNotFoundError(f"model={shown!r} cannot be reached: {sources.without_secrets(error, url)}. {again}") from None
     if found := _cached(folder, f"*-{address}-{version}-*.safetensors", sha256):
@@ -333,7 +334,7 @@ def _unregistered(url: str, sha256: str | None) -> tuple[Path, str]:
         warnings.warn(
             f"Nothing vouches for {shown}, which has sha256 {digest}. To have it checked: "
             f"xgenda.load_model({shown!r}, sha256={digest!r})",
-            stacklevel=4,
+            stacklevel=user_level(),
         )
     return path, digest
 

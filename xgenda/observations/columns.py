@@ -12,6 +12,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import ObservationError
+from xgenda.formatting import user_level
 from xgenda.observations.correlations import Correlated, ErrorCovariance
 from xgenda.observations.quality import QualityControl, flagged, is_missing
 from xgenda.observations.shapes import Cells, Container
@@ -136,7 +137,7 @@ def _notice_unread(container: Container, column: str | None) -> None:
         warnings.warn(
             f"{container.argument}[{column!r}] holds {', '.join(map(str, kinds[:4]))}{', ...' if len(kinds) > 4 else ''} and is not read: "
             f"say which are good, quality=xgenda.QualityControl(flags=[...]), or leave it out.",
-            stacklevel=2,
+            stacklevel=user_level(),
         )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from xgenda.errors import CheckpointError, OptionError, OutputExistsError
 from xgenda.files import aside
+from xgenda.formatting import user_level
 from xgenda.models.store import PARTS
 
 FORMAT = 1
@@ -139,7 +140,7 @@ class Journal:
             if not self._failed:
                 warnings.warn(
                     f"The state of the training could not be saved to {path} ({problem}). Training goes on; what was saved before is whole.",
-                    stacklevel=2,
+                    stacklevel=user_level(),
                 )
             self._failed = True
             return False

@@ -27,7 +27,7 @@ import xarray as xr
 from xgenda import metadata
 from xgenda.errors import check_choice
 from xgenda.files import aside
-from xgenda.formatting import progress_bar
+from xgenda.formatting import progress_bar, user_level
 from xgenda.models.spec import ModelSpec
 from xgenda.models.store import cache_dir
 from xgenda.scaling import CYCLES, Scaling, check_logarithms, check_times, cycle_basis, per_channel, scaling_of, settled
@@ -249,7 +249,7 @@ def _pass(
             f"{source.argument} is stored in chunks of {source.chunk} along {source.dimension!r}, together {stored / 1e6:.0f} MB, which are "
             f"decoded again and again for their parts. Store it in shorter ones: {source.argument}.chunk({source.dimension}="
             f"{max(1, LARGEST_CHUNK // (8 * source.row_bytes))}).to_zarr(...)",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     blocks = source.blocks(max(BLOCK, min(8 * source.row_bytes, LARGEST_BLOCK)))
     reference = _first(source, blocks, transforms, offsets)
