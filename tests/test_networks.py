@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 import xgenda
-from xgenda.errors import CoordinateError, OptionError
+from xgenda.errors import CoordinateError, ObservationError, OptionError
 from xgenda.grids import EARTH_RADIUS
 from xgenda.observations.networks import ground_track, network_of, polar_swath, random_stations, sample
 from xgenda.spherical import great_circle, unit_vectors
@@ -139,6 +139,19 @@ def test_a_network_keeps_what_describes_its_stations_and_its_calendar() -> None:
     late = network_of(table, to="2050-06-01").time.values
     assert [t.year for t in late] == [2050, 2051]
     assert late[0].calendar == "360_day"
+
+
+def test_times_of_a_zone_are_read_in_utc() -> None:
+    table = pd.DataFrame(
+        {"latitude": 50.0, "longitude": [0.0, 1.0, 2.0], "time": pd.date_range("1916-03-12", periods=3, freq="6h")}
+    )
+    zoned = table.assign(time=table.time.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo"))
+    for options in ({"to": "2016-03-12"}, {"period": slice("1916-03-12T06", "1916-03-12T12"), "to": "2016-03-12T06"}):
+        assert network_of(zoned, **options).identical(network_of(table, **options))
+    with pytest.raises(
+        ObservationError, match=r"obs: time holds str such as '1916.*pandas.to_datetime\(obs\['time'\], utc=True\)"
+    ):
+        network_of(table.assign(time=table.time.astype(str)), to="2016-03-12")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter
 from xgenda.errors import CoordinateError, OptionError, check_count
 from xgenda.grids import EARTH_RADIUS, ROTATION
 from xgenda.metadata import LATITUDE_NAMES, LONGITUDE_NAMES, TIME_NAMES, find_coordinate, match_variable
+from xgenda.observations.shapes import as_xarray, decoded
 from xgenda.spherical import normalised, positions, unit_vectors, wrapped
 from xgenda.states import enter
 from xgenda.weights import interpolation
@@ -162,6 +163,8 @@ def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, t
         If there are no times where some are needed, none is in `period`, or `to` is of another calendar.
     CoordinateError
         If there is no latitude or longitude along one dimension.
+    ObservationError
+        If `obs` is no table, or its times are numbers or text.
 
     Examples
     --------
@@ -171,7 +174,7 @@ def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, t
     >>> str(network_of(stations, to="1916-03-12").time.values[0])[:10]
     '1916-03-12'
     """
-    table = obs if isinstance(obs, xr.Dataset) else xr.Dataset.from_dataframe(obs)
+    table = as_xarray(obs, "obs")
     names = {"latitude": LATITUDE_NAMES, "longitude": LONGITUDE_NAMES, "time": TIME_NAMES}
     found = {k: name for k, aliases in names.items() if (name := find_coordinate(table, k, aliases)) is not None}
     dims = {table[found[k]].dims if k in found else () for k in ("latitude", "longitude")}
@@ -182,6 +185,8 @@ def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, t
     fields |= {k: table[n] for k, n in found.items() if table[n].dims == (dim,)}
     if (period is not None or to is not None) and "time" not in fields:
         raise OptionError("obs has no time for each observation; leave out period and to: network_of(obs)")
+    if "time" in fields:
+        fields["time"] = decoded(fields["time"], "obs")
     rows = np.arange(table.sizes[dim])
     if period is not None:
         time = fields["time"].values

@@ -117,7 +117,7 @@ def open_container(item: Any, argument: str) -> Container:
     ObservationError
         If it is no table or Dataset, has no coordinates, or none that belong together.
     """
-    ds = _as_xarray(item, argument)
+    ds = as_xarray(item, argument)
     ds = ds.rename({a: b for a, b in ALIASES.items() if a in ds.variables and b not in ds.variables})
     ds = _without_ragged(ds, argument)
     ds, rows = _widened(ds)
@@ -147,7 +147,14 @@ def open_container(item: Any, argument: str) -> Container:
     )
 
 
-def _as_xarray(item: Any, argument: str) -> xr.Dataset:
+def as_xarray(item: Any, argument: str) -> xr.Dataset:
+    """Return a table or an array as a Dataset, with times in UTC.
+
+    Raises
+    ------
+    ObservationError
+        If it is neither.
+    """
     if isinstance(item, xr.DataArray) and item.name is not None:
         return item.to_dataset()
     if isinstance(item, xr.Dataset):
