@@ -328,6 +328,21 @@ CASES: dict[str, Case] = {
         ObservationError,
         r"error\['t2m'\] has 2 values and obs\['t2m'\] has 6",
     ),
+    "error as text": (
+        lambda k: k.assimilate(error="0.3"),
+        ObservationError,
+        r"error='0.3' is not accepted; give standard deviations as numbers: error=1.0",
+    ),
+    "representativeness as text": (
+        lambda k: k.assimilate(representativeness={"t2m": "a"}),
+        ObservationError,
+        r"representativeness=\{'t2m': 'a'\} is not accepted; give standard deviations as numbers",
+    ),
+    "representativeness of each observation": (
+        lambda k: k.assimilate(representativeness=[0.1, 0.2]),
+        ObservationError,
+        r"representativeness=\[0.1, 0.2\] is not accepted; give a number, or one by variable: representativeness=\{'t2m': 0.5\}",
+    ),
     "error for what is not there": (
         lambda k: k.assimilate(error={"t2": 1.0}),
         ObservationError,
@@ -405,6 +420,21 @@ CASES: dict[str, Case] = {
         lambda k: k.downscale(sampler="heum"),
         OptionError,
         r"sampler='heum' is not accepted; choose one of .*Did you mean 'heun'",
+    ),
+    "options as a list": (
+        lambda k: k.diffuse(sampler_options=[1]),
+        OptionError,
+        r"sampler_options=\[1\] is not accepted; give a mapping of names to values: sampler_options=\{'name': 1.0\}",
+    ),
+    "options of the guidance as text": (
+        lambda k: k.diffuse(guidance_options="width=2"),
+        OptionError,
+        r"guidance_options='width=2' is not accepted; give a mapping",
+    ),
+    "options as text, downscale": (
+        lambda k: k.downscale(sampler_options="corrections=2"),
+        OptionError,
+        r"sampler_options='corrections=2' is not accepted; give a mapping",
     ),
     "unknown background check": (
         lambda k: k.assimilate(background_check="yes"),
@@ -551,7 +581,7 @@ CASES: dict[str, Case] = {
     "other grid": (
         lambda k: k.diffuse(ds=k.climate.isel(time=[0], latitude=slice(1, 7)), obs=None),
         GridError,
-        r"model='tiny-prior' works on the grid 8 x 12.*ds has 6 x 12.*Interpolate: ds.genda.regrid",
+        r"model='tiny-prior' works on the grid 8 x 12.*ds has 6 x 12.*Interpolate, where they overlap: ds.genda.regrid\(model.template\(\)\)",
     ),
     "fine fields to downscale": (
         lambda k: k.downscale(ds=k.climate.isel(time=[0])),

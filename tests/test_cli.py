@@ -252,6 +252,21 @@ def test_the_observations_of_the_time_are_drawn(ensemble: xr.Dataset) -> None:
         figure = plot_analysis(ensemble.isel(member=0, drop=True), ensemble, obs, time=time)
         assert figure.axes[0].collections[1].get_offsets().tolist() == places
         assert _titles(figure)[0] == f"background and {len(places)} observation{'s' * (len(places) > 1)}"
+    grid = ensemble.isel(member=0, drop=True).isel(latitude=[3, 9], longitude=[4, 5, 6])
+    figure = plot_analysis(ensemble.isel(member=0, drop=True), ensemble, grid.where(grid.longitude > grid.longitude[0]), time=1)
+    assert figure.axes[0].collections[1].get_offsets().tolist() == [
+        [x, y] for y in grid.latitude.values for x in grid.longitude.values[1:]
+    ]
+    np.testing.assert_array_equal(figure.axes[0].collections[1].get_array(), grid.z[1, :, 1:].values.ravel())
+    with pytest.raises(
+        OptionError,
+        match=r"obs\['z'\] has dimensions \('latitude',\), and its longitude is along 'longitude'; give each value a place",
+    ):
+        plot_analysis(
+            ensemble.isel(member=0, drop=True),
+            ensemble,
+            grid.isel(time=0).mean("longitude").assign_coords(longitude=grid.longitude),
+        )
     table = obs.isel(obs=[0]).to_dataframe().reset_index(drop=True)
     assert _titles(plot_analysis(ensemble.isel(member=0, drop=True), ensemble, table))[0] == "background and 1 observation"
 

@@ -16,6 +16,7 @@ from xgenda.errors import CheckpointError, GridError, OptionError, OutputExistsE
 from xgenda.models.conversions import ConversionModel, filled_from_around, reconstructing
 from xgenda.models.latents import LatentModel
 from xgenda.models.spec import ModelSpec
+from xgenda.plotting import plot_reconstruction
 from xgenda.training.conversions import _latent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,13 +200,27 @@ def test_states_are_reconstructed_by_their_own_encoder(fields: Any, latent: Late
     assert float(np.abs(found["x"] - states["x"]).mean()) < 0.15  # the noise of the states is 0.1
 
 
+def test_states_that_are_never_known_somewhere_are_told_of(fields: Any, latent: LatentModel) -> None:
+    states, source = fields[:2]
+    with pytest.warns(UserWarning, match="target has no value at any time in 16 of 40 cells") as caught:
+        xgenda.train(
+            source, target=states.where(states.latitude < 43), task="conversion", start=latent, steps=1, width=8, **QUIET
+        )
+    assert caught[0].filename == __file__
+    with pytest.raises(OptionError, match="makes one kind of fields of another, and reconstructs none; compare with the truth"):
+        plot_reconstruction(converted(fields, latent, steps=1), states)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"start": None}, OptionError, "leads to the latent space of the model start, and there is none"),
         ({"start": "t2m-north-america"}, OptionError, r"'t2m-north-america' is prior \(diffusion\); train one first"),
         ({"target": None}, OptionError, "needs target"),
-        ({"target": "coarse"}, GridError, r"target is on the grid 3 x 4.*regrid\(model.template\(\)\)"),
+        ({"target": "coarse"}, GridError, r"target is on the grid 3 x 4.*regrid\(start.template\(\)\)"),
+        ({"target": "swapped"}, GridError, "That is the grid of ds: exchange ds and target"),
+        ({"target": "other units"}, StateError, r"target\['x'\] has mean 27\d.*Other units\? Set the true ones: target\['x'\]"),
+        ({"target": "few"}, StateError, "Of 60 states of target 10 have a field of ds at their time; at least 20 are needed"),
         ({"target": "later"}, OptionError, "ds has none of the times of target"),
         ({"memory": "10kB"}, OptionError, r"conversions are trained on fields in memory: memory='\d+MB'"),
         ({"latent": 8}, OptionError, "latent=8 has no effect with task='conversion'"),
@@ -221,6 +236,12 @@ def test_bad_training_is_refused(options: dict[str, Any], error: Any, message: s
         options = {"target": states.isel(latitude=slice(0, 3), longitude=slice(0, 4))}
     elif options.get("target") == "later":
         options = {"target": states.assign_coords(time=states.time + np.timedelta64(4000, "D"))}
+    elif options.get("target") == "swapped":
+        options, source = {"target": source.rename(w="x").assign(x=source.w.assign_attrs(units="m"))}, states
+    elif options.get("target") == "other units":
+        options = {"target": states.assign(x=(states.x + 273.15).assign_attrs(units="m"))}
+    elif options.get("target") == "few":
+        options, source = {"target": states.isel(time=slice(0, 60))}, source.isel(time=slice(50, 110))
     given = {"target": states, "start": latent, "steps": 1, "progress": False} | options
     with pytest.raises(error, match=message):
         xgenda.train(source, task="conversion", **given)

@@ -310,6 +310,15 @@ def test_a_model_on_parts_is_trained_on_with_its_own_or_others(tiled: DiffusionM
     assert north.spec.training["transfer_position"] == "kept"
 
 
+def test_parts_go_across_the_seam_of_a_globe_or_are_of_all_columns() -> None:
+    ds = smooth(ny=16, nx=32, around=True)
+    with pytest.raises(
+        OptionError, match=r"periodic=False has no effect with tile=\(8, 16\).* leave out periodic, .*tile=\(8, 32\)"
+    ):
+        trained(ds, tile=(8, 16), periodic=False)
+    assert trained(ds, tile=(8, 32), periodic=False, steps=1).spec.options["network"]["periodic"] is False
+
+
 @pytest.mark.slow
 def test_on_the_globe_parts_and_tiles_go_across_the_date_line(seen: list[tuple[int, ...]]) -> None:
     ds = smooth(ny=16, nx=32, around=True)
@@ -422,12 +431,14 @@ def test_automatic_tiles_are_of_large_grids_and_as_large_as_fields_are_correlate
     # a mean over 5 x 5 cells: correlation (5 - lag) / 5, gone after five cells
     x = sum(np.roll(white, (i, j), (2, 3)) for i in range(5) for j in range(5))
     x = np.asarray(x)
-    assert automatic_tile(x.reshape(20, -1), (120, 120), None) == (16, 16)  # four cells at the deepest level, at least
-    assert automatic_tile(x.reshape(20, -1), (120, 120), True) == (16, 120)
-    assert automatic_tile(x.reshape(20, -1), (120, 120), "both") is None
-    assert automatic_tile(x[..., :96, :96].reshape(20, -1), (96, 96), None) is None
+    assert automatic_tile(x.reshape(20, -1), (120, 120), None, False) == (16, 16)  # four cells at the deepest level, at least
+    assert automatic_tile(x.reshape(20, -1), (120, 120), True, False) == (16, 120)
+    assert automatic_tile(x.reshape(20, -1), (120, 120), False, True) == (16, 120)
+    assert automatic_tile(x.reshape(20, -1), (120, 120), False, False) == (16, 16)
+    assert automatic_tile(x.reshape(20, -1), (120, 120), "both", False) is None
+    assert automatic_tile(x[..., :96, :96].reshape(20, -1), (96, 96), None, False) is None
     long = np.repeat(np.repeat(white[..., :12, :12], 10, 2), 10, 3)
-    assert automatic_tile(long.reshape(20, -1), (120, 120), None) == (20, 20)
+    assert automatic_tile(long.reshape(20, -1), (120, 120), None, False) == (20, 20)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [((8, 8), [4, 4]), ((16, 24), [4, 8]), ((48, 64), [12, 16]), ((20, 37), [8, 12])])

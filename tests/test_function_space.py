@@ -171,6 +171,14 @@ def test_what_does_not_go_with_it_is_refused(fields: xr.Dataset, options: dict[s
         xgenda.train(fields, **{"noise": NOISE, "steps": 1, **FAST, **options})
 
 
+def test_observations_of_cells_alone_are_those_of_the_gridded_model(model: DiffusionModel, fields: xr.Dataset) -> None:
+    obs, states = observations(fields), fields.isel(time=[3])
+    found = analysis(model.between_cells(), states, obs)
+    xr.testing.assert_allclose(found.a.drop_attrs(), analysis(model, states, obs).a.drop_attrs(), atol=1e-5)
+    assert model.colour is not None
+    assert model.colour.rows(torch.zeros(0), torch.zeros(0)).shape == (0, N * N)
+
+
 def test_what_a_model_cannot_do_it_says(model: DiffusionModel, fields: xr.Dataset) -> None:
     with pytest.raises(OptionError, match="guidance='inpaint' is for white noise.*use guidance='mmps'"):
         analysis(model, fields.isel(time=[3]), observations(fields), guidance="inpaint")

@@ -135,12 +135,17 @@ def test_plans_of_diffusions_of_latent_vectors(
     with watched(model.network.inner.last) as seen:
         states.genda.assimilate(observed(states), model=model, error=5.0, seed=0, device="cpu", **options)
     assert (planned.samples, planned.calls, planned.decoded) == (4 * members, seen["calls"], seen["decoded"])
-    sampled = planned.calls - 512 * 47
+    assert planned.once == 512 * 47
+    sampled = planned.calls - planned.once
     assert sampled == members * (4 if window == 1 else 2) * 6
     assert planned.gradients == sampled * gradients
     assert seen["kept"] == (sampled if gradients else 0)
     assert planned.memory == pytest.approx(seen["memory"], rel=0.3)
     assert f"{planned.decoded} states" in repr(planned)
+    assert "; 24064 of them once in a process, for background_check" in repr(planned)
+    with watched() as again:
+        states.genda.assimilate(observed(states), model=model, error=5.0, seed=0, device="cpu", **options)
+    assert again["calls"] == sampled
 
 
 def test_plans_of_priors_over_functions_and_of_windows_of_coarse_fields(

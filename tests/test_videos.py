@@ -165,6 +165,8 @@ def test_refusals(run: xr.Dataset, tmp_path: Path, options: dict[str, object], m
 def test_nothing_to_show(run: xr.Dataset, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no times"):
         animate(run.isel(time=0), tmp_path / "run.gif")
+    with pytest.raises(OptionError, match=r"path is a Dataset; give the fields first, then a name: animate\(ds, 'run.gif'\)"):
+        animate("run.gif", run)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no dimension of members"):
         animate(run.isel(member=0), tmp_path / "run.gif", members=1)
     with pytest.raises(StateError, match="no finite values"):

@@ -15,7 +15,7 @@ import xarray as xr
 from xgenda import chunking, engine, metadata, states
 from xgenda.devices import resolve_device
 from xgenda.diffusion.covariances import DENSE_LIMIT
-from xgenda.errors import OptionError
+from xgenda.errors import OptionError, check_mapping
 from xgenda.filtering import analyse, check_filter, prepare_ensemble
 from xgenda.filters import LETKF
 from xgenda.formatting import brief, user_level, written_call
@@ -168,20 +168,18 @@ def assimilate(
     member_numbers, drawn_seed = engine.check_members(MEMBERS if members is None else members), engine.check_seed(seed)
     resolve_device(device)
     target = None if at is None else _target(at)
+    asked = SamplingOptions(
+        guidance, sampler, steps, batch_size, schedule, likelihood, check_mapping("guidance_options", guidance_options),
+        check_mapping("sampler_options", sampler_options),
+    )  # fmt: skip
     if isinstance(model, LETKF):
         if target is not None:
             raise OptionError("at has no effect on a filter, whose members are on the grid of ds. Leave it out.")
-        asked = SamplingOptions(
-            guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
-        )
         asked.refuse_all_but((), "a filter draws nothing")
         given = (error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess)
         return _filtered(ds, obs, model, members, drawn_seed, *given)
     setup = prepare(
         ds, obs, model, error, window, background_check, quality, representativeness, lapse_rate, operators, first_guess
-    )
-    asked = SamplingOptions(
-        guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
     )
     options = setup.model.plan(asked, linear=setup.linear)
     check_trajectory(setup)

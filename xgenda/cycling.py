@@ -23,7 +23,7 @@ from xgenda.devices import resolve_device
 from xgenda.diffusion.noise import seed_for
 from xgenda.divergence import DivergenceGuard
 from xgenda.ensembles import Arrays, Frame, read_initial
-from xgenda.errors import DivergenceError, OptionError, StateError, check_choice, check_flag
+from xgenda.errors import DivergenceError, OptionError, StateError, check_choice, check_flag, check_mapping
 from xgenda.filtering import check_filter, check_spread, ensemble_threshold
 from xgenda.filters import LETKF, Inflation
 from xgenda.forecasts import by_member, identity_of, persistence
@@ -230,7 +230,14 @@ def cycle(
     moments = analysis_times(times, window, frame, obs)
     width = parse_window(window if window is not None else shortest(moments))
     asked = SamplingOptions(
-        guidance, sampler, steps, batch_size, schedule, likelihood, dict(guidance_options or {}), dict(sampler_options or {})
+        guidance,
+        sampler,
+        steps,
+        batch_size,
+        schedule,
+        likelihood,
+        check_mapping("guidance_options", guidance_options),
+        check_mapping("sampler_options", sampler_options),
     )
     template = _all_times(frame, moments)
     if filtered:  # what is the same in all members is no state

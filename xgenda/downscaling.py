@@ -14,7 +14,7 @@ from xgenda import chunking, engine, metadata, states
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of, resolve_device
 from xgenda.disaggregation import downscale_by_prior
-from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_pair
+from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_mapping, check_pair
 from xgenda.formatting import user_level, written_call
 from xgenda.grids import Grid
 from xgenda.models.conditions import Conditions, lead_times, neighbours, planes_of
@@ -120,7 +120,7 @@ def downscale(
     chosen = choose_model(model, state.ds, layout, state.grid, task="downscale")
     parts = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     asked = SamplingOptions(
-        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {}),
+        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=check_mapping("sampler_options", sampler_options),
         tile=parts["tile"], overlap=parts["overlap"], stage=stage,
     )  # fmt: skip
     if chosen.spec.task == "prior":

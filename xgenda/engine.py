@@ -283,15 +283,15 @@ def _request(
     )  # fmt: skip
 
 
-def check_plausible(name: str, found: float, scaling: Scaling, channel: int, units: str | None) -> None:
+def check_plausible(name: str, found: float, scaling: Scaling, channel: int, units: str | None, argument: str = "ds") -> None:
     """Refuse a mean that is far from the climate of the training, unless the channel is a logarithm."""
     if scaling.transforms[channel] != "none":
         return
     usual = float(scaling.mean[0, channel].mean())
     if abs(found - usual) > IMPLAUSIBLE * float(scaling.std[channel].mean() + scaling.mean[0, channel].std()):
         raise StateError(
-            f"ds[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {usual:.5g} {units or ''}. "
-            f"Other units? Set the true ones: ds[{name!r}].attrs['units'] = 'degC'"
+            f"{argument}[{name!r}] has mean {found:.5g}, and the model was trained on a mean of {usual:.5g} {units or ''}. "
+            f"Other units? Set the true ones: {argument}[{name!r}].attrs['units'] = 'degC'"
         )
 
 

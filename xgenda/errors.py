@@ -26,7 +26,8 @@ A message says which argument is wrong, what was found, what would be accepted, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class GendaError(Exception):
@@ -111,7 +112,7 @@ class LittleDataWarning(UserWarning):
 def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known name, or an empty string."""
     names = {str(n).casefold(): n for n in known}
-    close = difflib.get_close_matches(str(found).casefold(), list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(found).casefold(), list(names), n=1, cutoff=0.6)
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
@@ -148,6 +149,15 @@ def check_count(argument: str, found: object, minimum: int = 1) -> int:
             f"for example {argument}={max(minimum, 8)}."
         )
     return int(found)
+
+
+def check_mapping(argument: str, found: object) -> dict[str, Any]:
+    """Return a mapping of options, or nothing, as a dictionary of one's own, else raise an `OptionError`."""
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise OptionError(f"{argument}={found!r} is not accepted; give a mapping of names to values: {argument}={{'name': 1.0}}")
+    return {str(k): v for k, v in found.items()}
 
 
 def check_pair(argument: str, found: object, minimum: int = 1) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import xarray as xr
 from xgenda import engine, metadata, states
 from xgenda.assimilation import analysed
 from xgenda.devices import resolve_device
-from xgenda.errors import ModelNotFoundError, OptionError
+from xgenda.errors import ModelNotFoundError, OptionError, check_mapping
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
 from xgenda.preparation import ModelLike, prepare
@@ -78,7 +78,11 @@ def forecast(
     drawn = engine.check_seed(seed)
     resolve_device(device)
     asked = SamplingOptions(
-        sampler=sampler, steps=steps, batch_size=batch_size, schedule=schedule, sampler_options=dict(sampler_options or {})
+        sampler=sampler,
+        steps=steps,
+        batch_size=batch_size,
+        schedule=schedule,
+        sampler_options=check_mapping("sampler_options", sampler_options),
     )
     member = metadata.find_member(ds)
     if member is None or member not in ds.dims:

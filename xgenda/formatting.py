@@ -51,6 +51,14 @@ def rounded(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def duration(seconds: float) -> str:
+    """Return a time span in the largest unit of which it is at least one."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds:.4g} seconds"
+
+
 def user_level() -> int:
     """Return the ``stacklevel`` with which a warning of the calling function points to the line that called this package."""
     frame, level = inspect.currentframe(), 0

@@ -19,7 +19,7 @@ from xgenda.diffusion.samplers import SAMPLERS, network_calls
 from xgenda.diffusion.tiles import TiledNetwork, Tiling
 from xgenda.diffusion.trajectories import TrajectoryDenoiser
 from xgenda.downscaling import by_axis, chunk_sizes
-from xgenda.errors import OptionError, check_choice, check_count
+from xgenda.errors import OptionError, check_choice, check_count, check_mapping
 from xgenda.latent import linearised
 from xgenda.models.background import BackgroundModel
 from xgenda.models.conditioning import STEPS as DIFFUSION_STEPS
@@ -61,6 +61,8 @@ class Plan:
     decoded
         States that the decoder of a latent model makes of latent vectors, in all, where all times are observed; with the derivatives that
         the guidance takes of it each about two to three times as long as without.
+    once
+        How many of the calls are made once for a model in each process, for its background check.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Plan:
     gradients: int = 0
     guidance: str = ""
     decoded: int = 0
+    once: int = 0
 
     def __repr__(self) -> str:
         """Return the plan as text."""
@@ -86,7 +89,8 @@ class Plan:
             "tiles": "none" if self.tiles == 1 else f"{self.tiles} of {self.tile[0]} x {self.tile[1]} cells in each",
             **({"guidance": self.guidance} if self.guidance else {}),
             "network calls": f"{self.calls}, each on one tile of one sample"
-            + (f", and at most {self.gradients} gradients through it" if self.gradients else ""),
+            + (f", and at most {self.gradients} gradients through it" if self.gradients else "")
+            + (f"; {self.once} of them once in a process, for background_check" if self.once else ""),
             **({"decoder": f"{self.decoded} states of latent vectors"} if self.decoded else {}),
             "memory": f"{_bytes(self.memory)} for each part that is computed at the same time",
         }
@@ -154,8 +158,8 @@ def plan(
         if unfit := [f"{k}={v!r}" for k, v in left.items() if v not in ("auto", None)]:
             raise OptionError(f"{unfit[0]} has no effect: model={chosen.spec.name!r} is not for downscaling. Leave it out.")
         asked = SamplingOptions(
-            guidance, sampler, steps, batch_size, guidance_options=dict(guidance_options or {}),
-            sampler_options=dict(sampler_options or {}),
+            guidance, sampler, steps, batch_size, guidance_options=check_mapping("guidance_options", guidance_options),
+            sampler_options=check_mapping("sampler_options", sampler_options),
         )  # fmt: skip
         count = check_count("members", members)
         return _of_codes(chosen, asked, times, count) if isinstance(chosen, LatentModel) else _guided(chosen, asked, times, count)
@@ -166,8 +170,8 @@ def plan(
     given = by_axis(state, chosen, tile=tile, overlap=overlap, chunks=chunks)
     options = chosen.plan(
         SamplingOptions(
-            sampler=sampler, steps=steps, batch_size=batch_size, sampler_options=dict(sampler_options or {}), tile=given["tile"],
-            overlap=given["overlap"],
+            sampler=sampler, steps=steps, batch_size=batch_size, sampler_options=check_mapping("sampler_options", sampler_options),
+            tile=given["tile"], overlap=given["overlap"],
         )
     )  # fmt: skip
     samples = times * check_count("members", members)
@@ -275,6 +279,7 @@ def _of_codes(model: LatentModel, asked: SamplingOptions, times: int, members: i
     moments = DRAWS * network_calls("heun", DIFFUSION_STEPS)
     return Plan(
         name, samples, plane, plane, 1, plane, 1, calls + moments, max(peak, checked) + held, calls * through, options.guidance, decoded + DRAWS,
+        moments,
     )  # fmt: skip
 
 

@@ -237,12 +237,17 @@ def plot_reconstruction(
     """
     pyplot = pyplot_module()
     from xgenda.downscaling import downscale  # what only draws does not wait for torch
-    from xgenda.models.conversions import reconstructing
+    from xgenda.models.conversions import ConversionModel, reconstructing
     from xgenda.models.generative import GenerativeModel
     from xgenda.models.latents import LatentModel
     from xgenda.models.loading import load_model
 
     chosen = model if isinstance(model, GenerativeModel) else load_model(model)
+    if isinstance(chosen, ConversionModel):
+        raise OptionError(
+            f"model={chosen.spec.name!r} makes one kind of fields of another, and reconstructs none; compare with the truth: "
+            f"ds.genda.downscale(model=model).genda.verify(truth)"
+        )
     if not isinstance(chosen, LatentModel):
         raise OptionError(
             f"model={chosen.spec.name!r} has no encoder to reconstruct fields by; train one that has: xgenda.train(ds, task='autoencoder')"
@@ -353,13 +358,22 @@ def _points(
     if found["latitude"] is None or found["longitude"] is None:
         raise OptionError("obs needs the columns latitude and longitude, one row per observation.")
     column = metadata.match_variable(table, name, ds[name].attrs.get("standard_name"), "obs")
-    value = np.asarray(metadata.convert_units(table[column], ds[name].attrs.get("units")).values, dtype=float)
-    latitude, longitude = (np.asarray(table[found[k]].values, dtype=float) for k in ("latitude", "longitude"))
-    if value.ndim != 1 or latitude.shape != value.shape or longitude.shape != value.shape:
-        raise OptionError(f"obs[{column!r}] has dimensions {table[column].dims}; a table along one dimension is needed.")
+    array = metadata.convert_units(table[column], ds[name].attrs.get("units"))
+
+    def along(key: str) -> np.ndarray:
+        """Return a coordinate at every value, of a table, a swath or a grid."""
+        return np.asarray(table[found[key]].broadcast_like(array).transpose(*array.dims).values).ravel()
+
+    value = np.asarray(array.values, dtype=float).ravel()
+    for k in ("latitude", "longitude"):
+        if stray := [d for d in table[found[k]].dims if d not in array.dims]:
+            raise OptionError(
+                f"obs[{column!r}] has dimensions {array.dims}, and its {k} is along {stray[0]!r}; give each value a place."
+            )
+    latitude, longitude = along("latitude").astype(float), along("longitude").astype(float)
     keep = np.isfinite(value)
-    if instant is not None and found["time"] is not None and table[found["time"]].shape == value.shape:
-        nearest = ds.indexes[layout.time].get_indexer(table.indexes.get(found["time"], table[found["time"]].values), "nearest")
+    if instant is not None and found["time"] is not None and set(table[found["time"]].dims) <= set(array.dims):
+        nearest = ds.indexes[layout.time].get_indexer(along("time"), "nearest")
         keep &= ds[layout.time].values[nearest] == instant
     middle = (axis.min() + axis.max()) / 2
     longitude = wrapped(longitude - middle) + middle

@@ -20,7 +20,7 @@ from xgenda.appropriate import move_to_analysis_times
 from xgenda.curvilinear import AnyGrid
 from xgenda.devices import handle_of
 from xgenda.errors import CoordinateError, GridError, ModelNotFoundError, OptionError, check_choice
-from xgenda.formatting import user_level
+from xgenda.formatting import duration, user_level
 from xgenda.grids import Orientation, ground_of
 from xgenda.models.conditions import lead_times, planes_of
 from xgenda.models.generative import GenerativeModel
@@ -274,8 +274,8 @@ def check_trajectory(setup: Prepared) -> None:
     shortest, longest = metadata.equal_steps(options["spacing"])
     if steps.min() < shortest or steps.max() > longest:
         raise GridError(
-            f"model={name!r} is of states {options['spacing']:g} seconds apart, and those of ds are {steps.min():g} to {steps.max():g} "
-            f"seconds apart. Select such times, in order: ds.sel({setup.time}=...)"
+            f"model={name!r} is of states {duration(options['spacing'])} apart, and those of ds are {duration(steps.min())} to "
+            f"{duration(steps.max())} apart. Select such times, in order: ds.sel({setup.time}=...)"
         )
     chunking.check_core_chunks(setup.arrays, (setup.time,))
 
@@ -388,7 +388,7 @@ def check_grid(model: GenerativeModel, grid: AnyGrid) -> None:
     if expected is not None and not expected.same_as(grid):
         raise GridError(
             f"model={model.spec.name!r} works on the grid {expected.describe()}; ds has {grid.describe()}. "
-            f"Interpolate: ds.genda.regrid(target), with target on that grid"
+            f"Interpolate, where they overlap: ds.genda.regrid(model.template()), with the model that xgenda.load_model gives"
         )
 
 

@@ -94,6 +94,8 @@ def animate(
         from matplotlib import animation, pyplot
     except ImportError as problem:
         raise missing_dependency("matplotlib", "plot", "Drawing videos") from problem
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"path is a {type(path).__name__}; give the fields first, then a name: animate(ds, 'run.gif')")
     kind = Path(path).suffix.lower()
     if kind not in VIDEOS:
         raise OptionError(f"path={str(path)!r} is not accepted; it must end with '.gif' or '.mp4': animate(ds, 'run.gif')")

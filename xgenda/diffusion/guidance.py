@@ -147,7 +147,7 @@ def guide(
     check_choice("likelihood", likelihood, LIKELIHOODS)
     if colour is not None and kind in WHITE_ONLY:
         raise OptionError(
-            f"guidance={kind!r} is for white noise, and this model was trained with coloured noise; use guidance='mmps'."
+            f"guidance={kind!r} is for white noise, and this model was trained with coloured noise; leave it out, or use guidance='mmps'."
         )
     if kind == "anchor" and anchor is None:
         raise OptionError("guidance='anchor' needs a Gaussian anchor, and there is none; use guidance='mmps'.")

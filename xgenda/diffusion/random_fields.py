@@ -278,6 +278,8 @@ class TorusField(_Waves):
         ky, kx = _axes(self.shape)
         phase = ky[:, None] * (row.double() / ny)[:, None, None] + kx * (column.double() / nx)[:, None, None]
         waves = torch.polar((self.power > 0).double() / (ny * nx), -2 * math.pi * phase)
+        if not len(waves):  # of which the transform makes an error
+            return torch.zeros(0, ny * nx, dtype=torch.float64)
         out: Tensor = torch.fft.irfft2(waves, s=self.shape, norm="forward").flatten(1)
         return out
 

@@ -95,7 +95,8 @@ class DiffusionModel(GenerativeModel):
         has_anchor = self.covariance is not None and (self.window == 1 or isinstance(self.covariance, Separable))
         if self.colour is not None and asked.guidance in WHITE_ONLY:
             raise OptionError(
-                f"guidance={asked.guidance!r} is for white noise, and {self.spec.name!r} was trained with coloured noise; use guidance='mmps'."
+                f"guidance={asked.guidance!r} is for white noise, and {self.spec.name!r} was trained with coloured noise; leave it out, or "
+                f"use guidance='mmps'."
             )
         if self.pointwise and not (linear and asked.likelihood == "gaussian" and asked.guidance != "inpaint"):
             raise OptionError(

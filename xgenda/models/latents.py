@@ -142,7 +142,7 @@ class LatentModel(GenerativeModel):
         if self.window > 1:
             raise OptionError(
                 f"model={name!r} is of windows of states, which are solved together, by a diffusion; searches are for single states. Leave out "
-                f"guidance={asked.guidance!r} and sampler={asked.sampler!r}."
+                f"{f'guidance={asked.guidance!r}' if asked.guidance in GUIDANCES else f'sampler={asked.sampler!r}'}."
             )
         if self.prior is None and (asked.guidance in OF_DIFFUSION or asked.sampler in DIFFUSIONS):
             given = f"guidance={asked.guidance!r}" if asked.guidance in OF_DIFFUSION else f"sampler={asked.sampler!r}"

@@ -9,6 +9,7 @@ one `Table`.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -112,6 +113,12 @@ def read_observations(
         for name in [argument if len(items) == 1 else f"{argument}[{i}]"]
     ]
     if representativeness is not None:
+        values = representativeness.values() if isinstance(representativeness, Mapping) else (representativeness,)
+        if not all(isinstance(v, numbers.Real) for v in values):
+            raise ObservationError(
+                f"representativeness={representativeness!r} is not accepted; give a number, or one by variable: "
+                f"representativeness={{{wanted[0].name!r}: 0.5}}"
+            )
         each = per_variable(representativeness, wanted)
         if not ((each >= 0) & (each < np.inf)).all():
             raise ObservationError(

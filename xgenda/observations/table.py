@@ -47,8 +47,11 @@ def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:
 
 
 def check_names(argument: str, given: object, wanted: Sequence[Wanted]) -> None:
-    """Refuse a mapping that names what is no variable of the state."""
+    """Refuse text, and a mapping that names what is no variable of the state."""
     known = [w.name for w in wanted]
+    for value in given.values() if isinstance(given, Mapping) else (given,):
+        if isinstance(value, (str, bytes)):
+            raise ObservationError(f"{argument}={given!r} is not accepted; give standard deviations as numbers: {argument}=1.0")
     for key in given if isinstance(given, Mapping) else ():
         if key not in known:
             raise ObservationError(

@@ -75,7 +75,7 @@ def far_away(seconds: float) -> str:
     """Return in words how far observations are from the nearest time, and what to do about it."""
     hours = seconds / 3600
     advice = f", or widen the window: window='{int(2 * hours) + 1}h'" if hours < 24 else ""
-    shown = f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.4g} days"
+    shown = f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.4g} days" if hours < 24e3 else f"{hours / 24:,.0f} days"
     return f"The nearest is {shown} away. Is their time UTC? Select the right ones{advice}"
 
 

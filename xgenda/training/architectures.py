@@ -16,6 +16,7 @@ WIDTHS = {"unet": 16, "songunet": 16, "mesh": 32, "uno": 16}
 MESH_OPTIONS = ("refinement", "rounds", "position", "checkpointing", "one_at_a_time")
 OPERATOR_OPTIONS = ("modes", "rank", "resolution", "position")
 OPTIONS: Mapping[str, tuple[str, ...]] = {"mesh": MESH_OPTIONS, "uno": OPERATOR_OPTIONS}
+EXAMPLES = {"mesh": "{'refinement': 4, 'rounds': 8}", "uno": "{'modes': 16, 'rank': 8}"}
 ROUNDS = 4
 STEPS_FOR = {64: 80_000, 32: 20_000}  # planned steps from which a convolutional network is so wide
 VALUES_PER_PARAMETER = 10  # of independent training values, at least, where it is wider than the narrowest
@@ -58,7 +59,8 @@ def check_network_options(architecture: str, given: Any) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise OptionError(
-            f"network_options={given!r} is not accepted; give a mapping: network_options={{'refinement': 4, 'rounds': 8}}"
+            f"network_options={given!r} is not accepted; give a mapping: "
+            f"network_options={EXAMPLES.get(architecture, EXAMPLES['mesh'])}"
         )
     if given and architecture not in OPTIONS:
         other = next((k for k, names in OPTIONS.items() if set(given) <= set(names)), "mesh")

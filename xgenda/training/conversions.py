@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from xgenda import metadata, states
+from xgenda.engine import check_plausible
 from xgenda.errors import GridError, OptionError
+from xgenda.formatting import user_level
 from xgenda.models import means
 from xgenda.models.conditions import Conditions
 from xgenda.models.conversions import ConversionModel, Route, encoder_arguments, encoder_inputs
@@ -133,8 +136,12 @@ def open_conversion(
     assert start.spec.grid is not None
     if not start.spec.grid.same_as(opened.grid):
         raise GridError(
-            f"target is on the grid {opened.grid.describe()}, and start={start.spec.name!r} on {start.spec.grid.describe()}. Bring it there: "
-            f"target.genda.regrid(model.template())"
+            f"target is on the grid {opened.grid.describe()}, and start={start.spec.name!r} on {start.spec.grid.describe()}. "
+            + (
+                "That is the grid of ds: exchange ds and target."
+                if start.spec.grid.same_as(source.grid)
+                else "Bring it there: target.genda.regrid(start.template()), with the model that xgenda.load_model gives"
+            )
         )
     if (size := source.nbytes + opened.nbytes) > memory:
         raise OptionError(
@@ -142,6 +149,15 @@ def open_conversion(
             f"memory='{math.ceil(size / 1e6)}MB'"
         )
     (fine, shown), (coarse, seen) = read_gappy(opened), read_gappy(source)
+    for c, v in enumerate(start.spec.variables):
+        some = fine.values[:, c][np.isfinite(fine.values[:, c])]
+        check_plausible(v.name, float(some.mean()), start.scaling, c, v.units, "target")
+    if fine.valid is not None and (lost := int((~fine.valid if start.valid is None else start.valid & ~fine.valid).sum())):
+        warnings.warn(
+            f"target has no value at any time in {lost} of {fine.valid.size} cells. They count as their climate in {start.spec.name!r}, and "
+            f"states that are known nowhere else are not learned well: give whole fields where there are some.",
+            stacklevel=user_level(),
+        )
     places, kept = match(fine, coarse, (0,), None)
     check_kept(len(kept), fine.size, FEWEST, None, "conversion")
     fine, coarse = _taken(fine, kept), _taken(coarse, places[:, 0])

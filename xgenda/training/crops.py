@@ -40,12 +40,12 @@ def check_tile(tile: Any, source: Source, periodic: Any) -> Tile | str | None:
         return None if tile is None else "auto"
     found = _pair(tile, source.dims, source.grid.plane)
     _check_cells(found, source.grid.plane)
-    check_wraps(found, source.grid.plane, periodic)
+    check_wraps(found, source.grid.plane, periodic, source.grid.periodic)
     return found
 
 
-def check_wraps(tile: Tile, plane: Tile, periodic: Any) -> None:
-    """Refuse parts of an axis around which a network is to go on.
+def check_wraps(tile: Tile, plane: Tile, periodic: Any, wraps: bool) -> None:
+    """Refuse parts of an axis around which a network is to go on, or that go on where it is not to: around a grid that `wraps`.
 
     Raises
     ------
@@ -55,6 +55,11 @@ def check_wraps(tile: Tile, plane: Tile, periodic: Any) -> None:
     if periodic == "both" and tile != plane:
         raise OptionError(
             f"tile={tile} cuts a doubly periodic box, around which the network goes on in both directions; leave out tile, or periodic='both'."
+        )
+    if periodic is False and wraps and tile[1] != plane[1]:
+        raise OptionError(
+            f"periodic=False has no effect with tile={tile}: on a grid around the globe parts go across the seam; leave out periodic, or show all "
+            f"{plane[1]} columns: tile=({tile[0]}, {plane[1]})"
         )
     if periodic is True and tile[1] != plane[1]:
         raise OptionError(
@@ -104,7 +109,7 @@ def _suggested(n: int, near: int | None = None) -> int:
     return min(found, n)
 
 
-def automatic_tile(fields: np.ndarray, plane: Tile, periodic: Any) -> Tile | None:
+def automatic_tile(fields: np.ndarray, plane: Tile, periodic: Any, wraps: bool) -> Tile | None:
     """Return twice the distance at which standardised fields (n, state) are no longer correlated, on grids of more than 448 rows or columns."""
     if max(plane) <= LARGEST_PLANE or periodic == "both":
         return None
@@ -114,7 +119,7 @@ def automatic_tile(fields: np.ndarray, plane: Tile, periodic: Any) -> Tile | Non
             "ignore", message="The residuals are correlated over"
         )  # the Gaussian of the whole grid knows that
         found, _ = suggest_tile(torch.as_tensor(some).reshape(len(some), -1, *plane), MULTIPLE, (LARGEST_PLANE, LARGEST_PLANE))
-    return (found[0], plane[1]) if periodic is True else found
+    return (found[0], plane[1]) if periodic is True or (periodic is False and wraps) else found
 
 
 def network_periodic(tile: Tile | None, periodic: Any, plane: Tile, wraps: bool) -> Any:

@@ -356,9 +356,9 @@ def train(
         raise OptionError(f"periodic={periodic!r} is not accepted; it must be True, False, 'both' or None.")
     if anchor == "spectral" and periodic != "both":
         raise OptionError("anchor='spectral' is for doubly periodic grids; pass periodic='both' too, or use anchor='eof'.")
-    if check_count("window", window) % 2 == 0:
+    if isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1 or window % 2 == 0:
         raise OptionError(
-            f"window={window} is not accepted; it must be odd: a state with as many before it as after it, such as 5."
+            f"window={window!r} is not accepted; it must be odd: a state with as many before it as after it, such as window=5."
         )
     if task == "autoencoder" and anchor not in ("auto", None):
         raise OptionError(

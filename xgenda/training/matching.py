@@ -148,9 +148,11 @@ def check_kept(kept: int, size: int, fewest: int, offsets: tuple[int, ...] | Non
         found = (
             f"Of {size} fine fields {kept} have all the coarse ones that they need"
             if task == "downscale"
+            else f"Of {size} states of target {kept} have a field of ds at their time"
+            if task == "conversion"
             else f"Of {size} states {kept} have a background"
         )
-        raise StateError(f"{found}; at least {fewest} are needed.")
+        raise StateError(f"{found}; at least {fewest} are needed. Give a longer series of what is short.")
     if offsets is None:
         return
     ends = max(offsets) - min(offsets)  # the first and the last lack neighbours in any case

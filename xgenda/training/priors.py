@@ -15,9 +15,11 @@ import torch
 import xarray as xr
 
 from xgenda import metadata
+from xgenda.curvilinear import AnyGrid
 from xgenda.diffusion.anchors import Anchor, Separable
 from xgenda.diffusion.denoisers import EDMDenoiser
 from xgenda.errors import OptionError, StateError, UnitsError
+from xgenda.formatting import duration
 from xgenda.models.colouring import noise_on
 from xgenda.models.diffusive import SIGMA_MIN, DiffusionModel, Network, build_network, highest_sigma, in_tiles
 from xgenda.models.fitting import standardise
@@ -111,7 +113,7 @@ def train_prior(
     if before is not None:
         if corpus.source is None:
             recipe = _in_terms_of(recipe, corpus.samples.variables, before)
-        recipe, corpus = _continued(recipe, before, corpus.samples.grid.plane), _in_units_of(corpus, before)
+        recipe, corpus = _continued(recipe, before, corpus.samples.grid), _in_units_of(corpus, before)
         _check_transforms(corpus, before)
     samples = corpus.samples
     counts = loss_weights(recipe.weights, samples.variables, samples.grid, samples.valid, recipe.window)
@@ -144,7 +146,7 @@ def train_prior(
     final, crossed, note = fitted.final, fitted.crossed, fitted.note
     rows, held = _split(windows, every, fold, corpus.time, gap)
     if recipe.tile == "auto":
-        tile = automatic_tile(z, plane, recipe.periodic)
+        tile = automatic_tile(z, plane, recipe.periodic, samples.grid.periodic)
     if before is None and recipe.width is None:
         width = suitable_width(
             recipe.architecture, optimiser.planned(len(rows)), fitted.independent * _values(samples),
@@ -332,7 +334,7 @@ def _starting(start: GenerativeModel | str | os.PathLike[str]) -> DiffusionModel
     return before
 
 
-def _continued(recipe: PriorRecipe, before: DiffusionModel, plane: Tile) -> PriorRecipe:
+def _continued(recipe: PriorRecipe, before: DiffusionModel, grid: AnyGrid) -> PriorRecipe:
     """Return the recipe with what the network of the other model fixes."""
     training = before.spec.training
     note = training.get("guidance_covariance", training.get("anchor", "auto"))
@@ -344,9 +346,9 @@ def _continued(recipe: PriorRecipe, before: DiffusionModel, plane: Tile) -> Prio
     if tile is not None and architecture == "mesh":
         raise OptionError("start has a mesh network, which sees the whole grid; leave out tile.")
     if tile is None and before.spec.grid is not None:
-        tile = inherited_tile(before.spec.options.get("tile"), before.spec.grid.plane, plane)
+        tile = inherited_tile(before.spec.options.get("tile"), before.spec.grid.plane, grid.plane)
     if isinstance(tile, tuple):
-        check_wraps(tile, plane, "both" if periodic == "both" else recipe.periodic)
+        check_wraps(tile, grid.plane, "both" if periodic == "both" else recipe.periodic, grid.periodic)
     scaling = before.scaling
     names = [v.name for v in before.spec.variables]
     transform, offset = recipe.transform, recipe.offset
@@ -431,7 +433,7 @@ def _check_spacing(before: DiffusionModel, found: float) -> None:
     shortest, longest = metadata.equal_steps(spacing)
     if not shortest <= found <= longest:
         raise StateError(
-            f"start={before.spec.name!r} is of states {spacing:g} seconds apart, and those of ds are {found:g} seconds apart. "
+            f"start={before.spec.name!r} is of states {duration(spacing)} apart, and those of ds are {duration(found)} apart. "
             f"Select such times, or leave out start to train from scratch."
         )
 

@@ -11,6 +11,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import OptionError, StateError
+from xgenda.formatting import duration
 from xgenda.models.fitting import memory_length
 from xgenda.training.sources import FEWEST, Samples, Source, open_source
 from xgenda.training.surveys import Survey, look
@@ -192,8 +193,8 @@ def window_rows(
     shortest, longest = metadata.equal_steps(spacing)
     if spacing <= 0 or steps.min(initial=np.inf) < shortest:
         raise StateError(
-            f"window above 1 needs equally spaced times (gaps may be left out), and those of {argument} are from {steps.min():g} to "
-            f"{steps.max():g} seconds apart. Select one unbroken run, or interpolate: {argument}.resample(time='1D').interpolate()"
+            f"window above 1 needs equally spaced times (gaps may be left out), and those of {argument} are from {duration(steps.min())} to "
+            f"{duration(steps.max())} apart. Select one unbroken run, or interpolate: {argument}.resample(time='1D').interpolate()"
         )
     broken = (steps > longest) | (np.diff(fold[order]) != 0)
     run = np.concatenate([[0], np.cumsum(broken)])
