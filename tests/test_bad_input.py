@@ -331,12 +331,12 @@ CASES: dict[str, Case] = {
     "error as text": (
         lambda k: k.assimilate(error="0.3"),
         ObservationError,
-        r"error='0.3' is not accepted; give standard deviations as numbers: error=1.0",
+        r"error='0.3' is no standard deviation; give numbers: error=1.0",
     ),
     "representativeness as text": (
         lambda k: k.assimilate(representativeness={"t2m": "a"}),
         ObservationError,
-        r"representativeness=\{'t2m': 'a'\} is not accepted; give standard deviations as numbers",
+        r"representativeness=\{'t2m': 'a'\} is no standard deviation; give numbers",
     ),
     "representativeness of each observation": (
         lambda k: k.assimilate(representativeness=[0.1, 0.2]),

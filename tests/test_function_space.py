@@ -163,6 +163,8 @@ def test_training_takes_the_norm_that_was_asked_for(fields: xr.Dataset, tmp_path
             r"which a neural operator does not take; it takes 'modes', 'rank', 'resolution', 'position'",
         ),
         ({"architecture": "unet", "network_options": {"modes": 3}}, "belongs to architecture='uno'; pass it too"),
+        ({"architecture": "fno"}, "architecture='fno' is not accepted; choose one of .*'uno'"),
+        ({"network_options": [("modes", 4)]}, r"give a mapping: network_options=\{'modes': 16, 'rank': 8\}"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )

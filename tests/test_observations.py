@@ -261,7 +261,7 @@ REFUSED_ERRORS = {
     "too few": ({"t2m": [1.0, 2.0]}, r"error\['t2m'\] has 2 values and obs\['t2m'\] has 6; give one number, or one each"),
     "too many": (np.ones(7), r"error\['t2m'\] has 7 values and obs\['t2m'\] has 6"),
     "other dimensions": ({"t2m": xr.DataArray(np.ones(5), dims="index")}, r"error\['t2m'\] has dimensions {'index': 5} and"),
-    "text": ("large", r"error='large' is no standard deviation; give a number or one number per observation"),
+    "text": ("large", r"error='large' is no standard deviation; give numbers: error=1.0"),
     "unknown variable": (
         {"t2mm": 1.0},
         r"error names 't2mm', which is no variable of the state; it has 't2m'. Did you mean 't2m'",

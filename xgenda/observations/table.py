@@ -51,7 +51,7 @@ def check_names(argument: str, given: object, wanted: Sequence[Wanted]) -> None:
     known = [w.name for w in wanted]
     for value in given.values() if isinstance(given, Mapping) else (given,):
         if isinstance(value, (str, bytes)):
-            raise ObservationError(f"{argument}={given!r} is not accepted; give standard deviations as numbers: {argument}=1.0")
+            raise ObservationError(f"{argument}={given!r} is no standard deviation; give numbers: {argument}=1.0")
     for key in given if isinstance(given, Mapping) else ():
         if key not in known:
             raise ObservationError(

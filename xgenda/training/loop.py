@@ -381,6 +381,9 @@ def train(
         raise OptionError(
             f"context={context} and neighbours={neighbours!r} both say which times the model sees; give one of them."
         )
+    check_choice("method", method, ("diffusion", *METHODS))
+    check_choice("stages", stages, STAGES)
+    check_choice("architecture", architecture, ARCHITECTURES)
     own = {
         "target": (target, None), "lag": (lag, None), "factor": (factor, None), "method": (method, "diffusion"), "stages": (stages, "both"),
         "statics": (statics, None), "neighbours": (tuple(neighbours), (0,)), "context": (context, 0),
@@ -411,9 +414,6 @@ def train(
             raise OptionError(f"{argument}={shown} has no effect with task={task!r}. Leave it out.")
         if method in METHODS and argument not in CLASSICAL and not (argument in ("neighbours", "context") and method == "ridge"):
             raise OptionError(f"{argument}={shown} has no effect with method={method!r}, which has a closed form. Leave it out.")
-    check_choice("method", method, ("diffusion", *METHODS))
-    check_choice("stages", stages, STAGES)
-    check_choice("architecture", architecture, ARCHITECTURES)
     network_options = check_network_options(architecture, network_options)
     noise = check_noise(noise)
     resolutions = check_resolutions(resolutions, task, architecture, noise, network_options)
