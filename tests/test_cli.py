@@ -258,6 +258,11 @@ def test_the_observations_of_the_time_are_drawn(ensemble: xr.Dataset) -> None:
         [x, y] for y in grid.latitude.values for x in grid.longitude.values[1:]
     ]
     np.testing.assert_array_equal(figure.axes[0].collections[1].get_array(), grid.z[1, :, 1:].values.ravel())
+    zoned = obs.to_dataframe().assign(time=lambda d: d.time.dt.tz_localize("UTC"))
+    figure = plot_analysis(ensemble.isel(member=0, drop=True), ensemble, zoned, time=0)
+    assert figure.axes[0].collections[1].get_offsets().tolist() == [[-10.0, 50.0], [10.0, 40.0]]
+    with pytest.raises(OptionError, match=r"obs\['z'\] is along 'level' too, .* select one: obs.isel\(level=0\)"):
+        plot_analysis(ensemble.isel(member=0, drop=True), ensemble, obs.expand_dims(level=2))
     with pytest.raises(
         OptionError,
         match=r"obs\['z'\] has dimensions \('latitude',\), and its longitude is along 'longitude'; give each value a place",

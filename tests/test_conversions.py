@@ -202,11 +202,13 @@ def test_states_are_reconstructed_by_their_own_encoder(fields: Any, latent: Late
 
 def test_states_that_are_never_known_somewhere_are_told_of(fields: Any, latent: LatentModel) -> None:
     states, source = fields[:2]
-    with pytest.warns(UserWarning, match="target has no value at any time in 16 of 40 cells") as caught:
+    with pytest.warns(UserWarning, match="target says nothing at any time of 16 of the 40 values of a state") as caught:
         xgenda.train(
             source, target=states.where(states.latitude < 43), task="conversion", start=latent, steps=1, width=8, **QUIET
         )
     assert caught[0].filename == __file__
+    hidden = states.assign(x=states.x.where(states.latitude < 43, states.x.where(states.time.dt.month == 1)))
+    xgenda.train(source, target=hidden, task="conversion", start=latent, steps=1, width=8, **QUIET)  # known now and then
     with pytest.raises(OptionError, match="makes one kind of fields of another, and reconstructs none; compare with the truth"):
         plot_reconstruction(converted(fields, latent, steps=1), states)
 
@@ -218,7 +220,7 @@ def test_states_that_are_never_known_somewhere_are_told_of(fields: Any, latent: 
         ({"start": "t2m-north-america"}, OptionError, r"'t2m-north-america' is prior \(diffusion\); train one first"),
         ({"target": None}, OptionError, "needs target"),
         ({"target": "coarse"}, GridError, r"target is on the grid 3 x 4.*regrid\(start.template\(\)\)"),
-        ({"target": "swapped"}, GridError, "That is the grid of ds: exchange ds and target"),
+        ({"target": "swapped"}, GridError, r"regrid\(start.template\(\)\).*; or are ds and target exchanged\?"),
         ({"target": "other units"}, StateError, r"target\['x'\] has mean 27\d.*Other units\? Set the true ones: target\['x'\]"),
         ({"target": "few"}, StateError, "Of 60 states of target 10 have a field of ds at their time; at least 20 are needed"),
         ({"target": "later"}, OptionError, "ds has none of the times of target"),

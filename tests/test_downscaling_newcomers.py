@@ -97,7 +97,7 @@ def test_rain_stays_within_what_is_known() -> None:
 
 def test_dry_cells_of_all_members_do_not_make_chi2_infinite() -> None:
     truth = fields(6.05 + 0.1 * np.arange(16), n=2)
-    members = xr.concat([truth + 0.1, truth - 0.1, truth], "member")
+    members = xr.concat([truth + 0.1, truth - 0.1, truth, truth], "member")
     members["t"][:, :, 0, 0] = 280.0
     assert np.isfinite(members.genda.verify(truth).t).all()
 

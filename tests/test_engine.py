@@ -135,6 +135,7 @@ def test_orientation_and_units_change_nothing(method, fields: xr.Dataset) -> Non
     assert np.abs(kelvin.air_temperature.values - reference.air_temperature.values).max() < 2e-4
 
 
+@pytest.mark.slow
 def test_same_bits_for_every_scheduler_and_worker_count(
     request: pytest.FixtureRequest, fields: xr.Dataset, obs: xr.Dataset
 ) -> None:

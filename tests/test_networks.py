@@ -148,6 +148,9 @@ def test_times_of_a_zone_are_read_in_utc() -> None:
     zoned = table.assign(time=table.time.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo"))
     for options in ({"to": "2016-03-12"}, {"period": slice("1916-03-12T06", "1916-03-12T12"), "to": "2016-03-12T06"}):
         assert network_of(zoned, **options).identical(network_of(table, **options))
+    named = table.set_index("time", drop=False)
+    assert network_of(named, to="2016-03-12").identical(network_of(table, to="2016-03-12"))
+    assert network_of(table.assign(time="12:00")).identical(network_of(table))  # where it is not asked for
     with pytest.raises(
         ObservationError, match=r"obs: time holds str such as '1916.*pandas.to_datetime\(obs\['time'\], utc=True\)"
     ):

@@ -338,6 +338,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_costs_nothing(whole: GenerativeModel, tmp_path: Path) -> None:
     regimes().to_netcdf(tmp_path / "killed.nc")
     asked = json.dumps([str(tmp_path / "killed"), OPTIONS, 3])

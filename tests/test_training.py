@@ -225,7 +225,7 @@ def daily(hours: int) -> xr.Dataset:
 def test_a_trajectory_model_goes_on_with_its_own_spacing_only() -> None:
     model = xgenda.train(daily(24), steps=1, width=8, window=3, anchor="eof", progress=False)
     assert xgenda.train(daily(24), start=model, steps=1, progress=False).window == 3
-    with pytest.raises(StateError, match="is of states 1 days apart, and those of ds are 1 hours apart"):
+    with pytest.raises(StateError, match="is of states 1 day apart, and those of ds are 1 hour apart"):
         xgenda.train(daily(1), start=model, steps=1, progress=False)
     for argument, value in {"width": 16, "anchor": None}.items():
         with pytest.raises(OptionError, match=f"{argument}=.* with start.* Leave it out"):

@@ -163,6 +163,12 @@ def test_the_variance_of_three_members_is_no_measure_of_single_errors(members: i
     scores = xgenda.verify(fields(members), fields(None, seed=1))
     assert np.isnan(score(scores, "chi2"))
     assert score(scores, "spread_skill") == pytest.approx(1.0, abs=0.1)
+    truth = fields(None, seed=1).isel(time=0)
+    at_points = truth.stack(obs=("latitude", "longitude")).reset_index("obs")
+    assert (
+        0.2 < score(xgenda.verify(fields(members).isel(time=[0]), at_points, error=1.0), "chi2") < 2.0
+    )  # an error of one bounds it
+    assert np.isfinite(score(xgenda.verify(fields(4), fields(None, seed=1)), "chi2"))
 
 
 def test_gaps_in_the_truth_count_nowhere() -> None:

@@ -88,7 +88,7 @@ def test_one_chunk_is_the_eager_result_and_several_are_refused(days: xr.Dataset,
 def test_what_is_no_trajectory_is_refused(days: xr.Dataset, obs: xr.Dataset, model: GenerativeModel) -> None:
     with pytest.raises(GridError, match=r"windows of 5 consecutive times, and ds has 2; give at least 5"):
         run(days.isel(time=slice(2)), None, model)
-    with pytest.raises(GridError, match=r"states 1 days apart, and those of ds are 2 days to"):
+    with pytest.raises(GridError, match=r"states 1 day apart, and those of ds are 2 days to"):
         run(days.isel(time=slice(None, None, 2)), None, model)
 
 
@@ -97,7 +97,15 @@ def test_training_of_windows_is_checked(series: xr.Dataset) -> None:
         xgenda.train(series, window=4)
     with pytest.raises(OptionError, match=r"window=3 belongs to task='prior'"):
         xgenda.train(series, window=3, task="downscale", factor=2)
-    gap = xgenda.train(series.drop_isel(time=[50]), window=3, steps=1, width=8, anchor="eof", progress=False)
+    gap: xgenda.GenerativeModel = xgenda.train(  # numbers of numpy are numbers
+        series.drop_isel(time=[50]),
+        window=np.int64(3),
+        steps=np.int64(1),
+        width=np.int64(8),
+        batch_size=np.int32(16),
+        anchor="eof",
+        progress=False,
+    )
     assert gap.spec.options["spacing"] == 86400.0
     uneven = series.assign_coords(
         time=series.time.where(series.time != series.time[50], series.time[50] + np.timedelta64(12, "h"))

@@ -111,9 +111,12 @@ class LittleDataWarning(UserWarning):
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known name, or an empty string."""
-    names = {str(n).casefold(): n for n in known}
-    close = difflib.get_close_matches(str(found).casefold(), list(names), n=1, cutoff=0.6)
-    return f" Did you mean {names[close[0]]!r}?" if close else ""
+    names = list(known)
+    close = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
+    if not close:  # in capitals
+        folded = {str(n).casefold(): n for n in names}
+        close = [folded[k] for k in difflib.get_close_matches(str(found).casefold(), folded, n=1, cutoff=0.5)]
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def check_choice(argument: str, found: object, choices: Iterable[str]) -> str:

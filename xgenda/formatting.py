@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
     """Return a time span in the largest unit of which it is at least one."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if abs(seconds) >= size:
-            return f"{seconds / size:.4g} {unit}"
+            return f"{seconds / size:.4g} {unit if seconds != size else unit[:-1]}"
     return f"{seconds:.4g} seconds"
 
 

@@ -25,6 +25,7 @@ from xgenda.drawing import (
     stamp,
 )
 from xgenda.errors import OptionError, check_choice
+from xgenda.observations.shapes import as_xarray, decoded
 from xgenda.spherical import wrapped
 from xgenda.states import State
 from xgenda.videos import animate
@@ -351,7 +352,7 @@ def _points(
     obs: xr.Dataset | pd.DataFrame, name: str, ds: xr.Dataset, layout: metadata.Layout, instant: Any, axis: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return latitude, longitude (in the convention of the axes) and value of the observations near `instant`."""
-    table = obs if isinstance(obs, xr.Dataset) else xr.Dataset.from_dataframe(obs)
+    table = as_xarray(obs, "obs")
     found = {k: metadata.find_coordinate(table, k, n) for k, n in (
         ("latitude", metadata.LATITUDE_NAMES), ("longitude", metadata.LONGITUDE_NAMES), ("time", metadata.TIME_NAMES),
     )}  # fmt: skip
@@ -360,20 +361,26 @@ def _points(
     column = metadata.match_variable(table, name, ds[name].attrs.get("standard_name"), "obs")
     array = metadata.convert_units(table[column], ds[name].attrs.get("units"))
 
-    def along(key: str) -> np.ndarray:
+    def along(coordinate: xr.DataArray) -> np.ndarray:
         """Return a coordinate at every value, of a table, a swath or a grid."""
-        return np.asarray(table[found[key]].broadcast_like(array).transpose(*array.dims).values).ravel()
+        return np.asarray(coordinate.broadcast_like(array).transpose(*array.dims).values).ravel()
 
+    time = None if instant is None or found["time"] is None else decoded(table[found["time"]], "obs")
+    placed = {d for k in ("latitude", "longitude") for d in table[found[k]].dims} | set(() if time is None else time.dims)
+    if strange := [d for d in array.dims if d not in placed]:
+        raise OptionError(
+            f"obs[{column!r}] is along {strange[0]!r} too, and would lie several times in each place; select one: obs.isel({strange[0]}=0)"
+        )
     value = np.asarray(array.values, dtype=float).ravel()
     for k in ("latitude", "longitude"):
         if stray := [d for d in table[found[k]].dims if d not in array.dims]:
             raise OptionError(
                 f"obs[{column!r}] has dimensions {array.dims}, and its {k} is along {stray[0]!r}; give each value a place."
             )
-    latitude, longitude = along("latitude").astype(float), along("longitude").astype(float)
+    latitude, longitude = (along(table[found[k]]).astype(float) for k in ("latitude", "longitude"))
     keep = np.isfinite(value)
-    if instant is not None and found["time"] is not None and set(table[found["time"]].dims) <= set(array.dims):
-        nearest = ds.indexes[layout.time].get_indexer(along("time"), "nearest")
+    if time is not None and set(time.dims) <= set(array.dims):
+        nearest = ds.indexes[layout.time].get_indexer(pd.Index(along(time)), "nearest")
         keep &= ds[layout.time].values[nearest] == instant
     middle = (axis.min() + axis.max()) / 2
     longitude = wrapped(longitude - middle) + middle

@@ -94,7 +94,7 @@ def verify(
         Each variable along ``metric``: rmse, mae, bias, crps (fair), spread, spread_skill, chi2. The ensemble scores are
         NaN for a single field, but crps, which is then the mean absolute error. chi2 is NaN for up to three members without an observation
         error: squared errors over so uncertain a variance have no mean. (With M members that are drawn as the truth is it tends to
-        (M - 1) / (M - 3) instead of 1: 1.3 of 10, 1.14 of 16.) For observations the attribute `counts` says how many were
+        (M - 1) / (M - 3) instead of 1: 1.29 for 10, 1.15 for 16.) For observations the attribute `counts` says how many were
         scored ('used') and why others were not.
 
     Examples

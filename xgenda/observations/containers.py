@@ -9,7 +9,6 @@ one `Table`.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import xarray as xr
 
 from xgenda import metadata
 from xgenda.errors import ObservationError, UnitsError, did_you_mean
+from xgenda.formatting import brief
 from xgenda.observations.columns import (
     ERROR_SUFFIXES,
     FLAG_NAMES,
@@ -114,9 +114,9 @@ def read_observations(
     ]
     if representativeness is not None:
         values = representativeness.values() if isinstance(representativeness, Mapping) else (representativeness,)
-        if not all(isinstance(v, numbers.Real) for v in values):
+        if not all(np.ndim(v) == 0 and np.asarray(v).dtype.kind in "fiu" for v in values):
             raise ObservationError(
-                f"representativeness={representativeness!r} is not accepted; give a number, or one by variable: "
+                f"representativeness={brief(representativeness)} is not accepted; give a number, or one by variable: "
                 f"representativeness={{{wanted[0].name!r}: 0.5}}"
             )
         each = per_variable(representativeness, wanted)

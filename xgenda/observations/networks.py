@@ -185,7 +185,7 @@ def network_of(obs: xr.Dataset | pd.DataFrame, *, period: slice | None = None, t
     fields |= {k: table[n] for k, n in found.items() if table[n].dims == (dim,)}
     if (period is not None or to is not None) and "time" not in fields:
         raise OptionError("obs has no time for each observation; leave out period and to: network_of(obs)")
-    if "time" in fields:
+    if "time" in fields and (period is not None or to is not None):
         fields["time"] = decoded(fields["time"], "obs")
     rows = np.arange(table.sizes[dim])
     if period is not None:

@@ -167,7 +167,8 @@ def as_xarray(item: Any, argument: str) -> xr.Dataset:
     if library in ("pyarrow", "cudf") and hasattr(item, "to_pandas"):
         item = item.to_pandas()
     if isinstance(item, pd.DataFrame):
-        frame = item.reset_index(drop=item.index.names == [None])
+        kept = [n for n in item.index.names if n is not None and n not in item.columns]
+        frame = (item.reset_index(level=kept) if kept else item).reset_index(drop=True)
         ds = xr.Dataset({str(c): ("obs", _column(frame[c])) for c in frame.columns})
         for name, column in ds.data_vars.items():  # pandas carries units in attrs, if at all
             column.attrs.update(frame.attrs.get(name, {}) if isinstance(frame.attrs.get(name), dict) else {})

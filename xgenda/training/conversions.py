@@ -136,12 +136,9 @@ def open_conversion(
     assert start.spec.grid is not None
     if not start.spec.grid.same_as(opened.grid):
         raise GridError(
-            f"target is on the grid {opened.grid.describe()}, and start={start.spec.name!r} on {start.spec.grid.describe()}. "
-            + (
-                "That is the grid of ds: exchange ds and target."
-                if start.spec.grid.same_as(source.grid)
-                else "Bring it there: target.genda.regrid(start.template()), with the model that xgenda.load_model gives"
-            )
+            f"target is on the grid {opened.grid.describe()}, and start={start.spec.name!r} on {start.spec.grid.describe()}. Bring it there: "
+            f"target.genda.regrid(start.template()), with the model that xgenda.load_model gives"
+            + ("; or are ds and target exchanged?" if start.spec.grid.same_as(source.grid) else "")
         )
     if (size := source.nbytes + opened.nbytes) > memory:
         raise OptionError(
@@ -149,22 +146,29 @@ def open_conversion(
             f"memory='{math.ceil(size / 1e6)}MB'"
         )
     (fine, shown), (coarse, seen) = read_gappy(opened), read_gappy(source)
-    for c, v in enumerate(start.spec.variables):
-        some = fine.values[:, c][np.isfinite(fine.values[:, c])]
-        check_plausible(v.name, float(some.mean()), start.scaling, c, v.units, "target")
-    if fine.valid is not None and (lost := int((~fine.valid if start.valid is None else start.valid & ~fine.valid).sum())):
-        warnings.warn(
-            f"target has no value at any time in {lost} of {fine.valid.size} cells. They count as their climate in {start.spec.name!r}, and "
-            f"states that are known nowhere else are not learned well: give whole fields where there are some.",
-            stacklevel=user_level(),
-        )
     places, kept = match(fine, coarse, (0,), None)
     check_kept(len(kept), fine.size, FEWEST, None, "conversion")
     fine, coarse = _taken(fine, kept), _taken(coarse, places[:, 0])
-    return Converted(
-        start, coarse, fine, None if seen is None else seen[places[:, 0]], None if shown is None else shown[kept],
-        remembered_axes(states.enter(given)),
-    )  # fmt: skip
+    seen, shown = (None if m is None else m[rows] for m, rows in ((seen, places[:, 0]), (shown, kept)))
+    _check_states(states.enter(given, "target").ds, fine, shown, start)
+    return Converted(start, coarse, fine, seen, shown, remembered_axes(states.enter(given)))
+
+
+def _check_states(given: xr.Dataset, fine: Samples, shown: np.ndarray | None, start: LatentModel) -> None:
+    """Refuse states that are far from those of the latent space, as other units make them, and tell of places where none is known."""
+    sought = np.ones(fine.values.shape[1:], dtype=bool) if start.valid is None else start.valid
+    found = sought if fine.valid is None else sought & fine.valid
+    known = np.broadcast_to(found, fine.values.shape) if shown is None else shown & found
+    for c, v in enumerate(start.spec.variables):
+        if known[:, c].any():
+            name = states.match_channel(given, v.name, v.standard_name, "target")
+            check_plausible(name, float(fine.values[:, c][known[:, c]].mean()), start.scaling, c, v.units, "target")
+    if never := int((sought & ~known.any(0)).sum()):
+        warnings.warn(
+            f"target says nothing at any time of {never} of the {int(sought.sum())} values of a state. They count as their climate in "
+            f"{start.spec.name!r}, and such states are learned less well: give whole fields where there are some.",
+            stacklevel=user_level(),
+        )
 
 
 def _taken(samples: Samples, rows: np.ndarray) -> Samples:

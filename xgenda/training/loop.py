@@ -360,6 +360,7 @@ def train(
         raise OptionError(
             f"window={window!r} is not accepted; it must be odd: a state with as many before it as after it, such as window=5."
         )
+    window = int(window)  # a file has no numbers of numpy
     if task == "autoencoder" and anchor not in ("auto", None):
         raise OptionError(
             f"anchor={anchor!r} has no effect with task='autoencoder', which starts from principal components: leave it out, or pass anchor=None."
@@ -376,7 +377,7 @@ def train(
         raise OptionError(
             f"neighbours={neighbours!r} is not accepted; give whole steps with 0 among them: neighbours=(-1, 0, 1)."
         )
-    check_count("context", context, 0)
+    context = check_count("context", context, 0)
     if context and tuple(neighbours) != (0,):
         raise OptionError(
             f"context={context} and neighbours={neighbours!r} both say which times the model sees; give one of them."
@@ -436,12 +437,10 @@ def train(
         check_flag(argument, flag)
     if conserve != "auto":
         check_flag("conserve", conserve)
-    for argument, number in (("width", 16 if width is None else width), ("batch_size", batch_size), ("accumulate", accumulate)):
-        check_count(argument, number)
+    width, latent = (None if n is None else check_count(a, n) for a, n in (("width", width), ("latent", latent)))
+    batch_size, accumulate = check_count("batch_size", batch_size), check_count("accumulate", accumulate)
     if width is not None and width % 8:
         raise OptionError(f"width={width} is not accepted; it must be a multiple of 8, for example width=16.")
-    if latent is not None:
-        check_count("latent", latent)
     if not variational and beta != 1.0:
         raise OptionError(f"beta={beta!r} has no effect with variational=False. Leave it out.")
     for argument, real, highest in (("learning_rate", learning_rate, np.inf), ("ema", ema, 0.3), ("beta", beta, np.inf)):
@@ -509,7 +508,7 @@ def train(
         if start is not None and method != "diffusion":
             raise OptionError(f"start has no effect with method={method!r}, which has a closed form. Leave it out.")
         if target is None and factor is not None:
-            check_count("factor", factor, 2)
+            factor = check_count("factor", factor, 2)
         pairs = read_pairs(
             ds, target, factor, variables=chosen, statics=statics, offsets=range(-context, context + 1) if context else neighbours,
             lead_time=lead_time, large=large, ends="nearest" if context else "drop",
