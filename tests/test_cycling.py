@@ -766,6 +766,7 @@ xgenda.cycle(
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_bit(lorenz: ModuleType, tmp_path: Path) -> None:
     path, program = tmp_path / "run.zarr", tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -148,6 +148,7 @@ def test_plans_of_diffusions_of_latent_vectors(
     assert again["calls"] == sampled
 
 
+@pytest.mark.slow
 def test_plans_of_priors_over_functions_and_of_windows_of_coarse_fields(
     climate: xr.Dataset, tiny_functions: GenerativeModel, tiny_points: GenerativeModel, tiny_context: GenerativeModel
 ) -> None:

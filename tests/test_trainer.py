@@ -790,6 +790,7 @@ def test_the_help_of_the_command_describes_every_option(
     assert "Channels of the network at full resolution; by default 16." in shown["--width"]
 
 
+@pytest.mark.slow
 def test_an_error_in_several_processes_is_told_once(tmp_path: Path) -> None:
     regimes(30).to_netcdf(tmp_path / "data.nc")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "xgenda.training"]
