@@ -150,8 +150,9 @@ def open_conversion(
     check_kept(len(kept), fine.size, FEWEST, None, "conversion")
     fine, coarse = _taken(fine, kept), _taken(coarse, places[:, 0])
     seen, shown = (None if m is None else m[rows] for m, rows in ((seen, places[:, 0]), (shown, kept)))
-    _check_states(states.enter(given, "target").ds, fine, shown, start)
-    return Converted(start, coarse, fine, seen, shown, remembered_axes(states.enter(given)))
+    entered = states.enter(given, "target")
+    _check_states(entered.ds, fine, shown, start)
+    return Converted(start, coarse, fine, seen, shown, remembered_axes(entered))
 
 
 def _check_states(given: xr.Dataset, fine: Samples, shown: np.ndarray | None, start: LatentModel) -> None:
