@@ -1,6 +1,6 @@
 """Single analyses from a background: columns of a quasi-geostrophic twin, with a forecast of ten days as background.
 
-python docs/benchmarks/background.py [--budget 4min] [--dates 16] [--members 16] [--cache folder]
+python docs/benchmarks/background.py [--steps 600] [--dates 16] [--members 16] [--cache folder]
 
 Two-layer quasi-geostrophic turbulence with two tracers on 64 x 64 cells (`xgenda.twins`): height, temperature, salinity and two velocities.
 Forecasts begin ten days before the truth that they are for, from the truth plus a tenth of an independent state, and are made by a model with a
@@ -235,7 +235,7 @@ def row(name: str, level: str, values: list[np.ndarray], calls: int, seconds: fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", default="4min", help="of the training")
+    parser.add_argument("--steps", type=int, default=600, help="of the training, three tenths of them of the regression")
     parser.add_argument("--pairs", type=int, default=60, help="of each training run")
     parser.add_argument("--dates", type=int, default=16)
     parser.add_argument("--members", type=int, default=16)
@@ -299,12 +299,12 @@ def main() -> None:
 
 def trained(options: argparse.Namespace, forecasts: np.ndarray, truth: np.ndarray) -> BackgroundModel:
     """Return the model, trained or from the cache."""
-    file = None if options.cache is None else options.cache / f"background_{options.budget}_{options.dtype}.safetensors"
+    file = None if options.cache is None else options.cache / f"background_{options.steps}_{options.dtype}.safetensors"
     if file is None or not file.exists():
         begin = time.perf_counter()
         model = xgenda.train(
             dataset(forecasts, EVERY), target=dataset(truth, EVERY), task="background", periodic="both", time_features="none",
-            time_budget=options.budget, dtype=options.dtype, seed=0, width=8, batch_size=8,
+            steps=options.steps, dtype=options.dtype, seed=0, width=8, batch_size=8,
         )  # fmt: skip
         print(f"trained in {time.perf_counter() - begin:.0f} s")
         if file is None:

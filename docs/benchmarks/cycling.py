@@ -7,7 +7,7 @@ ensemble is wrong by half of the climate's standard deviation.
 
     python docs/benchmarks/cycling.py                        # all methods, both networks, seed 1
     python docs/benchmarks/cycling.py --tune letkf           # what the settings below were chosen by, on other seeds
-    python docs/benchmarks/cycling.py --train model.safetensors --budget 20min          # a background model of the errors of 3D-Var cycles ...
+    python docs/benchmarks/cycling.py --train model.safetensors                         # a background model of the errors of 3D-Var cycles ...
     python docs/benchmarks/cycling.py --model model.safetensors --background mean       # ... beside them
 
 Settings were chosen on seed 101 with 50 cycles, most of the combinations of `GRIDS`; the table is of another truth. The background model is trained
@@ -159,13 +159,13 @@ def train(options: argparse.Namespace, climate: xr.Dataset) -> None:
     """Train a background model in two rounds: on cycles of 3D-Var, and on these and its own."""
     first = variational(climate) | {"background": "mean"}
     backgrounds, truths = pairs(first, TRAINING_SEEDS[: options.runs], options.networks[0], options.cycles, 10, climate)
-    for round_, budget in enumerate(options.budget):
+    for round_, steps in enumerate(options.training_steps):
         model = xgenda.train(
-            backgrounds, target=truths, task="background", periodic="both", time_features="none", time_budget=budget, seed=0,
+            backgrounds, target=truths, task="background", periodic="both", time_features="none", steps=steps, seed=0,
             out=options.train, overwrite=True,
         )  # fmt: skip
         print(model, flush=True)
-        if round_ + 1 < len(options.budget):
+        if round_ + 1 < len(options.training_steps):
             own = {"model": model, "background": "mean", "steps": options.steps}
             more = pairs(own, TRAINING_SEEDS[: options.runs], options.networks[0], options.cycles, 10, climate)
             backgrounds, truths = (xr.concat(both, "time") for both in zip((backgrounds, truths), more, strict=True))
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=int, default=len(TRAINING_SEEDS), help="over other truths, that --train takes backgrounds from"
     )
-    parser.add_argument("--budget", nargs="*", default=["10min", "10min"], help="of each round of training")
+    parser.add_argument("--training-steps", type=int, nargs="*", default=[800, 800], help="of each round of training")
     options = parser.parse_args()
     climate = ocean(200, CLIMATE_SEED, every="10D").astype("float64")
     if options.train:
