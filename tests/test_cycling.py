@@ -245,6 +245,80 @@ def test_relaxation_is_told_of(initial: xr.Dataset, obs: pd.DataFrame) -> None:
     assert np.isfinite(run.t2m.sel(longitude=2.0)).all()
 
 
+def test_what_inflation_did_does_not_depend_on_units(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    """Relaxation widens the variable that is observed, and hardly the other one."""
+    rng = np.random.default_rng(2)
+    both = initial.assign(p=(initial.t2m.dims, 1000 + 5 * rng.normal(size=initial.t2m.shape), {"units": "hPa"}))
+    given = {"forecast": drift, "times": initial.time.values, "seed": 3, "model": xgenda.LETKF(rtps=0.5)}
+    found = []
+    for units, scale in (("hPa", 1.0), ("Pa", 100.0), ("bar", 1e-3)):
+        run = xgenda.cycle(both.assign(p=(scale * both.p).assign_attrs(units=units)), obs.iloc[:2], **given)
+        found.append(float(run.inflation[0]))
+    plain = xgenda.cycle(both, obs.iloc[:2], **given | {"model": xgenda.LETKF()})
+    run = xgenda.cycle(both, obs.iloc[:2], **given)
+    widths = [
+        float(run[n].isel(time=0, stage=1).std("member").mean() / plain[n].isel(time=0, stage=1).std("member").mean())
+        for n in ("t2m", "p")
+    ]
+    assert found == pytest.approx([float(np.sqrt(np.prod(widths)))] * 3)
+    assert widths[0] > 1.1
+
+
+def test_one_stuck_station_is_no_divergence(initial: xr.Dataset) -> None:
+    """It is refused every time; a filter whose observations are all refused is lost."""
+    rng = np.random.default_rng(4)
+    times = np.repeat(pd.date_range("2020-01-01", periods=8, freq="6h"), 10)
+    obs = pd.DataFrame(
+        {
+            "time": times,
+            "latitude": rng.uniform(50, 53, 80),
+            "longitude": rng.uniform(0, 4, 80),
+            "t2m": 280 + 0.5 * rng.normal(size=80),
+        }
+    )
+    stuck = obs.drop_duplicates("time").assign(latitude=51.5, longitude=2.0, t2m=320.0)
+    given = {"forecast": persistence("6h"), "model": xgenda.LETKF(inflation=1.1), "window": "6h", "seed": 0, "error": 0.5}
+    alone, run = (xgenda.cycle(initial, o, **given) for o in (obs, pd.concat([obs, stuck])))
+    np.testing.assert_array_equal(run.t2m, alone.t2m)
+    assert float(run.chi2.max()) < 4
+    np.testing.assert_allclose(run.chi2, (10 * alone.chi2 + 25) / 11, rtol=1e-6)
+    with pytest.raises(DivergenceError, match="in 5 cycles in a row"):
+        xgenda.cycle(initial, obs.assign(t2m=320.0), **given)
+
+
+def test_a_guard_that_never_fires_is_refused(initial: xr.Dataset, obs: pd.DataFrame) -> None:
+    given = options_of(initial, obs) | {"guard": xgenda.DivergenceGuard(chi2=30.0)}
+    with pytest.raises(
+        OptionError, match=r"DivergenceGuard: chi2=30.0 is never reached: .* for example chi2=6.25, or pass background_check=None"
+    ):
+        xgenda.cycle(**given)
+    xgenda.cycle(**given, background_check=None)
+
+
+def test_other_checks_of_observations_are_refused_on_resuming(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """However long the options are, and not because a set has another order."""
+    names = [f"station {k}" for k in range(40)]
+    given = options_of(initial, obs) | {"store": tmp_path / "run.zarr", "times": pd.unique(obs.time)}
+    xgenda.cycle(**given | {"times": given["times"][:2]}, quality=xgenda.QualityControl(blacklist=set(names)))
+    with pytest.raises(OptionError, match="buddy"):
+        xgenda.cycle(**given, resume=True, quality=xgenda.QualityControl(blacklist=set(names), buddy=0.5))
+    run = xgenda.cycle(**given, resume=True, quality=xgenda.QualityControl(blacklist=frozenset(reversed(names))))
+    assert run.sizes["time"] == 5
+
+
+def test_errors_of_more_observations_go_on(initial: xr.Dataset, obs: pd.DataFrame, tmp_path: Path) -> None:
+    """One number per row, of more rows; and the same number written otherwise. Another one is refused."""
+    plain = obs.drop(columns="t2m_error")
+    given = options_of(initial, plain) | {"store": tmp_path / "run.zarr", "times": pd.unique(obs.time)}
+    whole = xgenda.cycle(**given | {"store": None}, error=0.5)
+    xgenda.cycle(**given | {"obs": plain[:4], "times": given["times"][:2]}, error=np.full(4, 0.5))
+    with pytest.raises(OptionError, match="those of the 2 cycles"):
+        xgenda.cycle(**given, resume=True, error=0.6)
+    xgenda.cycle(**given | {"obs": plain[:6], "times": given["times"][:3]}, error=np.full(6, 0.5), resume=True)
+    run = xgenda.cycle(**given, error={"t2m": np.float64(0.5)}, resume=True)
+    np.testing.assert_array_equal(run.t2m, whole.t2m)
+
+
 def test_nothing_is_inflated_without_observations(initial: xr.Dataset, obs: pd.DataFrame) -> None:
     model = xgenda.gaussian_prior(initial.isel(member=0)[["t2m"]], length_scale=200e3, std=1.0)
     with pytest.warns(UserWarning, match="In 1 of 2 cycles no observation could be used"):
@@ -1134,3 +1208,16 @@ def test_background_models_and_diffusion_forecasts_cycle(climate: xr.Dataset) ->
     run = xgenda.cycle(future.isel(time=0), obs, forecast=forecast, **cycled)
     expected = forecast(future.isel(time=[0]), members=1)[name]
     assert run[name].sel(stage="background").isel(time=0, member=0).values == pytest.approx(expected.values.squeeze(), rel=1e-5)
+    # one seed for both, and yet the analysis has random numbers of its own
+    wide = obs.isel(time=[0], latitude=[0], longitude=[0])
+    run = xgenda.cycle(
+        future.isel(time=0),
+        wide,
+        forecast=forecast,
+        **cycled | {"times": future.time[1:2], "error": 1e3, "members": 12},
+        background="members",
+    )
+    off = run[name].isel(time=0) - run[name].isel(time=0).mean("member")
+    before, after = (off.sel(stage=s) for s in ("background", "analysis"))
+    own = after - before * float((before * after).sum() / (before**2).sum())
+    assert float((own**2).sum() / (after**2).sum()) > 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -80,6 +81,16 @@ def test_without_localisation_it_is_the_kalman_filter(ensemble: xr.Dataset, tabl
     found = flat(analysis)
     np.testing.assert_allclose(found.mean(0), mean, rtol=0, atol=1e-10)
     np.testing.assert_allclose(np.cov(found.T), covariance, rtol=0, atol=1e-10)
+
+
+def test_an_observation_without_a_position_is_missing(ensemble: xr.Dataset, table: xr.Dataset) -> None:
+    """Without a time it comes before all others."""
+    timed = table.assign_coords(time=("obs", np.full(4, ensemble.time.values)))
+    lost = timed.isel(obs=[0]).assign_coords(latitude=("obs", [np.nan]), time=("obs", [np.datetime64("NaT", "ns")]))
+    model = xgenda.LETKF(localization=300e3)
+    analysis = xgenda.assimilate(ensemble, xr.concat([timed, lost], "obs"), model=model)
+    assert json.loads(analysis.attrs["xgenda_observation_counts"]) == {"used": 4, "missing": 1}
+    np.testing.assert_array_equal(analysis.t2m, xgenda.assimilate(ensemble, timed, model=model).t2m)
 
 
 def test_inflation_is_a_factor_on_the_anomalies(ensemble: xr.Dataset, table: xr.Dataset) -> None:

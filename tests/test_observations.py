@@ -729,6 +729,8 @@ def test_errors_by_platform_source_and_representativeness(frame: pd.DataFrame) -
     for added in (1.2, {"t2m": 1.2}):
         rough = read_observations(plain, [T2M], 0.5, representativeness=added)
         assert rough.error == pytest.approx([1.3] * 6)
+    fahrenheit = read_observations(celsius, [T2M], 0.9, representativeness=1.2)  # in degF as the error is
+    assert fahrenheit.error == pytest.approx([1.5 * 5 / 9] * 6)
     with pytest.raises(ObservationError, match="representativeness=-1 is not accepted"):
         read_observations(plain, [T2M], 0.5, representativeness=-1)
     with pytest.raises(ObservationError, match="representativeness names 'x'"):
@@ -920,6 +922,59 @@ def test_buddies_in_an_analysis(background, prior) -> None:
         background.isel(time=[0]), obs, model=prior, background_check=None, quality=QualityControl(buddy=None)
     )
     assert (off.quality_code == 0).all()
+
+
+def test_levels_of_one_profile_are_no_buddies() -> None:
+    """They have no distance and departures of their own; those of neighbours on one level are compared."""
+    rng = np.random.default_rng(0)
+    pressure = np.array([300.0, 500.0, 700.0])
+    draw = rng.normal(size=(40, 3, 1, 1)) * np.ones((40, 3, 4, 4)) + 0.05 * rng.normal(size=(40, 3, 4, 4))
+    coords = {
+        "latitude": np.linspace(40, 46, 4),
+        "longitude": np.linspace(0, 9, 4),
+        "pressure": ("pressure", pressure, {"units": "hPa"}),
+    }
+    dims = ("member", "pressure", "latitude", "longitude")
+    ensemble = xr.Dataset({"t": (dims, 250 + draw, {"units": "K"})}, coords)
+    one = pd.DataFrame({"latitude": 43.0, "longitude": 4.0, "pressure": 100 * pressure, "t": [252.5, 247.5, 250.0]})
+    prior = xgenda.gaussian_prior(ensemble.isel(member=0, drop=True), length_scale=300e3, std=1.0)
+    mean = ensemble.mean("member", keep_attrs=True)
+    for obs, wrong in (
+        (one, []),
+        (pd.concat([one, *[one.assign(latitude=43 + d, t=250.0) for d in (0.1, 0.2, 0.3)]]), [252.5, 247.5]),
+    ):
+        analysis = xgenda.assimilate(ensemble, obs, model=xgenda.LETKF(), error=0.1)
+        counts = json.loads(analysis.attrs["xgenda_observation_counts"])
+        assert counts.get("buddy", 0) == len(wrong)
+        assert counts["used"] == len(obs) - len(wrong)
+        found = xgenda.innovations(mean, obs, model=prior, error=0.1)
+        assert sorted(obs.t.to_numpy()[found.row.values[found.quality_code.values == Quality.BUDDY]]) == sorted(wrong)
+
+
+def test_bounds_and_lapse_rates_are_in_units_of_the_state() -> None:
+    """Whatever the units of the model and of the observations."""
+    coords = {"latitude": np.linspace(45, 55, 5), "longitude": np.linspace(0, 10, 5)}
+    ground = ("surface_altitude", "m", np.zeros((5, 5)))
+    heights = xr.DataArray(ground[2], dims=("latitude", "longitude"), attrs={"standard_name": ground[0], "units": ground[1]})
+    ds = xr.Dataset({"p": (("latitude", "longitude"), np.full((5, 5), 1e5), {"units": "Pa"})}, coords).assign(orography=heights)
+    obs = pd.DataFrame({"latitude": 50.0, "longitude": [5.0, 5.5], "p": [100300.0, 106000.0], "height": [10.0, 0.0]})
+    scaled = ds[["p"]].assign(p=(ds.p / 100).assign_attrs(units="hPa"))
+    given = {"error": 50.0, "representativeness": 120.0, "lapse_rate": {"p": 12.0}, "background_check": None}
+    quality = QualityControl(bounds={"p": (95000.0, 105000.0)}, buddy=None)
+    found = [
+        xgenda.innovations(ds, obs, model=xgenda.gaussian_prior(of, length_scale=3e5, std=std), quality=quality, **given)
+        for of, std in ((ds[["p"]], 300.0), (scaled, 3.0))
+    ]
+    for departures, scale in zip(found, (1.0, 0.01), strict=True):  # in the units of the model
+        assert departures.quality_code.values.tolist() == [Quality.USED, Quality.BOUNDS]
+        assert float(departures.innovation[0]) == pytest.approx(420.0 * scale)  # 300 Pa, and ten metres of 12 Pa
+        assert float(departures.error[0]) == pytest.approx(130.0 * scale)
+
+
+def test_one_report_in_two_conventions_of_longitude_is_one(frame: pd.DataFrame) -> None:
+    one = frame.iloc[[0]].assign(longitude=-3.0, station="X")
+    located = locate_observations([one, one.assign(longitude=357.0)], [T2M], GRID, None)
+    assert sorted(located.table.code.tolist()) == [Quality.USED, Quality.DUPLICATE]
 
 
 def test_reports_by_platform(background, frame) -> None:

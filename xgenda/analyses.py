@@ -35,11 +35,12 @@ class Step:
     innovation_mean, innovation_rms
         Of what was used, by what is observed; NaN where nothing is.
     chi2
-        Mean squared innovation over its expected variance, of what was used or refused by the background; NaN where nothing was.
+        Mean squared innovation over its expected variance, of what was used or refused by the background, each at most `highest_square`;
+        NaN where nothing was.
     used, given
         Numbers of observations.
     inflation
-        Standard deviation of the analysis over what the method alone gives.
+        The factor on the anomalies of the background, times how many times wider relaxation makes the analysis.
     """
 
     analysis: Arrays
@@ -76,7 +77,17 @@ class Analyst(Protocol):
         ...
 
 
-def _step(setup: Prepared, located: Located | None, departures: Departures, analysis: Arrays, inflation: float) -> Step:
+def highest_square(threshold: float) -> float:
+    """Return with how much one observation counts in chi2 at most, for a threshold of the background check.
+
+    One stuck instrument, refused each time, says nothing of the ensemble, and would be most of a mean without bound.
+    """
+    return max(threshold, 3.0) ** 2
+
+
+def _step(
+    setup: Prepared, located: Located | None, departures: Departures, analysis: Arrays, inflation: float, threshold: float | None
+) -> Step:
     """Return an analysis with what its departures say."""
     size = len(setup.observable)
     code, innovation = departures.code, departures.innovation
@@ -86,7 +97,10 @@ def _step(setup: Prepared, located: Located | None, departures: Departures, anal
     if located is not None:
         judged &= np.isfinite(located.table.error)  # passive ones are checked, too
     variance = departures.error**2 + departures.spread**2
-    chi2 = float(np.mean(innovation[judged] ** 2 / variance[judged])) if judged.any() else float("nan")
+    squares = innovation[judged] ** 2 / variance[judged]
+    if threshold is not None:
+        squares = np.minimum(squares, highest_square(threshold))
+    chi2 = float(np.mean(squares)) if judged.any() else float("nan")
     mean, rms = np.full(size, np.nan), np.full(size, np.nan)
     if located is not None and used.any():
         variable = located.table.variable[used]
@@ -123,7 +137,7 @@ class FilterAnalyst:
         fields = [frame.fields(background, c) for c in channels]
         found, departures = analyse(setup, located, self.filter, fields, self.threshold, self.seed, str(setup.labels[t]))
         analysed = dict(zip(channels, found, strict=True)) if (departures.code == Quality.USED).any() else {}
-        return _step(setup, located, departures, frame.replace(background, analysed), departures.inflation)
+        return _step(setup, located, departures, frame.replace(background, analysed), departures.inflation, self.threshold)
 
     def to_forecast(self, state: Arrays) -> Arrays:
         """See `Analyst`."""
@@ -209,7 +223,7 @@ class ModelAnalyst:
         job = at_times(self.job, np.array([t]))
         departures = self._departures(job, located, one)
         if located is None or not (departures.code == Quality.USED).any():
-            return _step(setup, located, departures, frame.replace(background, {}), 1.0)
+            return _step(setup, located, departures, frame.replace(background, {}), 1.0, self.threshold)
         # the checks are done; all members have the same observations
         job = dataclasses.replace(
             job, located=located.with_code(departures.code), threshold=None, quality=dataclasses.replace(job.quality, buddy=None)
@@ -231,9 +245,8 @@ class ModelAnalyst:
         before = np.stack(fields, 1)
         relaxed = self.inflation.after(found, before)
         ratio = spread_ratio(relaxed, found, [np.isfinite(f).all(0) for f in found.swapaxes(0, 1)])
-        return _step(
-            setup, located, departures, frame.replace(background, dict(zip(channels, relaxed.swapaxes(0, 1), strict=True))), ratio
-        )
+        analysis = frame.replace(background, dict(zip(channels, relaxed.swapaxes(0, 1), strict=True)))
+        return _step(setup, located, departures, analysis, ratio, self.threshold)
 
     def _departures(self, job: engine.Job, located: Located | None, fields: list[np.ndarray]) -> Departures:
         """Return codes and departures from one background."""
@@ -286,7 +299,19 @@ def summary_of(
     error: Any, quality: Any, representativeness: Any, lapse_rate: Any, operators: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return options of the observations for a record; their values, and linear operators, are in a checksum of what was made of them."""
-    shown = {"error": error, "quality": quality, "representativeness": representativeness, "lapse_rate": lapse_rate}
+    shown = {"error": error, "representativeness": representativeness, "lapse_rate": lapse_rate}
     out: dict[str, Any] = {key: brief(value) for key, value in shown.items()}
+    out["quality"] = None if quality is None else _written(dataclasses.asdict(quality))
     out["operators"] = dict(operators) or None
     return out
+
+
+def _written(given: Any) -> Any:
+    """Return options as JSON has them, in an order that does not depend on the process."""
+    if isinstance(given, Mapping):
+        return {str(k): _written(v) for k, v in sorted(given.items(), key=lambda pair: str(pair[0]))}
+    if isinstance(given, (set, frozenset)):
+        return sorted(map(str, given))
+    if isinstance(given, (list, tuple, np.ndarray)):
+        return [_written(v) for v in given]
+    return given.item() if isinstance(given, np.generic) else given

@@ -108,7 +108,8 @@ def assimilate(
     quality
         The other checks and what is thinned or merged, as a `QualityControl`; None takes its defaults.
     representativeness
-        Standard deviation of what a cell of the grid cannot represent, added to `error` in quadrature: a number or a mapping per variable.
+        Standard deviation of what a cell of the grid cannot represent, in the units of the observation, added to `error` in quadrature: a number
+        or a mapping per variable.
     lapse_rate
         Decrease per metre of height in the units of the state, a number or a mapping such as ``{"t2m": 0.0065}``: observations are taken
         from the height of their station to that of the ground (``surface_altitude`` of `ds`), where both are known.

@@ -17,7 +17,7 @@ import pandas as pd
 import xarray as xr
 
 from xgenda import engine, labels, metadata, storage
-from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, fingerprints, summary_of
+from xgenda.analyses import BACKGROUNDS, Analyst, FilterAnalyst, ModelAnalyst, fingerprints, highest_square, summary_of
 from xgenda.analysis_times import analysis_times, shortest
 from xgenda.devices import resolve_device
 from xgenda.diffusion.noise import seed_for
@@ -110,8 +110,9 @@ def cycle(
         A filter, `LETKF`; or a `GenerativeModel`, registered name or path, as in `assimilate`: with ``gaussian_prior(ds, length_scale=...,
         std=...)`` this is 3D-Var or optimal interpolation. A model that does not read its background forgets all that was observed before.
     window
-        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that windows tile; 1 h where
-        there is one time only. A store may be resumed with another where the observations of its cycles stay the same, unless both were given.
+        Width of the half-open time window around each analysis time. None: the shortest spacing of `times`, so that the windows of even times
+        meet; 1 h where there is one time only. A store may be resumed with another where the observations of its cycles stay the same, unless
+        both were given.
     times
         Analysis times, ascending, not before that of `initial`. None: every `window` from the time of `initial` (a window later, where
         nothing was observed before) to the last observation.
@@ -263,6 +264,11 @@ def cycle(
         check_choice("background", background, BACKGROUNDS)
         analyst = ModelAnalyst.of(frame, setup, background, relaxation, asked, drawn, device)
     restart = None if guard is None else _restart_states(guard, frame)
+    if guard is not None and analyst.threshold is not None and guard.chi2 >= (most := highest_square(analyst.threshold)):
+        raise OptionError(
+            f"DivergenceGuard: chi2={guard.chi2!r} is never reached: with background_check={analyst.threshold:g} no observation counts with more "
+            f"than {most:g}. Lower it, for example chi2={most / 4:g}, or pass background_check=None."
+        )
     described = {
         "model": analyst.described(),
         "members": len(frame.numbers),

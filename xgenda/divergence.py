@@ -23,7 +23,8 @@ class DivergenceGuard:
     ----------
     chi2, cycles
         Diverged is a cycle whose chi2, over all observations that were used or refused by the background check, was above `chi2` in this one
-        and the ones before it, `cycles` in a row; those without observations do not count.
+        and the ones before it, `cycles` in a row; those without observations do not count. No observation counts with more than the square of
+        the threshold of the background check (or 9, where that is more), so that a few wrong instruments, refused every time, are no divergence.
     limits
         Lowest and highest value of a variable that is possible, in the units of `initial`; an analysis or a background beyond is diverged at
         once. Values that are not finite always are.

@@ -25,7 +25,7 @@ from xgenda.models.places import Places
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
 from xgenda.observations.places import at_places, interpolated, rounded
-from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
+from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check, level_groups
 from xgenda.operators import Operator, extended, extended_deviation
 from xgenda.scaling import Scaling
 
@@ -222,8 +222,9 @@ def background_codes(
             code[rows[background_check(value, sigma, expected, spread, threshold)]] = Quality.BACKGROUND
         if quality.buddy is None:
             continue
-        for variable in np.unique(located.table.variable[rows]):
-            among = np.flatnonzero((located.table.variable[rows] == variable) & (code[rows] <= Quality.PASSIVE))
+        left = np.flatnonzero(code[rows] <= Quality.PASSIVE)
+        for group in level_groups(located.table.variable[rows[left]], located.table.level[rows[left]]):
+            among = np.sort(left[group])
             bad = buddy_check(
                 located.table.latitude[rows[among]], located.table.longitude[rows[among]], (value - expected)[among], sigma[among],
                 spread[among], float(quality.buddy), float(quality.buddy_radius),

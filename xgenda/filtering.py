@@ -21,7 +21,7 @@ from xgenda.formatting import user_level
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
-from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check
+from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check, level_groups
 from xgenda.operators import AnyOperator
 from xgenda.preparation import Prepared, observed_state, prepare
 
@@ -40,7 +40,7 @@ class Departures:
     innovation, error, spread
         O - B with the mean of the background; standard deviations of observation and background, shapes (m,).
     inflation
-        Standard deviation of the analysis over that without inflation and relaxation, as a mean over channels and cells.
+        The factor on the anomalies of the background, times how many times wider relaxation makes the analysis, see `spread_ratio`.
     """
 
     code: np.ndarray
@@ -79,9 +79,8 @@ def check_filter(setup: Prepared, filter: LETKF, members: int) -> None:
             stacklevel=user_level(),
         )
     if filter.localization is not None and located is not None and len(located.table):
-        find_neighbours(
-            setup.state.grid, located.table.latitude[:1], located.table.longitude[:1], filter.localization, wraps=filter.wraps
-        )
+        at = [np.asarray(axis, dtype=float).ravel()[:1] for axis in setup.state.grid.points()]
+        find_neighbours(setup.state.grid, at[0], at[1], filter.localization, wraps=filter.wraps)
 
 
 def analyse(
@@ -157,15 +156,16 @@ def analyse(
 
 
 def spread_ratio(relaxed: np.ndarray, whole: np.ndarray, wet: Sequence[np.ndarray]) -> float:
-    """Return how many times wider an ensemble is than another, as a mean over channels and cells with a state; 1 where neither has a width.
+    """Return how many times wider an ensemble is than another: of mean standard deviations over cells with a state.
 
+    It is the geometric mean over channels, which does not depend on their units; those without a width do not count, and without any it is 1.
     Both have the shape (members, channels, rows, columns).
     """
     if relaxed is whole or len(whole) < 2:
         return 1.0
-    there = np.stack(wet)
-    now, then = (float(e.std(0)[there].mean()) for e in (relaxed, whole))
-    return now / then if then > 0 else 1.0
+    widths = [tuple(float(e[:, c].std(0)[there].mean()) for e in (relaxed, whole)) for c, there in enumerate(wet) if there.any()]
+    ratios = [now / then for now, then in widths if then > 0 and now > 0]
+    return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
 
 def check_spread(fields: Iterable[np.ndarray], argument: str) -> None:
@@ -195,8 +195,9 @@ def _check(located: Located, seen: np.ndarray, threshold: float | None, quality:
         bad = background_check(table.value[fine], sigma[fine], mean[fine], spread[fine], threshold)
         code[fine[bad]] = Quality.BACKGROUND
     if quality.buddy is not None:
-        for variable in np.unique(table.variable[fine]):
-            among = np.flatnonzero((table.variable == variable) & (code <= Quality.PASSIVE))
+        left = np.flatnonzero(code <= Quality.PASSIVE)
+        for group in level_groups(table.variable[left], table.level[left]):
+            among = np.sort(left[group])
             bad = buddy_check(
                 table.latitude[among], table.longitude[among], (table.value - mean)[among], sigma[among], spread[among],
                 float(quality.buddy), float(quality.buddy_radius),

@@ -12,6 +12,7 @@ import xarray as xr
 from xgenda import engine, metadata, states
 from xgenda.assimilation import analysed
 from xgenda.devices import resolve_device
+from xgenda.diffusion.noise import seed_for
 from xgenda.errors import ModelNotFoundError, OptionError, check_mapping
 from xgenda.models.generative import GenerativeModel, SamplingOptions
 from xgenda.models.loading import choose_model
@@ -115,7 +116,8 @@ def _forecast(
     later = _later(ds, state.layout.time, chosen)
     setup = prepare(later, None, chosen, None, None, None, None, None, task="forecast")
     options = chosen.plan(asked)
-    job = setup.job(numbers, seed, options, device, progress)
+    # other random numbers than those of an analysis of the same time with the same seed
+    job = setup.job(numbers, seed_for(seed, "forecast", 0), options, device, progress)
     given = {"seed": seed, "sampler": options.sampler, "schedule": options.schedule, "steps": options.steps}
     call = f"forecast(model={chosen.spec.name!r}, members={len(numbers)}, seed={seed})"
     lead = xr.DataArray(np.array(numbers), dims="member", attrs=metadata.MEMBER_ATTRS)

@@ -50,8 +50,9 @@ COMMENTS = {
     "spread": "root mean ensemble variance over area and levels",
     "innovation_mean": "observation minus background, over observations that are used",
     "innovation_rms": "observation minus background, over observations that are used",
-    "chi2": "mean over observations that are used or refused by the background check; 1 where errors and spread are right",
-    "inflation": "ensemble standard deviation of the analysis over what the method alone gives",
+    "chi2": "mean over observations that are used or refused by the background check, each at most the square of its threshold, "
+    "or 9; 1 where errors and spread are right",
+    "inflation": "factor on the anomalies of the background, times how many times wider relaxation makes the analysis",
 }
 
 

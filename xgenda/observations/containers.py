@@ -86,7 +86,8 @@ def read_observations(
     quality
         Provider's flags, bounds and blacklist; None: the defaults.
     representativeness
-        Standard deviation of what a grid cell cannot represent, a number or a mapping per variable, added in quadrature.
+        Standard deviation of what a grid cell cannot represent, in the units of the observation as `error` is, a number or a mapping per
+        variable, added in quadrature.
     period
         First and last time of interest: of chunked observations the others are not read. None reads all.
 
@@ -106,12 +107,7 @@ def read_observations(
         check_names(f"error[{i}]" if several else "error", given, wanted)
     check_names("representativeness", representativeness, wanted)
     control = quality or QualityControl()
-    tables = [
-        _read_one(open_container(item, name), wanted, given, i, control, period)
-        for i, (item, given) in enumerate(zip(items, errors, strict=True))
-        if item is not None
-        for name in [argument if len(items) == 1 else f"{argument}[{i}]"]
-    ]
+    cell = np.zeros(len(wanted))
     if representativeness is not None:
         values = representativeness.values() if isinstance(representativeness, Mapping) else (representativeness,)
         if not all(np.ndim(v) == 0 and np.asarray(v).dtype.kind in "fiu" for v in values):
@@ -119,12 +115,17 @@ def read_observations(
                 f"representativeness={brief(representativeness)} is not accepted; give a number, or one by variable: "
                 f"representativeness={{{wanted[0].name!r}: 0.5}}"
             )
-        each = per_variable(representativeness, wanted)
-        if not ((each >= 0) & (each < np.inf)).all():
+        cell = per_variable(representativeness, wanted)
+        if not ((cell >= 0) & (cell < np.inf)).all():
             raise ObservationError(
                 f"representativeness={representativeness!r} is not accepted; a standard deviation is a positive number."
             )
-        tables = [dataclasses.replace(t, error=np.hypot(t.error, np.append(each, 0.0)[t.variable])) for t in tables]
+    tables = [
+        _read_one(open_container(item, name), wanted, given, cell, i, control, period)
+        for i, (item, given) in enumerate(zip(items, errors, strict=True))
+        if item is not None
+        for name in [argument if len(items) == 1 else f"{argument}[{i}]"]
+    ]
     if not tables:
         return empty_table()
     timed = {t.time is not None for t in tables if len(t)}
@@ -134,13 +135,19 @@ def read_observations(
 
 
 def _read_one(
-    container: Container, wanted: list[Wanted], error: Any, source: int, control: QualityControl, period: tuple[Any, Any] | None
+    container: Container,
+    wanted: list[Wanted],
+    error: Any,
+    cell: np.ndarray,
+    source: int,
+    control: QualityControl,
+    period: tuple[Any, Any] | None,
 ) -> Table:
     names = _variables(container, wanted)
     part = container.within(period) if period is not None and not _by_row(error) else None
     if part is not None:
         cut, steps = part
-        table = _read_one(cut, wanted, error, source, control, None)
+        table = _read_one(cut, wanted, error, cell, source, control, None)
         # cells of all variables begin with the dimension that is cut; what is behind it may differ
         rest = np.array(
             [int(np.prod([n for d, n in cut.ds[names[v]].sizes.items() if d not in cut.dims])) for v in sorted(names)]
@@ -159,7 +166,8 @@ def _read_one(
     for code, read in values.items():
         table = _one_variable(container, names[code], wanted[code], read, odd[code], error, control)
         fill = np.full(len(table), code), np.full(len(table), source)
-        tables.append(dataclasses.replace(table, variable=fill[0], source=fill[1]))
+        total = np.hypot(table.error, cell[code] * abs(read.scale))
+        tables.append(dataclasses.replace(table, variable=fill[0], source=fill[1], error=total))
     return joined(tables) if tables else empty_table()
 
 
@@ -213,7 +221,11 @@ def _values(container: Container, name: str, wanted: Wanted, others: Iterable[st
             )
         level, level_name = cells.spread(levels.values), levels.name
     value = raw * scale + offset
-    low, high = map(float, control.bounds.get(wanted.name, gross_bounds(wanted.standard_name, wanted.units)))
+    if wanted.name in control.bounds:
+        per_unit, shift = wanted.from_given
+        low, high = sorted(float(b) * per_unit + shift for b in control.bounds[wanted.name])
+    else:
+        low, high = gross_bounds(wanted.standard_name, wanted.units)
     missing = is_missing(raw)
     if np.isfinite((low, high)).all():
         missing &= ~((value >= low) & (value <= high))  # 99999 Pa is a pressure

@@ -224,8 +224,8 @@ def locate_observations(
     ground
         Height of the ground of the state in metres, flat, for the check of station heights.
     lapse_rate
-        Decrease per metre of height, a number or a mapping per variable: observations are taken from the height of their station to that
-        of the ground, where both are known.
+        Decrease per metre of height in the units of the state as given, a number or a mapping per variable: observations are taken from the
+        height of their station to that of the ground, where both are known.
     valid
         Which cells hold a state, see `Space`.
     trajectory
@@ -300,7 +300,7 @@ def canonical_order(keys: Sequence[np.ndarray]) -> np.ndarray:
 def _at_the_ground(
     table: Table, wanted: list[Wanted], above: np.ndarray, lapse_rate: float | Mapping[str, float], argument: str
 ) -> Table:
-    rates = per_variable(lapse_rate, wanted)
+    rates = per_variable(lapse_rate, wanted) * [w.from_given[0] for w in wanted]
     known = np.isfinite(above)
     check_names("lapse_rate", lapse_rate, wanted)
     if not isinstance(lapse_rate, Mapping):  # a number is meant for temperatures
@@ -310,7 +310,7 @@ def _at_the_ground(
                 f"lapse_rate={lapse_rate!r} is one number, and {argument} holds {others[0]!r}, which is no temperature. Say for which variable it "
                 f"is: lapse_rate={{'t2m': {lapse_rate!r}}}"
             )
-    if len(table) and not known.any() and all(w.levels for w in wanted):
+    if len(table) and not known.any() and all(wanted[v].levels for v in np.unique(table.variable)):
         raise ObservationError(f"lapse_rate={lapse_rate!r} has no effect on variables with levels; leave it out.")
     if len(table) and not known.any():
         raise ObservationError(
@@ -336,7 +336,7 @@ def _reduced(table: Table, index: np.ndarray, operator: LinearMap, space: Space,
     level = np.nan_to_num(table.level)
     if control.duplicates:
         rows = np.flatnonzero(code <= Quality.PASSIVE)
-        corner = [np.round(table.latitude, 4), np.round(table.longitude, 4)]
+        corner = [np.round(table.latitude, 4), np.round(table.longitude % 360.0, 4) % 360.0]  # -3 and 357 are one place
         # rows that share a hash may be duplicates; all others are not
         mixed = np.zeros(len(rows), dtype=np.uint64)
         for key in (table.variable[rows], index[rows], *((p[rows] * 1e4).astype(np.int64) for p in (*corner, level))):

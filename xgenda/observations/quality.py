@@ -108,7 +108,7 @@ class QualityControl:
         of the level's column, too; for Argo also ``POSITION_QC`` and ``JULD_QC``): 'argo', 'ncep', 'madis', or the values that are good. None
         ignores such columns; without one it means nothing.
     bounds
-        Lowest and highest value by variable, in the units of the state; beyond those known for its CF standard name.
+        Lowest and highest value by variable, in the units of `ds`; beyond those known for its CF standard name.
     blacklist
         Stations or platforms that are not used.
     duplicates
@@ -130,9 +130,9 @@ class QualityControl:
 
     Notes
     -----
-    The buddy check is that of optimal interpolation (Lorenc 1981, Mon. Weather Rev. 109, 701-721, section 4): each suspect is
-    predicted from up to 15 neighbours with background errors correlated as exp(-distance / buddy_radius), and the worst
-    are removed first, so that the order of the reports does not matter.
+    The buddy check compares observations of one variable and time on one level, and is that of optimal interpolation (Lorenc 1981, Mon.
+    Weather Rev. 109, 701-721, section 4): each suspect is predicted from up to 15 neighbours with background errors correlated as
+    exp(-distance / buddy_radius), and the worst are removed first, so that the order of the reports does not matter.
     """
 
     flags: str | Sequence[Any] | None = None
@@ -256,6 +256,17 @@ def superob(
     return mean, np.maximum(total**-0.5, floor * smallest), phi, lam
 
 
+def level_groups(variable: np.ndarray, level: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each variable on each of its levels, which the buddy check compares; those without a level are one group.
+
+    What lies above one place has no horizontal distance, and yet departures of its own.
+    """
+    same = np.lexsort((level, variable))
+    v, z = variable[same], level[same]
+    new = (v[1:] != v[:-1]) | ((z[1:] != z[:-1]) & ~(np.isnan(z[1:]) & np.isnan(z[:-1])))
+    return np.split(same, np.flatnonzero(new) + 1) if len(same) else []
+
+
 def buddy_check(
     latitude: np.ndarray,
     longitude: np.ndarray,
@@ -265,7 +276,7 @@ def buddy_check(
     threshold: float,
     radius: float,
 ) -> np.ndarray:
-    """Return True where observations of one variable and time are contradicted by their neighbours; see `QualityControl`."""
+    """Return True where observations of one variable, time and level are contradicted by their neighbours; see `QualityControl`."""
     bad = np.zeros(len(departure), dtype=bool)
     total = np.sqrt(error**2 + background_error**2)
     suspects = np.flatnonzero(np.abs(departure) > SUSPECT * total)

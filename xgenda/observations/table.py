@@ -11,6 +11,7 @@ import numpy as np
 
 from xgenda.errors import ObservationError, did_you_mean
 from xgenda.maps import LinearMap
+from xgenda.metadata import unit_factors
 from xgenda.observations.correlations import Correlated
 
 
@@ -31,6 +32,13 @@ class Wanted:
     period: np.timedelta64 | None = None  #: over which an observation is a mean, up to its time
     optional: bool = False  #: whether observations may come without a level: the state has a single one
     inputs: tuple[int, ...] = ()  #: channels of the state that an operator takes which is not linear
+
+    @property
+    def from_given(self) -> tuple[float, float]:
+        """Scale and offset from the units of the user's Dataset to those of the state."""
+        if self.given_units is None or self.units is None:
+            return 1.0, 0.0
+        return unit_factors(self.given_units, self.units)
 
 
 def first_channels(wanted: Sequence[Wanted]) -> np.ndarray:
