@@ -954,9 +954,8 @@ def test_levels_of_one_profile_are_no_buddies() -> None:
 def test_bounds_and_lapse_rates_are_in_units_of_the_state() -> None:
     """Whatever the units of the model and of the observations."""
     coords = {"latitude": np.linspace(45, 55, 5), "longitude": np.linspace(0, 10, 5)}
-    ground = ("surface_altitude", "m", np.zeros((5, 5)))
-    heights = xr.DataArray(ground[2], dims=("latitude", "longitude"), attrs={"standard_name": ground[0], "units": ground[1]})
-    ds = xr.Dataset({"p": (("latitude", "longitude"), np.full((5, 5), 1e5), {"units": "Pa"})}, coords).assign(orography=heights)
+    dims, ground = ("latitude", "longitude"), {"standard_name": "surface_altitude", "units": "m"}
+    ds = xr.Dataset({"p": (dims, np.full((5, 5), 1e5), {"units": "Pa"}), "orography": (dims, np.zeros((5, 5)), ground)}, coords)
     obs = pd.DataFrame({"latitude": 50.0, "longitude": [5.0, 5.5], "p": [100300.0, 106000.0], "height": [10.0, 0.0]})
     scaled = ds[["p"]].assign(p=(ds.p / 100).assign_attrs(units="hPa"))
     given = {"error": 50.0, "representativeness": 120.0, "lapse_rate": {"p": 12.0}, "background_check": None}

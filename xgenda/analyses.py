@@ -256,8 +256,7 @@ class ModelAnalyst:
         mean, deviation, _ = engine.moments(job, *fields)
         seen = engine.in_observation_space(job, mean, deviation)
         code, expected, spread = engine.background_codes(located, *seen, self.threshold, self.setup.quality)
-        sigma = np.where(np.isfinite(located.table.error), located.table.error, 0.0)
-        return Departures(code, located.table.value - expected, sigma, spread)
+        return Departures(code, located.table.value - expected, located.table.finite_error, spread)
 
     def to_forecast(self, state: Arrays) -> Arrays:
         """See `Analyst`."""

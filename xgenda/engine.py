@@ -25,7 +25,7 @@ from xgenda.models.places import Places
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
 from xgenda.observations.places import at_places, interpolated, rounded
-from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check, level_groups
+from xgenda.observations.quality import Quality, QualityControl, against_background
 from xgenda.operators import Operator, extended, extended_deviation
 from xgenda.scaling import Scaling
 
@@ -212,24 +212,11 @@ def background_codes(
     fine = code <= Quality.PASSIVE
     for t in np.unique(located.time_index[fine]):
         rows = np.flatnonzero(fine & (located.time_index == t))
-        operator, at = located.operator.select(rows), slice(None) if located.trajectory else t
-        sigma = np.where(np.isfinite(located.table.error[rows]), located.table.error[rows], 0.0)
-        value, expected = located.table.value[rows], operator(mean[at].ravel())
-        spread = operator.magnitude(deviation[at].ravel())  # as if the errors of all cells were one; never too small
+        part, at = located.take(rows), slice(None) if located.trajectory else t
+        expected = part.operator(mean[at].ravel())
+        spread = part.operator.magnitude(deviation[at].ravel())  # as if the errors of all cells were one; never too small
         prior[rows], deviations[rows] = expected, spread
-        code[rows[~np.isfinite(expected)]] = Quality.OPERATOR
-        if threshold is not None:
-            code[rows[background_check(value, sigma, expected, spread, threshold)]] = Quality.BACKGROUND
-        if quality.buddy is None:
-            continue
-        left = np.flatnonzero(code[rows] <= Quality.PASSIVE)
-        for group in level_groups(located.table.variable[rows[left]], located.table.level[rows[left]]):
-            among = np.sort(left[group])
-            bad = buddy_check(
-                located.table.latitude[rows[among]], located.table.longitude[rows[among]], (value - expected)[among], sigma[among],
-                spread[among], float(quality.buddy), float(quality.buddy_radius),
-            )  # fmt: skip
-            code[rows[among[bad]]] = Quality.BUDDY
+        code[rows] = against_background(part.table, expected, spread, threshold, quality)
     return code, prior, deviations
 
 

@@ -16,12 +16,12 @@ from xgenda import chunking, states
 from xgenda.curvilinear import spacing_far_above
 from xgenda.diffusion.noise import seed_for
 from xgenda.errors import ChunkingError, OptionError, StateError, check_choice
-from xgenda.filters import LETKF, find_neighbours, random_rotation, rotated, transform
+from xgenda.filters import LETKF, find_neighbours, random_rotation, rotated, transform, wrapped_box
 from xgenda.formatting import user_level
 from xgenda.observations.containers import ErrorLike, Observations
 from xgenda.observations.correlations import whitened
 from xgenda.observations.operators import Located
-from xgenda.observations.quality import Quality, QualityControl, background_check, buddy_check, level_groups
+from xgenda.observations.quality import Quality, QualityControl, against_background
 from xgenda.operators import AnyOperator
 from xgenda.preparation import Prepared, observed_state, prepare
 
@@ -78,9 +78,8 @@ def check_filter(setup: Prepared, filter: LETKF, members: int) -> None:
             f"observation acts only on a cell that it lies on. Kilometres? localization={1e3 * filter.localization:g}",
             stacklevel=user_level(),
         )
-    if filter.localization is not None and located is not None and len(located.table):
-        at = [np.asarray(axis, dtype=float).ravel()[:1] for axis in setup.state.grid.points()]
-        find_neighbours(setup.state.grid, at[0], at[1], filter.localization, wraps=filter.wraps)
+    if filter.wraps and located is not None and len(located.table):
+        wrapped_box(setup.state.grid)
 
 
 def analyse(
@@ -185,25 +184,9 @@ def check_spread(fields: Iterable[np.ndarray], argument: str) -> None:
 
 def _check(located: Located, seen: np.ndarray, threshold: float | None, quality: QualityControl) -> Departures:
     """Return codes after the background and buddy checks, by what each member lets expect."""
-    table = located.table
-    code = table.code.copy()
     mean, spread = seen.mean(0), seen.std(0, ddof=1)
-    sigma = np.where(np.isfinite(table.error), table.error, 0.0)
-    code[(code <= Quality.PASSIVE) & ~np.isfinite(mean)] = Quality.OPERATOR
-    fine = np.flatnonzero(code <= Quality.PASSIVE)
-    if threshold is not None:
-        bad = background_check(table.value[fine], sigma[fine], mean[fine], spread[fine], threshold)
-        code[fine[bad]] = Quality.BACKGROUND
-    if quality.buddy is not None:
-        left = np.flatnonzero(code <= Quality.PASSIVE)
-        for group in level_groups(table.variable[left], table.level[left]):
-            among = np.sort(left[group])
-            bad = buddy_check(
-                table.latitude[among], table.longitude[among], (table.value - mean)[among], sigma[among], spread[among],
-                float(quality.buddy), float(quality.buddy_radius),
-            )  # fmt: skip
-            code[among[bad]] = Quality.BUDDY
-    return Departures(code, table.value - mean, sigma, spread)
+    code = against_background(located.table, mean, spread, threshold, quality)
+    return Departures(code, located.table.value - mean, located.table.finite_error, spread)
 
 
 def prepare_ensemble(

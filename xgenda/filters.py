@@ -245,8 +245,7 @@ def find_neighbours(
     """
     at = [np.asarray(a, dtype=float) for a in grid.points()]
     if wraps:
-        box = rectilinear(grid, "LETKF(wraps=True)")
-        sides = _sides(box)
+        box, sides = wrapped_box(grid)
         origin = box.latitude[0], box.longitude[0]
         metre = np.radians(1.0) * EARTH_RADIUS
         scale = metre, metre * np.cos(np.radians(box.latitude.mean()))
@@ -268,14 +267,15 @@ def find_neighbours(
     return Neighbours(found.row[order], found.col[order], taper[order], grid.size)
 
 
-def _sides(box: Grid) -> list[float]:
-    """Return the lengths in metres after which a box repeats itself, along latitude and longitude; 0 along an axis of one cell.
+def wrapped_box(grid: AnyGrid) -> tuple[Grid, list[float]]:
+    """Return a grid that wraps, and the metres after which it repeats itself along latitude and longitude; 0 along an axis of one cell.
 
     Raises
     ------
     GridError
-        If cells are not evenly spaced, or go around the globe.
+        If it is not rectilinear, cells are not evenly spaced, or go around the globe.
     """
+    box = rectilinear(grid, "LETKF(wraps=True)")
     metre = np.radians(1.0) * EARTH_RADIUS
     out = []
     for name, axis, scale in (
@@ -293,7 +293,7 @@ def _sides(box: Grid) -> list[float]:
         raise GridError(
             "LETKF(wraps=True) is for a box, and this grid goes around the globe, where great circles do so already. Leave wraps out."
         )
-    return out
+    return box, out
 
 
 def _turned(place: np.ndarray, side: float) -> np.ndarray:

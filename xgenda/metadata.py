@@ -292,15 +292,15 @@ def _is_number(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def unit_factors(found: str, wanted: str) -> tuple[float, float]:
-    """Return (scale, offset) with ``wanted = scale * found + offset``.
+def unit_factors(found: str | None, wanted: str | None) -> tuple[float, float]:
+    """Return (scale, offset) with ``wanted = scale * found + offset``; what has no units is taken to be in those of the other.
 
     Raises
     ------
     UnitsError
         If a unit is unknown or the two measure different things.
     """
-    if found == wanted:
+    if found is None or wanted is None or found == wanted:
         return 1.0, 0.0
     from cf_xarray.units import units as registry  # pint with UDUNITS spelling
 
@@ -341,8 +341,7 @@ def units_of(array: xr.DataArray) -> str | None:
 
 def unit_factors_of(array: xr.DataArray, wanted: str | None) -> tuple[float, float]:
     """Return (scale, offset) from the units of `array` to `wanted`; an array without units is taken to be in them."""
-    found = units_of(array)
-    return (1.0, 0.0) if found is None or wanted is None else unit_factors(str(found), wanted)
+    return unit_factors(units_of(array), wanted)
 
 
 def convert_units(array: xr.DataArray, wanted: str | None) -> xr.DataArray:

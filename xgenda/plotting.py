@@ -342,9 +342,7 @@ def _usual(climatology: xr.Dataset | xr.DataArray, state: State, name: str, inst
         raise OptionError(
             f"climatology[{name!r}] has dimensions {array.dims}; a field of standard deviations is needed, or one per dayofyear."
         )
-    units, wanted = metadata.units_of(array), metadata.units_of(state.ds[name])
-    # a standard deviation has no offset
-    scale = 1.0 if units is None or wanted is None else metadata.unit_factors(str(units), str(wanted))[0]
+    scale = metadata.unit_factors_of(array, metadata.units_of(state.ds[name]))[0]  # a standard deviation has no offset
     return scale * np.asarray(array.transpose(*state.layout.dims).values, dtype=float)
 
 

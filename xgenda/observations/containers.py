@@ -201,12 +201,10 @@ def _values(container: Container, name: str, wanted: Wanted, others: Iterable[st
         )
     cells = container.cells(extra)
     units = metadata.units_of(array) or wanted.given_units
-    scale, offset = 1.0, 0.0
-    if units is not None and wanted.units is not None:
-        try:
-            scale, offset = metadata.unit_factors(str(units), wanted.units)
-        except UnitsError as problem:
-            raise UnitsError(f"{argument}[{name!r}]: {problem}") from problem
+    try:
+        scale, offset = metadata.unit_factors(units, wanted.units)
+    except UnitsError as problem:
+        raise UnitsError(f"{argument}[{name!r}]: {problem}") from problem
     raw = cells.spread(numeric(array, argument))
     level, level_name = np.full(cells.size, np.nan), None
     if wanted.vertical is not None:

@@ -14,10 +14,13 @@ from scipy.spatial import cKDTree
 from xgenda.errors import OptionError, check_flag
 from xgenda.grids import EARTH_RADIUS
 from xgenda.metadata import SENTINELS, unit_factors
+from xgenda.observations.grouping import first_of_each
 from xgenda.spherical import normalised, positions, unit_vectors
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from xgenda.observations.table import Table
 
 
 class Quality(enum.IntEnum):
@@ -256,15 +259,38 @@ def superob(
     return mean, np.maximum(total**-0.5, floor * smallest), phi, lam
 
 
-def level_groups(variable: np.ndarray, level: np.ndarray) -> list[np.ndarray]:
-    """Return the rows of each variable on each of its levels, which the buddy check compares; those without a level are one group.
+def against_background(
+    table: Table, expected: np.ndarray, spread: np.ndarray, threshold: float | None, quality: QualityControl
+) -> np.ndarray:
+    """Return the quality codes of the observations of one time after the background and buddy checks.
 
-    What lies above one place has no horizontal distance, and yet departures of its own.
+    Parameters
+    ----------
+    table
+        The observations, m of them.
+    expected, spread
+        What the background lets expect of each and its standard deviation, shapes (m,).
+    threshold
+        Of the background check; None turns it off.
+    quality
+        Of the buddy check.
     """
-    same = np.lexsort((level, variable))
-    v, z = variable[same], level[same]
-    new = (v[1:] != v[:-1]) | ((z[1:] != z[:-1]) & ~(np.isnan(z[1:]) & np.isnan(z[:-1])))
-    return np.split(same, np.flatnonzero(new) + 1) if len(same) else []
+    code, departure, error = table.code.copy(), table.value - expected, table.finite_error
+    code[(code <= Quality.PASSIVE) & ~np.isfinite(expected)] = Quality.OPERATOR
+    left = np.flatnonzero(code <= Quality.PASSIVE)
+    if threshold is not None:
+        bad = background_check(table.value[left], error[left], expected[left], spread[left], threshold)
+        code[left[bad]] = Quality.BACKGROUND
+        left = left[~bad]
+    if quality.buddy is not None:
+        # what lies above one place has no horizontal distance, and yet departures of its own
+        _, group = first_of_each((table.variable[left], np.nan_to_num(table.level[left])), ())
+        bad = buddy_check(
+            table.latitude[left], table.longitude[left], departure[left], error[left], spread[left], float(quality.buddy),
+            float(quality.buddy_radius), group,
+        )  # fmt: skip
+        code[left[bad]] = Quality.BUDDY
+    return code
 
 
 def buddy_check(
@@ -275,14 +301,20 @@ def buddy_check(
     background_error: np.ndarray,
     threshold: float,
     radius: float,
+    group: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return True where observations of one variable, time and level are contradicted by their neighbours; see `QualityControl`."""
+    """Return True where observations of one time are contradicted by their neighbours; see `QualityControl`.
+
+    Only those with the same number in `group`, a variable on a level, are neighbours; None: all are of one.
+    """
     bad = np.zeros(len(departure), dtype=bool)
     total = np.sqrt(error**2 + background_error**2)
     suspects = np.flatnonzero(np.abs(departure) > SUSPECT * total)
     if not len(suspects):
         return bad
     places = unit_vectors(latitude, longitude)
+    if group is not None:  # groups are further apart than any two places
+        places = np.column_stack([places, 3.0 * group])
     tree, reach = cKDTree(places), 2 * np.sin(min(radius / EARTH_RADIUS, np.pi) / 2)
     k = min(MOST_BUDDIES + 1, len(departure))
     distance, near = tree.query(places[suspects], k=k, distance_upper_bound=reach)

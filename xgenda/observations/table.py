@@ -36,8 +36,6 @@ class Wanted:
     @property
     def from_given(self) -> tuple[float, float]:
         """Scale and offset from the units of the user's Dataset to those of the state."""
-        if self.given_units is None or self.units is None:
-            return 1.0, 0.0
         return unit_factors(self.given_units, self.units)
 
 
@@ -117,6 +115,11 @@ class Table:
     height: np.ndarray
     correlation: np.ndarray
     correlated: tuple[Correlated, ...] = ()
+
+    @property
+    def finite_error(self) -> np.ndarray:
+        """What checks take as errors: 0 where they are infinite, of observations that are passive."""
+        return np.where(np.isfinite(self.error), self.error, 0.0)
 
     def __len__(self) -> int:
         """Return the number of values."""
